@@ -1,0 +1,33 @@
+"""Mini-sequence training for Hugging Face decoders: exact long-sequence training in less memory.
+
+The package is imported by ``import torch`` itself (entry point group ``torch.backends``), so this file imports nothing
+heavy: every public name is loaded when it is first used (PEP 562).
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    # configuration
+    "MiniSequenceConfig": "ds_minis.config",
+    # conversion
+    "convert_to_mini_sequence": "ds_minis.convert",
+    "revert_mini_sequence": "ds_minis.convert",
+    "mini_sequence_report": "ds_minis.convert",
+    "ConversionReport": "ds_minis.convert",
+    # engines
+    "register": "ds_minis.integrations.autoload",
+}
+
+__all__ = [*_PUBLIC, "__version__"]
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return __all__

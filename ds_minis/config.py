@@ -1,0 +1,158 @@
+"""The one configuration of ds_minis, and the only place that reads environment variables. Standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+SCOPES = ("mlp", "tokens")
+AUTO = "auto"
+
+
+def _setting(default: Any, kind: str, doc: str):
+    """A dataclass field with its value rule (`kind`, see `_RULES`) and its documentation for users."""
+    return field(default=default, metadata={"kind": kind, "doc": doc})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiniSequenceConfig:
+    """What is run over mini-sequences (chunks of tokens), and how large a chunk is.
+
+    The same mapping is accepted as keyword arguments here, as `"mini_sequence"` in a DeepSpeed JSON and as the `config`
+    argument of `convert_to_mini_sequence`; `True` stands for all defaults. Names follow the MST paper (arXiv
+    2407.15892).
+
+    Raises:
+        ValueError: unknown key, wrong type or value out of range. The message names the key, the value, what is allowed
+            and the nearest valid key.
+    """
+
+    enabled: bool = _setting(True, "bool", "False leaves the model exactly as it is.")
+    scope: str = _setting(
+        "tokens",
+        "scope",
+        '"mlp": the feed-forward modules, as in the paper. "tokens": every token-wise module of the decoder stack, that '
+        "is feed-forward modules and norms; the norms' float32 temporaries are the next peak once the MLP is tiled.",
+    )
+    chunk_size: int | str = _setting(
+        AUTO, "size", 'Tokens per chunk, counted over the whole batch, or "auto" (chosen from the hidden size).'
+    )
+    num_mini_sequences: int | None = _setting(
+        None, "count", "The paper's M: cut every input into this many chunks. Instead of `chunk_size`."
+    )
+    loss: bool = _setting(True, "bool", "Run the LM head and the cross entropy over chunks too.")
+    loss_chunk_size: int | str = _setting(
+        AUTO, "size", 'Tokens per chunk of logits, or "auto" (chosen from hidden size, vocabulary and length).'
+    )
+    return_logits: bool = _setting(
+        False,
+        "bool",
+        "Give back `logits` beside the loss. Costs the memory that tiling the loss saves. Left out by default whenever "
+        "labels are given; Trainer evaluations that compute metrics from predictions switch it on for themselves.",
+    )
+    tile_inference: bool = _setting(
+        False,
+        "bool",
+        "Tile forward passes without labels and without gradients too (long prompts in `generate`). By default those "
+        "are bit-identical to the unconverted model; tiled, they equal it to rounding.",
+    )
+    include: tuple[str, ...] = _setting(
+        (), "patterns", 'Tile only modules whose qualified name matches one of these patterns, e.g. ["*.layers.*.mlp"].'
+    )
+    exclude: tuple[str, ...] = _setting((), "patterns", 'Never tile modules whose name matches, e.g. ["*.layers.0.*"].')
+
+    def __post_init__(self):
+        for spec in dataclasses.fields(self):
+            allowed, check = _RULES[spec.metadata["kind"]]
+            value = getattr(self, spec.name)
+            if not check(value):
+                raise ValueError(f"{spec.name}: {allowed} is allowed, got {value!r} ({type(value).__name__})")
+            if spec.metadata["kind"] == "patterns":
+                object.__setattr__(self, spec.name, tuple(value))
+        if self.num_mini_sequences is not None and self.chunk_size != AUTO:
+            raise ValueError(
+                f"chunk_size={self.chunk_size!r} and num_mini_sequences={self.num_mini_sequences!r} both set the size of "
+                "a chunk: give one of the two"
+            )
+
+    @classmethod
+    def from_value(cls, value: Any, *, door: str = "config") -> MiniSequenceConfig:
+        """Builds a configuration from whatever a door may hold.
+
+        Args:
+            value: a `MiniSequenceConfig`, a mapping of its fields, `True` or `None` (all defaults), or `False` (off).
+            door: where the value came from (a file, a key, a variable); every error message starts with it.
+
+        Raises:
+            ValueError: see the class.
+        """
+        if isinstance(value, cls):
+            return value
+        if value is None or isinstance(value, bool):
+            return cls(enabled=value is not False)
+        if not isinstance(value, Mapping):
+            raise ValueError(
+                f"{door}: true, false or a mapping of settings is allowed, got {value!r} ({type(value).__name__})"
+            )
+        names = [spec.name for spec in dataclasses.fields(cls)]
+        for key in value:
+            if key not in names:
+                raise ValueError(
+                    f"{door}: unknown key {key!r} (value {value[key]!r}){nearest(key, names)}; "
+                    f"allowed keys: {', '.join(names)}"
+                )
+        try:
+            return cls(**value)
+        except ValueError as error:
+            raise ValueError(f"{door}: {error}") from None
+
+    def to_dict(self, *, defaults: bool = True) -> dict[str, Any]:
+        """The settings as plain JSON types. With `defaults=False`, only those that differ from the default."""
+        settings = {}
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            if defaults or value != spec.default:
+                settings[spec.name] = list(value) if isinstance(value, tuple) else value
+        return settings
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_size(value: Any) -> bool:
+    return value == AUTO if isinstance(value, str) else _is_int(value) and value >= 1
+
+
+def _is_patterns(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(pattern, str) and pattern for pattern in value)
+
+
+_RULES = {
+    "bool": ("true or false", lambda value: isinstance(value, bool)),
+    "scope": (" or ".join(f'"{scope}"' for scope in SCOPES), lambda value: value in SCOPES),
+    "size": ('a whole number of tokens from 1 or "auto"', _is_size),
+    "count": ("a whole number from 1", lambda value: value is None or (_is_int(value) and value >= 1)),
+    "patterns": ("a list of name patterns", _is_patterns),
+}
+
+
+def nearest(key: Any, allowed: list[str]) -> str:
+    """`'; did you mean "x"?'` for the nearest of the allowed keys (an empty string when nothing is near)."""
+    matches = difflib.get_close_matches(str(key).lower(), allowed, n=1, cutoff=0.5)
+    return f'; did you mean "{matches[0]}"?' if matches else ""
+
+
+def autoload_enabled() -> bool:
+    """Whether `import torch` may attach ds_minis to the engines: `DS_MINIS_AUTOLOAD` is not "0", "false" or "off"."""
+    return os.environ.get("DS_MINIS_AUTOLOAD", "1").lower() not in ("0", "false", "off")
+
+
+def process_rank() -> int:
+    """This process's rank as its launcher set it (`RANK`), 0 when there was none."""
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdigit() else 0

@@ -1,0 +1,298 @@
+"""Finds what can be tiled in a model, swaps classes in place, undoes it, and reports."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ds_minis.config import MiniSequenceConfig, process_rank
+from ds_minis.tiling.chunking import Chunking
+from ds_minis.tiling.loss import attach_loss_tiling, detach_loss_tiling, takes_labels
+from ds_minis.tiling.module import TiledModule, tile_module, untile_module, untiled_class
+
+_FEED_FORWARD = re.compile(r"mlp|feed_?forward|ffn", re.IGNORECASE)
+_MIXER = re.compile(r"attention|attn", re.IGNORECASE)
+_EXPERTS = re.compile(r"expert|moe", re.IGNORECASE)
+_STATE = "_mini_sequence"
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What became of a model's modules.
+
+    Attributes:
+        config: the settings.
+        door: where they came from.
+        tiled: qualified name -> class name, of every tiled module.
+        untiled: qualified name -> (class name, reason), of every other part of the decoder stack.
+        loss: what became of the LM head and the loss, in words.
+    """
+
+    config: MiniSequenceConfig
+    door: str
+    tiled: Mapping[str, str]
+    untiled: Mapping[str, tuple[str, str]]
+    loss: str
+
+    def __str__(self) -> str:
+        lines = [f"ds_minis ({self.door}): {self.config.to_dict(defaults=False) or 'all defaults'}"]
+        lines += [f"  tiled: {count} x {name}" for name, count in Counter(self.tiled.values()).items()]
+        for (name, reason), count in Counter(self.untiled.values()).items():
+            lines.append(f"  not tiled: {count} x {name} ({reason})")
+        return "\n".join([*lines, f"  loss: {self.loss}"])
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A module of the decoder stack: its name, its role in it, and why it cannot be tiled (empty if it can)."""
+
+    fqn: str
+    module: nn.Module
+    role: str
+    reason: str = ""
+
+
+def convert_to_mini_sequence(
+    model: nn.Module,
+    config: MiniSequenceConfig | Mapping[str, Any] | bool | None = None,
+    *,
+    module_filter: Callable[[nn.Module, str], bool] | None = None,
+) -> nn.Module:
+    """Makes a decoder run its token-wise modules and its loss over mini-sequences, in place.
+
+    The loss and every gradient stay those of the unconverted model. Call it before an engine (DDP, FSDP, DeepSpeed)
+    wraps the model; before or after PEFT adapters are added, gradient checkpointing is enabled or weights are loaded.
+    Parameter names, `state_dict` and `save_pretrained` do not change. Source: MST, arXiv 2407.15892.
+
+    Args:
+        model: a causal language model (or a PEFT model, or a bare decoder, which has no loss to tile).
+        config: the settings, see `MiniSequenceConfig`; default: all defaults.
+        module_filter: called with a module and its qualified name; False leaves the module alone.
+
+    Returns:
+        `model` itself. `mini_sequence_report(model)` tells what was tiled and what not; it is printed once, on rank 0.
+
+    Raises:
+        ValueError: the settings are wrong, nothing in the model can be tiled, or the model was already converted with
+            other settings.
+    """
+    return convert(model, config, door="convert_to_mini_sequence", module_filter=module_filter)
+
+
+def convert(
+    model: nn.Module,
+    config: Any,
+    *,
+    door: str,
+    module_filter: Callable[[nn.Module, str], bool] | None = None,
+) -> nn.Module:
+    """`convert_to_mini_sequence` for every door: `door` names where the settings came from."""
+    config = MiniSequenceConfig.from_value(config, door=door)
+    earlier = mini_sequence_report(model)
+    if earlier is not None:
+        if earlier.config != config:
+            raise ValueError(
+                f"the model was already converted with other settings:\n  {earlier.door}: {earlier.config.to_dict()}\n"
+                f"  {door}: {config.to_dict()}\nGive the same settings in both places, or call revert_mini_sequence first"
+            )
+        return model
+    if not config.enabled:
+        return model
+
+    chunking = Chunking(config, _hidden_size(model))
+    candidates = [_decided(c, config, module_filter) for c in _candidates(model)]
+    loss_model = _model_with_loss(model)
+    tiled = [c for c in candidates if not c.reason]
+    if not tiled and not (config.loss and loss_model is not None):
+        raise ValueError(_nothing_to_tile(model, candidates, config, door))
+    for candidate in tiled:
+        tile_module(candidate.module, chunking)
+    if loss_model is not None:
+        attach_loss_tiling(loss_model, chunking)
+
+    report = ConversionReport(
+        config=config,
+        door=door,
+        tiled={c.fqn: untiled_class(type(c.module)).__name__ for c in tiled},
+        untiled={c.fqn: (type(c.module).__name__, c.reason) for c in candidates if c.reason},
+        loss=_loss_in_words(config, loss_model),
+    )
+    model.__dict__[_STATE] = report
+    if process_rank() == 0:
+        print(report, flush=True)
+    return model
+
+
+def revert_mini_sequence(model: nn.Module) -> nn.Module:
+    """Undoes `convert_to_mini_sequence`, in place; a model that was never converted is returned as it is.
+
+    Raises:
+        RuntimeError: an engine has wrapped the tiled modules since (FSDP2).
+    """
+    for module in model.modules():
+        if isinstance(module, TiledModule):
+            untile_module(module)
+        detach_loss_tiling(module)
+        module.__dict__.pop(_STATE, None)
+    return model
+
+
+def mini_sequence_report(model: nn.Module) -> ConversionReport | None:
+    """The report of a model's conversion, also where the model has been wrapped since; None if it was never converted."""
+    reports = (module.__dict__.get(_STATE) for module in model.modules())
+    return next((report for report in reports if report is not None), None)
+
+
+def tiled_modules(model: nn.Module) -> list[nn.Module]:
+    """Every module whose weights are used inside a tiled operation (an engine must gather each of them as a whole)."""
+    modules = [module for module in model.modules() if isinstance(module, TiledModule)]
+    report, loss_model = mini_sequence_report(model), _model_with_loss(model)
+    if report is not None and report.config.loss and loss_model is not None:
+        modules.append(loss_model.get_output_embeddings())
+    return modules
+
+
+def _candidates(model: nn.Module) -> Iterator[_Candidate]:
+    """The parts of every decoder stack: feed-forward modules and norms by role, the rest with a reason.
+
+    A decoder layer is an item of a `ModuleList` that has an attention module among its children; whatever stands beside
+    that list and is a norm (the final norm) belongs to the stack.
+    """
+    for owner_fqn, owner in model.named_modules():
+        stacks = [(name, child) for name, child in owner.named_children() if _is_layer_list(child)]
+        for stack_name, stack in stacks:
+            for i, layer in enumerate(stack):
+                yield from _layer_candidates(_join(owner_fqn, stack_name, str(i)), layer)
+        if stacks:
+            for name, child in owner.named_children():
+                if _is_norm(child):
+                    yield _norm_candidate(_join(owner_fqn, name), child)
+
+
+def _layer_candidates(layer_fqn: str, layer: nn.Module) -> Iterator[_Candidate]:
+    for name, child in layer.named_children():
+        fqn = _join(layer_fqn, name)
+        if _is_norm(child):
+            yield _norm_candidate(fqn, child)
+        elif _is_mixer(name, child):
+            yield _Candidate(fqn, child, "mixer", "mixes tokens")
+            for inner_name, inner in child.named_modules():
+                if inner is not child and _is_norm(inner):
+                    yield _norm_candidate(_join(fqn, inner_name), inner)
+        elif _FEED_FORWARD.search(name) or _FEED_FORWARD.search(type(child).__name__):
+            yield _Candidate(fqn, child, "feed-forward", _why_not_token_wise(child))
+        elif any(True for _ in child.parameters()):
+            yield _Candidate(fqn, child, "other", "neither a feed-forward module nor a norm by its name")
+
+
+def _is_layer_list(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList) and any(
+        _is_mixer(name, child) for layer in module for name, child in layer.named_children()
+    )
+
+
+def _is_mixer(name: str, module: nn.Module) -> bool:
+    return not _is_norm(module) and bool(_MIXER.search(name) or _MIXER.search(type(module).__name__)) and any(
+        True for _ in module.children()
+    )
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Norm") and not any(True for _ in module.children())
+
+
+def _norm_candidate(fqn: str, norm: nn.Module) -> _Candidate:
+    reason = _why_not_token_wise(norm)
+    if any(len(getattr(p, "ds_shape", p.shape)) != 1 for p in norm.parameters()):
+        reason = "its weight has more than one dimension"
+    return _Candidate(fqn, norm, "norm", reason)
+
+
+def _why_not_token_wise(module: nn.Module) -> str:
+    """Why a module must not be tiled, judged by its signature and its parts; empty if it can be."""
+    cls = type(module)
+    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+    if len(parameters) != 1 and not isinstance(module, TiledModule):
+        return f"its forward takes {', '.join(p.name for p in parameters)}, not one tensor"
+    names = [cls.__name__, *(f"{name} {type(child).__name__}" for name, child in module.named_modules())]
+    if any(_EXPERTS.search(name) for name in names):
+        return "a mixture of experts; not supported yet"
+    return ""
+
+
+def _decided(candidate: _Candidate, config: MiniSequenceConfig, module_filter) -> _Candidate:
+    """The candidate, with the reason the user's settings give for leaving it alone (if they do)."""
+    reason = candidate.reason
+    if not reason:
+        if config.scope == "mlp" and candidate.role != "feed-forward":
+            reason = 'outside of scope "mlp"'
+        elif config.include and not _matches(candidate.fqn, config.include):
+            reason = "not in include"
+        elif _matches(candidate.fqn, config.exclude):
+            reason = "in exclude"
+        elif module_filter is not None and not module_filter(candidate.module, candidate.fqn):
+            reason = "left out by module_filter"
+    return _Candidate(candidate.fqn, candidate.module, candidate.role, reason)
+
+
+def _matches(fqn: str, patterns: tuple[str, ...]) -> bool:
+    """Whether the name, or its end behind a dot (wrappers put prefixes in front), matches one of the patterns."""
+    return any(fnmatch.fnmatchcase(fqn, p) or fnmatch.fnmatchcase(fqn, f"*.{p}") for p in patterns)
+
+
+def _model_with_loss(model: nn.Module) -> nn.Module | None:
+    """The module that has an LM head and takes labels; the innermost, where wrappers pass both through."""
+    found = [
+        module
+        for module in model.modules()
+        if hasattr(type(module), "get_output_embeddings")
+        and takes_labels(module)
+        and module.get_output_embeddings() is not None
+    ]
+    return found[-1] if found else None
+
+
+def _loss_in_words(config: MiniSequenceConfig, loss_model: nn.Module | None) -> str:
+    if not config.loss:
+        return "not tiled (loss is off)"
+    if loss_model is None:
+        return "not tiled (no module here has an LM head and takes labels)"
+    if config.return_logits:
+        return "not tiled (return_logits asks for all logits)"
+    head = type(loss_model.get_output_embeddings()).__name__
+    return f"tiled, LM head {head}; with labels, the output has no `logits` (return_logits brings them back)"
+
+
+def _nothing_to_tile(model: nn.Module, candidates: list[_Candidate], config: MiniSequenceConfig, door: str) -> str:
+    seen = Counter((type(c.module).__name__, c.reason) for c in candidates)
+    found = "; ".join(f"{count} x {name}: {reason}" for (name, reason), count in seen.items())
+    return (
+        f"{door}: nothing in {type(model).__name__} can be tiled with {config.to_dict(defaults=False) or 'the defaults'}. "
+        + (f"Found: {found}. " if found else "No list of layers with an attention module in each was found. ")
+        + "Allowed: a decoder whose layers have feed-forward modules or norms that take one tensor; check include, "
+        "exclude and scope, or leave mini-sequences off for this model"
+    )
+
+
+def _hidden_size(model: nn.Module) -> int:
+    """Width of the hidden states: the config's, or that of the first norm of a stack."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    size = getattr(config, "hidden_size", None)
+    if isinstance(size, int):
+        return size
+    norms = (c.module for c in _candidates(model) if c.role == "norm")
+    widths = [getattr(p, "ds_shape", p.shape)[0] for norm in norms for p in norm.parameters()]
+    return max(widths, default=1024)
+
+
+def _join(*names: str) -> str:
+    return ".".join(name for name in names if name)

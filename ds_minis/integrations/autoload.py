@@ -1,0 +1,94 @@
+"""Attaches ds_minis to the engines when they are imported, whoever imports them.
+
+`import torch` calls `autoload` (entry point group `torch.backends`), which only puts a finder in front of
+`sys.meta_path`; an engine that is never imported costs nothing and is never imported from here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import sys
+import warnings
+
+from ds_minis.config import autoload_enabled
+
+# module of an engine -> the function that attaches ds_minis to it, called with that module right after its import
+_ATTACH = {
+    "deepspeed": "ds_minis.integrations.deepspeed:attach_initialize",
+    "deepspeed.ops.op_builder.all_ops": "ds_minis.integrations.deepspeed:attach_op_builder",
+    "accelerate.utils.deepspeed": "ds_minis.integrations.deepspeed:attach_config_check",
+    "transformers.trainer": "ds_minis.integrations.transformers:attach_prediction_step",
+}
+
+
+def autoload() -> None:
+    """What `import torch` calls. Never raises; `DS_MINIS_AUTOLOAD=0` turns it off."""
+    try:
+        if autoload_enabled():
+            register()
+    except Exception as error:  # `import torch` must work whatever happens here
+        warnings.warn(f"ds_minis could not attach itself to the training engines: {error!r}", stacklevel=2)
+
+
+def register() -> None:
+    """Attaches ds_minis to DeepSpeed, accelerate and transformers: those imported already, and those yet to come.
+
+    Needed only where the automatic entry point is off (`DS_MINIS_AUTOLOAD=0`). Calling it again changes nothing. Call it
+    before `from deepspeed import initialize`, as a name that was imported before cannot be exchanged.
+    """
+    if not any(isinstance(finder, _AttachingFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AttachingFinder())
+    for name in _ATTACH:
+        module = sys.modules.get(name)
+        # A module in the middle of its own import has the finder's loader, which attaches at the end of it.
+        if module is not None and not getattr(module.__spec__, "_initializing", False):
+            _attach(module)
+
+
+class _AttachingFinder(importlib.abc.MetaPathFinder):
+    """Finds nothing by itself: has the modules of `_ATTACH` found by the others, and attaches after their import."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name not in _ATTACH:
+            return None
+        for finder in sys.meta_path:
+            find_spec = None if finder is self else getattr(finder, "find_spec", None)
+            spec = find_spec(name, path, target) if find_spec is not None else None
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _AttachingLoader(spec.loader)
+                return spec
+        return None
+
+
+class _AttachingLoader(importlib.abc.Loader):
+    """Stands in for a module's loader during its import, and is gone afterwards."""
+
+    def __init__(self, loader):
+        self._loader = loader
+
+    def create_module(self, spec):
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module):
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        _attach(module)
+
+
+def _attach(module) -> None:
+    """Attaches to one module, once. A failure is reported and leaves the engine as it is."""
+    if module.__dict__.get("_ds_minis_attached"):
+        return
+    place, _, function = _ATTACH[module.__name__].partition(":")
+    try:
+        getattr(importlib.import_module(place), function)(module)
+        module._ds_minis_attached = True
+    except Exception as error:
+        version = getattr(sys.modules.get(module.__name__.partition(".")[0]), "__version__", "of unknown version")
+        warnings.warn(
+            f"ds_minis could not attach itself to {module.__name__} ({version}): {error!r}. Mini-sequences cannot be "
+            "turned on from that engine's configuration; convert_to_mini_sequence(model) still works",
+            stacklevel=2,
+        )

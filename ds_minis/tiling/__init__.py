@@ -1,0 +1,1 @@
+"""Training over chunks of tokens, exactly. Needs torch and nothing else."""

@@ -1,0 +1,50 @@
+"""How many rows go into one chunk. A row is one vector of the last dimension: usually one token's hidden state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ds_minis.config import AUTO, MiniSequenceConfig
+
+# A feed-forward module needs about this many rows in one matmul before the weights' own traffic stops to show; beyond
+# it a larger chunk only costs memory.
+_MIN_AUTO_TOKENS, _MAX_AUTO_TOKENS = 512, 4096
+# Logits of one chunk, in elements: 2**26 float32 logits are 256 MiB.
+_MAX_AUTO_LOGITS = 2**26
+_MIN_AUTO_LOSS_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Chunking:
+    """Chunk sizes of one converted model.
+
+    Attributes:
+        config: the user's settings.
+        hidden_size: width of the model's hidden states, in elements; what one token is for `chunk_size`.
+    """
+
+    config: MiniSequenceConfig
+    hidden_size: int
+
+    def module_rows(self, num_rows: int, width: int) -> int:
+        """Rows per chunk for a module whose input has `num_rows` rows of `width` elements.
+
+        Narrower rows (the heads that a query norm sees) are counted as the fraction of a token that they are.
+        """
+        if self.config.num_mini_sequences is not None:
+            return max(1, -(-num_rows // self.config.num_mini_sequences))
+        tokens = self.config.chunk_size
+        if tokens == AUTO:
+            tokens = min(max(self.hidden_size, _MIN_AUTO_TOKENS), _MAX_AUTO_TOKENS)
+        return max(1, tokens * max(1, self.hidden_size // width))
+
+    def loss_rows(self, num_rows: int, vocab_size: int) -> int:
+        """Rows of logits per chunk.
+
+        "auto" follows the paper (section 3.2: M = vocabulary / hidden size, so that a chunk of logits is as large as the
+        hidden states), within a floor that keeps the matmul busy and a ceiling on the bytes of one chunk.
+        """
+        if self.config.loss_chunk_size != AUTO:
+            return self.config.loss_chunk_size
+        as_large_as_hidden = num_rows * self.hidden_size // vocab_size
+        return max(1, min(max(as_large_as_hidden, _MIN_AUTO_LOSS_TOKENS), _MAX_AUTO_LOGITS // vocab_size))

@@ -1,0 +1,297 @@
+"""A tensor that stands for logits which are never held as a whole.
+
+`DeferredLogits` remembers the hidden states it comes from and what the model does to the logits on their way to the loss
+(a cast, a softcap, a scale, a shift, a reshape). When cross entropy consumes it, all of that is run chunk by chunk. What
+it does not know how to defer is computed in full, once: exact, without the saving.
+
+Shapes: leading dimensions `*L` (batch, sequence; R rows when flattened), H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+logger = logging.getLogger("ds_minis")
+
+
+class Head(Protocol):
+    """What turns hidden states into logits (`ds_minis.tiling.loss`)."""
+
+    def logits(self, hidden_LH: Tensor) -> Tensor:
+        """The logits of all rows, as the model's own head computes them."""
+
+    def tile(self, function: Callable[..., Tensor], hidden_RH: Tensor, vocab_size: int, *aligned_R: Tensor) -> Tensor:
+        """`function(logits_CV, *aligned_C)` of each chunk of rows, put together: one result per row."""
+
+
+# Functions that act on each element alone: they are recorded. Keyed by name, as the function `torch.tanh` and the method
+# `Tensor.tanh` are different objects for one operation.
+_ELEMENTWISE = frozenset(
+    "float half bfloat16 double to type_as tanh sigmoid neg __neg__ abs exp log square sqrt clamp nan_to_num "
+    "add sub mul div true_divide multiply divide subtract rsub pow __add__ __sub__ __mul__ __truediv__ __radd__ __rsub__ "
+    "__rmul__ __rtruediv__ __pow__".split()
+)
+# The same, writing into the logits: the tensor itself goes on standing for the result.
+_IN_PLACE = {
+    "add_": "add", "sub_": "sub", "mul_": "mul", "div_": "div", "tanh_": "tanh", "clamp_": "clamp",
+    "__iadd__": "add", "__isub__": "sub", "__imul__": "mul", "__itruediv__": "div",
+}  # fmt: skip
+# Facts of the shell that is handed around; answered without a computation.
+_FACTS = frozenset(
+    "dim size stride numel nelement ndimension is_floating_point is_complex is_contiguous element_size storage_offset "
+    "get_device __len__ __hash__ is_same_size".split()
+)
+_FACT_ATTRIBUTES = frozenset("shape dtype device layout ndim is_cuda is_cpu is_meta is_sparse is_quantized".split())
+
+
+class DeferredLogits(torch.Tensor):
+    """Logits of shape `(*L, V)` that are computed when, and as far as, they are needed."""
+
+    @staticmethod
+    def __new__(cls, head: Head, hidden_LH: Tensor, sample_0V: Tensor, steps: tuple[Callable[[Tensor], Tensor], ...]):
+        """See `defer` for the arguments."""
+        shape = (*hidden_LH.shape[:-1], sample_0V.shape[-1])
+        logits = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=sample_0V.dtype, device=sample_0V.device)
+        logits._set(head, hidden_LH, sample_0V, steps)
+        return logits
+
+    def _set(self, head, hidden_LH, sample_0V, steps) -> None:
+        # `_sample`, zero rows that went through all steps, tells dtype and width of the result without any rule of ours.
+        self._head, self._hidden, self._sample, self._steps = head, hidden_LH, sample_0V, steps
+        self._value: Tensor | None = None  # the logits in full, once somebody needed them
+        self._has_views = False
+
+    def __repr__(self, **_) -> str:
+        return f"DeferredLogits(rows={tuple(self._hidden.shape[:-1])}, vocab_size={self._sample.shape[-1]})"
+
+    def materialize(self) -> Tensor:
+        """The logits in full, an ordinary tensor in the autograd graph; the same one each time."""
+        if self._value is None:
+            self._value = self._run_steps(self._head.logits(self._hidden))
+        return self._value
+
+    def _run_steps(self, logits: Tensor) -> Tensor:
+        for step in self._steps:
+            logits = step(logits)
+        return logits
+
+    def _with_step(self, step: Callable[[Tensor], Tensor]) -> DeferredLogits:
+        with torch.no_grad():
+            sample = step(self._sample)
+        return DeferredLogits(self._head, self._hidden, sample, (*self._steps, step))
+
+    def _with_rows(self, rearrange: Callable[[Tensor], Tensor]) -> DeferredLogits:
+        """`rearrange` acts on the leading dimensions alone, so it acts on the hidden states in the same way."""
+        self._has_views = True
+        return DeferredLogits(self._head, rearrange(self._hidden), self._sample, self._steps)
+
+    def _require_no_views(self, name: str) -> None:
+        if self._has_views:
+            raise RuntimeError(
+                f"the model writes into its logits ({name}) after taking a view of them, which deferred logits cannot "
+                'follow. Set "loss": false in the mini-sequence configuration for this model'
+            )
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise RuntimeError(f"deferred logits reached {func} without passing __torch_function__; please report this")
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "__get__" or name in _FACTS:
+            attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+            if attribute == "requires_grad":
+                return torch.is_grad_enabled()
+            if name in _FACTS or attribute in _FACT_ATTRIBUTES:
+                with torch._C.DisableTorchFunctionSubclass():
+                    return func(*args, **kwargs)
+        result = NotImplemented
+        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE:
+            if isinstance(args[0], DeferredLogits):
+                args[0]._require_no_views(name)
+        if args and isinstance(args[0], DeferredLogits):
+            result = _handle(func, name, args[0], args[1:], kwargs)
+        elif len(args) == 2 and isinstance(args[1], DeferredLogits) and name in _ELEMENTWISE and not kwargs:
+            result = _elementwise(lambda logits, other: func(other, logits), args[1], (args[0],), {})
+        elif isinstance(kwargs.get("input"), DeferredLogits):
+            rest = dict(kwargs)
+            result = _handle(func, name, rest.pop("input"), (), rest)
+        if result is NotImplemented:
+            _tell_materialized(name)
+            return func(*_materialized(args), **_materialized(kwargs))
+        return result
+
+
+def defer(head: Head, hidden_LH: Tensor, sample_0V: Tensor) -> DeferredLogits:
+    """Stands for `head.logits(hidden_LH)`.
+
+    Args:
+        head: computes logits, at once or by chunks.
+        hidden_LH: the head's input.
+        sample_0V: the head's result for zero rows; gives dtype, device and vocabulary size.
+    """
+    return DeferredLogits(head, hidden_LH, sample_0V, ())
+
+
+@functools.cache
+def _tell_materialized(name: str) -> None:
+    """Once per operation."""
+    logger.warning("logits are computed in full, without saving memory, for the operation %r on them", name)
+
+
+def _materialized(value: Any) -> Any:
+    if isinstance(value, DeferredLogits):
+        return value.materialize()
+    if type(value) in (list, tuple):
+        return type(value)(_materialized(v) for v in value)
+    if type(value) is dict:
+        return {k: _materialized(v) for k, v in value.items()}
+    return value
+
+
+def _handle(func, name: str, logits: DeferredLogits, args: tuple, kwargs: dict):
+    """The deferred (or, for cross entropy, final) result; NotImplemented where the logits are needed in full."""
+    if logits._value is not None:
+        return NotImplemented
+    if name == "cross_entropy":
+        return _cross_entropy(logits, *args, **kwargs)
+    if name in _ELEMENTWISE:
+        return _elementwise(func, logits, args, kwargs)
+    if name in _IN_PLACE:
+        result = _elementwise(getattr(torch, _IN_PLACE[name]), logits, args, kwargs)
+        if result is NotImplemented or result._sample.dtype != logits._sample.dtype:
+            return NotImplemented
+        logits._set(result._head, result._hidden, result._sample, result._steps)
+        return logits
+    if name in _ROW_VIEWS:
+        return _ROW_VIEWS[name](logits, args, kwargs)
+    return NotImplemented
+
+
+def _elementwise(func, logits: DeferredLogits, args: tuple, kwargs: dict):
+    """Records `func`, if its other operands are the same for every row and need no gradient."""
+    for operand in (*args, *kwargs.values()):
+        if isinstance(operand, DeferredLogits):
+            return NotImplemented
+        if isinstance(operand, Tensor) and (operand.dim() > 1 or operand.requires_grad):
+            return NotImplemented
+    result = logits._with_step(lambda rows: func(rows, *args, **kwargs))
+    return result if result._sample.shape == logits._sample.shape else NotImplemented
+
+
+def _reshape(logits: DeferredLogits, args: tuple, kwargs: dict):
+    sizes = args[0] if len(args) == 1 and isinstance(args[0], list | tuple) else args
+    if kwargs or not sizes or not all(isinstance(size, int) for size in sizes):
+        return NotImplemented
+    shape = list(sizes)
+    if -1 in shape:
+        shape[shape.index(-1)] = logits.numel() // max(1, -math.prod(shape))
+    if shape[-1] != logits.shape[-1]:
+        return NotImplemented
+    return logits._with_rows(lambda hidden: hidden.reshape(*shape[:-1], hidden.shape[-1]))
+
+
+def _flatten(logits: DeferredLogits, args: tuple, kwargs: dict):
+    start, stop = (*args, 0, -1)[:2] if len(args) != 1 else (args[0], -1)
+    if kwargs or stop % logits.dim() == logits.dim() - 1:
+        return NotImplemented
+    return logits._with_rows(lambda hidden: hidden.flatten(start, stop))
+
+
+def _transpose(logits: DeferredLogits, args: tuple, kwargs: dict):
+    if kwargs or logits.dim() - 1 in [dim % logits.dim() for dim in args]:
+        return NotImplemented
+    return logits._with_rows(lambda hidden: hidden.transpose(*args))
+
+
+def _getitem(logits: DeferredLogits, args: tuple, kwargs: dict):
+    """Slices and integers on the leading dimensions; the vocabulary whole."""
+    index = args[0] if isinstance(args[0], tuple) else (args[0],)
+    if not all(isinstance(i, slice | int) or i is Ellipsis for i in index) or index.count(Ellipsis) > 1:
+        return NotImplemented
+    if Ellipsis in index:
+        at = index.index(Ellipsis)
+        index = (*index[:at], *[slice(None)] * (logits.dim() - len(index) + 1), *index[at + 1 :])
+    if len(index) == logits.dim():
+        if index[-1] != slice(None):
+            return NotImplemented
+        index = index[:-1]
+    return logits._with_rows(lambda hidden: hidden[index])
+
+
+def _same(logits: DeferredLogits, args: tuple, kwargs: dict):
+    return logits
+
+
+_ROW_VIEWS = {
+    "view": _reshape,
+    "reshape": _reshape,
+    "flatten": _flatten,
+    "transpose": _transpose,
+    "__getitem__": _getitem,
+    "contiguous": _same,
+}
+
+
+def _cross_entropy(
+    logits: DeferredLogits,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+):
+    """`F.cross_entropy` of `(R, V)` logits and `(R,)` class indices, by chunks; same arguments, same result.
+
+    One result differs on purpose: the mean over no token at all (every label is `ignore_index`) is 0 with zero
+    gradients, where torch gives NaN.
+    """
+    if (
+        logits.dim() != 2
+        or target.dim() != 1
+        or target.is_floating_point()
+        or (size_average, reduce) != (None, None)
+        or reduction not in ("none", "mean", "sum")
+        or (weight is not None and weight.requires_grad)
+    ):
+        return NotImplemented
+    if target.shape[0] != logits.shape[0]:
+        raise ValueError(
+            f"Expected input batch_size ({logits.shape[0]}) to match target batch_size ({target.shape[0]})."
+        )
+    dtype = None
+
+    def losses(logits_CV: Tensor, target_C: Tensor) -> Tensor:
+        nonlocal dtype
+        rows = logits._run_steps(logits_CV)
+        if dtype is None:  # what torch gives for these logits: bfloat16 stays bfloat16, but for autocast
+            dtype = F.cross_entropy(rows[:0], target_C[:0], weight, reduction="none").dtype
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        return F.cross_entropy(
+            rows, target_C, weight if weight is None else weight.to(rows.dtype), ignore_index=ignore_index,
+            reduction="none", label_smoothing=label_smoothing,
+        )  # fmt: skip
+
+    losses_R = logits._head.tile(losses, logits._hidden, logits._sample.shape[-1], target)
+    if reduction == "none":
+        return losses_R.to(dtype)
+    if reduction == "sum":
+        return losses_R.sum().to(dtype)
+    counted = target != ignore_index
+    if weight is None:
+        total_weight = counted.sum()
+    else:
+        total_weight = (weight[target.clamp(min=0)] * counted).sum()
+    return (losses_R.sum() / total_weight.masked_fill(total_weight == 0, 1)).to(dtype)

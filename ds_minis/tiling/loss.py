@@ -1,0 +1,216 @@
+"""LM head and cross entropy over chunks, with the model's own forward and loss function untouched.
+
+While a model runs forward with labels, its output-embedding module gives deferred logits instead of logits; whatever
+the model does with them up to `cross_entropy` is then run chunk by chunk. Outside of such a forward nothing is
+different: the module's class, its hooks and its results are the model's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_minis.config import process_rank
+from ds_minis.tiling.chunking import Chunking
+from ds_minis.tiling.deferred import DeferredLogits, defer
+from ds_minis.tiling.module import untiled
+from ds_minis.tiling.rows import tile_rows
+
+logger = logging.getLogger("ds_minis")
+
+_ARMED = "_mini_sequence_armed"
+_RETURN_LOGITS: contextvars.ContextVar[bool] = contextvars.ContextVar("ds_minis_return_logits", default=False)
+
+
+@contextlib.contextmanager
+def returning_logits() -> Iterator[None]:
+    """Inside, forward passes with labels give the model's logits too, as with `return_logits=True`."""
+    token = _RETURN_LOGITS.set(True)
+    try:
+        yield
+    finally:
+        _RETURN_LOGITS.reset(token)
+
+
+class _DeferringHead(nn.Module):
+    """Mixed into the class of a model's output-embedding module while the model runs forward with labels.
+
+    `__call__` and not `forward` is overridden: FSDP2 and ZeRO-3 gather the weights in hooks around `forward`, and must do
+    so when the logits are computed, once for all chunks, and not here where they are deferred.
+    """
+
+    def __call__(self, hidden, *args, **kwargs):
+        if args or kwargs or not isinstance(hidden, Tensor):
+            return super().__call__(hidden, *args, **kwargs)
+        head = self.__dict__["_mini_sequence_head"]
+        return defer(head, hidden, head.sample(hidden))
+
+
+@functools.cache
+def _deferring_class(base: type[nn.Module]) -> type[nn.Module]:
+    return type(base.__name__, (_DeferringHead, base), {"__module__": base.__module__, "__qualname__": base.__qualname__})
+
+
+class _Head:
+    """The output-embedding module of one forward pass: what deferred logits are computed with (`deferred.Head`)."""
+
+    def __init__(self, module: nn.Module, chunking: Chunking):
+        self.deferred = False
+        self._module = module
+        self._own_call = type(module).__call__
+        self._chunking = chunking
+
+    @contextlib.contextmanager
+    def deferring(self) -> Iterator[None]:
+        module, own_class = self._module, type(self._module)
+        module.__dict__["_mini_sequence_head"] = self
+        module.__class__ = _deferring_class(own_class)
+        try:
+            yield
+        finally:
+            module.__class__ = own_class
+            del module.__dict__["_mini_sequence_head"]
+
+    def sample(self, hidden_LH: Tensor) -> Tensor:
+        """Logits of zero rows, `(0, V)`: of the dtype and width that the head gives."""
+        self.deferred = True
+        width, device = getattr(self._module, "out_features", None), hidden_LH.device.type
+        if isinstance(width, int):  # a linear layer, quantized or adapted ones included: no need to gather its weight
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_LH.dtype
+            return hidden_LH.new_empty((0, width), dtype=dtype)
+        with torch.no_grad():
+            return self.logits(hidden_LH.reshape(-1, hidden_LH.shape[-1])[:0])
+
+    def logits(self, hidden_LH: Tensor) -> Tensor:
+        return self._call(self._module.forward, hidden_LH)
+
+    def tile(self, function: Callable[..., Tensor], hidden_LH: Tensor, vocab_size: int, *aligned_R: Tensor) -> Tensor:
+        forward = self._module.forward
+
+        def losses(hidden_CH: Tensor, *aligned_C: Tensor) -> Tensor:
+            return function(forward(hidden_CH), *aligned_C)
+
+        def all_losses(hidden_RH: Tensor) -> Tensor:
+            chunk_rows = self._chunking.loss_rows(hidden_RH.shape[0], vocab_size)
+            return tile_rows(losses, self._module, [hidden_RH, *aligned_R], chunk_rows)
+
+        return self._call(all_losses, hidden_LH.reshape(-1, hidden_LH.shape[-1]))
+
+    def _call(self, forward: Callable[..., Tensor], hidden: Tensor) -> Tensor:
+        """Calls the module with `forward` in the place of its own, so that its hooks run once around all chunks."""
+        own = self._module.__dict__.get("forward")
+        self._module.__dict__["forward"] = forward
+        try:
+            return self._own_call(self._module, hidden)
+        finally:
+            if own is None:
+                del self._module.__dict__["forward"]
+            else:
+                self._module.__dict__["forward"] = own
+
+
+class _Arm:
+    """Forward pre-hook of a model with an LM head: decides what the forward pass that begins here may do."""
+
+    def __init__(self, chunking: Chunking):
+        self.chunking = chunking
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        _disarm(model)  # a forward pass ended by KeyboardInterrupt runs no hooks
+        config, scope = self.chunking.config, contextlib.ExitStack()
+        head = None
+        if _argument(model, "labels", args, kwargs) is not None:
+            module = model.get_output_embeddings()
+            if module is not None and config.loss and not config.return_logits and not _RETURN_LOGITS.get():
+                head = _Head(module, self.chunking)
+                scope.enter_context(head.deferring())
+        elif not torch.is_grad_enabled() and not config.tile_inference:
+            scope.enter_context(untiled())
+        model.__dict__[_ARMED] = scope, head
+
+
+def _disarm(model: nn.Module) -> _Head | None:
+    scope, head = model.__dict__.pop(_ARMED, (contextlib.ExitStack(), None))
+    scope.close()
+    return head
+
+
+class _Disarm:
+    """Forward hook, run also when forward failed: ends what `_Arm` began and takes deferred logits out of the output."""
+
+    def __init__(self):
+        self._told = False
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        head = _disarm(model)
+        if head is None or output is None:
+            return output
+        if not head.deferred:
+            self._tell_bypassed(model)
+            return output
+        return _without_deferred(output)
+
+    def _tell_bypassed(self, model: nn.Module) -> None:
+        if not self._told and process_rank() == 0:
+            logger.warning(
+                "the loss is not tiled by ds_minis: %s was given labels and did not call its LM head. A trainer with a "
+                "fused LM head of its own, such as TRL's SFTTrainer, computes the loss itself; ds_minis steps aside",
+                type(model).__name__,
+            )
+        self._told = True
+
+
+def attach_loss_tiling(model: nn.Module, chunking: Chunking) -> None:
+    """Makes forward passes of `model` with labels run its LM head and loss over chunks.
+
+    Args:
+        model: a module with `get_output_embeddings()` whose forward takes `labels`. What that method gives is looked up
+            at each forward pass, as adapters and `resize_token_embeddings` replace it.
+        chunking: the chunk sizes. With `config.loss` off, only the choice between tiled and untiled forward is made.
+    """
+    model.register_forward_pre_hook(_Arm(chunking), with_kwargs=True)
+    # First of all hooks, so that no engine's hook sees deferred logits.
+    model.register_forward_hook(_Disarm(), with_kwargs=True, always_call=True, prepend=True)
+
+
+def detach_loss_tiling(model: nn.Module) -> None:
+    """Undoes `attach_loss_tiling`."""
+    for hooks, kind, companions in (
+        (model._forward_pre_hooks, _Arm, [model._forward_pre_hooks_with_kwargs]),
+        (model._forward_hooks, _Disarm, [model._forward_hooks_with_kwargs, model._forward_hooks_always_called]),
+    ):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
+            for holder in (hooks, *companions):
+                holder.pop(key, None)
+    _disarm(model)
+
+
+def takes_labels(model: nn.Module) -> bool:
+    """Whether the module's forward has a `labels` argument."""
+    return "labels" in _argument_names(type(model).forward)
+
+
+@functools.cache
+def _argument_names(forward: Callable) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def _argument(model: nn.Module, name: str, args: tuple, kwargs: dict) -> Any:
+    names = _argument_names(type(model).forward)
+    return kwargs.get(name, dict(zip(names, args, strict=False)).get(name))
+
+
+def _without_deferred(output: Any) -> Any:
+    if isinstance(output, tuple | list):
+        return type(output)(value for value in output if not isinstance(value, DeferredLogits))
+    if isinstance(output, dict):  # also transformers' ModelOutput, whose fields cannot be set to None one by one
+        return type(output)(**{k: v for k, v in output.items() if not isinstance(v, DeferredLogits)})
+    return output

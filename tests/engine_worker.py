@@ -1,0 +1,138 @@
+"""One process of a distributed run: trains every case of a list with a real engine and saves what came out.
+
+Started by `torch.distributed.run` with two processes (see `engines.py`). Each case is trained twice, converted and
+unconverted, from the same weights and the same data; rank 0 saves parameters, losses, engine class and process count.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from models import add_lora, batch, build, checkpointed
+
+STEPS, ACCUMULATION = 4, 2
+LEARNING_RATE = 0.2
+CHUNKS = ({"chunk_size": 10, "loss_chunk_size": 9}, {"chunk_size": 7, "loss_chunk_size": 5})  # of rank 0, of rank 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training run.
+
+    Attributes:
+        zero_stage: DeepSpeed's ZeRO stage; None for a run in one process without an engine.
+        lora: train adapters only.
+        masked_rank: the rank whose labels are all masked, if any.
+    """
+
+    family: str = "llama"
+    zero_stage: int | None = None
+    lora: bool = False
+    checkpointing: bool = True
+    masked_rank: int | None = None
+    dtype: str = "float32"
+
+    @property
+    def name(self) -> str:
+        return "-".join(f"{value}" for value in dataclasses.astuple(self))
+
+
+def micro_batch(case: Case, rank: int, step: int, micro: int) -> dict:
+    """Another length on each rank and at each step, prompts masked, one sequence padded."""
+    length = 21 + 11 * rank + 5 * step + micro
+    prompt = length if case.masked_rank == rank else 6 + rank
+    return batch(length, seed=1000 * rank + 10 * step + micro, prompt=prompt, padding=3)
+
+
+def make_model(case: Case):
+    model = build(case.family)
+    if case.lora:
+        model = add_lora(model)
+    if case.checkpointing:
+        checkpointed(model)
+    return model.to(getattr(torch, case.dtype))
+
+
+def trainable(model) -> list[torch.nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def train_deepspeed(case: Case, *, converted: bool) -> dict:
+    import deepspeed
+
+    rank = dist.get_rank()
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "zero_optimization": {"stage": case.zero_stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": case.dtype == "bfloat16"},
+    }
+    if converted:
+        config["mini_sequence"] = CHUNKS[rank]
+    model = make_model(case)
+    optimizer = torch.optim.SGD(trainable(model), lr=LEARNING_RATE)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    losses = []
+    for step in range(STEPS):
+        for micro in range(ACCUMULATION):
+            loss = engine(**micro_batch(case, rank, step, micro)).loss
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.detach().float().item())
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        params = {n: p.detach().float().clone() for n, p in model.named_parameters() if p.requires_grad}
+    from ds_minis import mini_sequence_report
+    from ds_minis.tiling.module import TiledModule
+
+    return {
+        "engine": type(engine).__name__,
+        "zero_stage": engine.zero_optimization_stage(),
+        "processes": dist.get_world_size(),
+        "tiled": sum(isinstance(m, TiledModule) for m in model.modules()),
+        "reported": mini_sequence_report(model) is not None,
+        "losses": losses,
+        "params": params,
+    }
+
+
+def train_alone(case: Case, num_ranks: int) -> dict:
+    """The unconverted model in one process, on the data of all ranks: what the engines must arrive at."""
+    model = make_model(case)
+    optimizer = torch.optim.SGD(trainable(model), lr=LEARNING_RATE)
+    for step in range(STEPS):
+        for micro in range(ACCUMULATION):
+            for rank in range(num_ranks):
+                loss = model(**micro_batch(case, rank, step, micro)).loss
+                (loss / (ACCUMULATION * num_ranks)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"params": {n: p.detach().float() for n, p in model.named_parameters() if p.requires_grad}}
+
+
+def main() -> None:
+    cases = [Case(**case) for case in json.loads(sys.argv[1])]
+    output = Path(sys.argv[2])
+    torch.set_num_threads(1)
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a C++ build of 90 s that gloo does without
+    deepspeed.init_distributed(dist_backend="gloo")
+    for case in cases:
+        results = {kind: train_deepspeed(case, converted=kind == "converted") for kind in ("converted", "plain")}
+        if dist.get_rank() == 0:
+            torch.save(results, output / f"{case.name}.pt")
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo sometimes aborts at teardown after success (pytorch#190489)
+
+
+if __name__ == "__main__":
+    main()

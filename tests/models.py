@@ -1,0 +1,115 @@
+"""Tiny models of the tested families, batches for them, and the comparison with the unconverted model."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import (
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+VOCAB_SIZE = 131
+_SIZES = dict(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    pad_token_id=0,
+    initializer_range=0.2,
+)
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**_SIZES),
+    "llama-tied-bias": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=True, mlp_bias=True),
+    "qwen2": lambda: Qwen2Config(**_SIZES),
+    "qwen3": lambda: Qwen3Config(**_SIZES, head_dim=8),
+    "mistral": lambda: MistralConfig(**_SIZES, sliding_window=8),
+    "gemma2": lambda: Gemma2Config(**_SIZES, head_dim=8, final_logit_softcapping=2.0, sliding_window=8),
+    "phi3": lambda: Phi3Config(**_SIZES, resid_pdrop=0.0),
+}
+LORA_TARGETS = "all-linear"
+
+
+def build(family: str, *, seed: int = 0, attention: str = "eager") -> PreTrainedModel:
+    torch.manual_seed(seed)
+    config = CONFIGS[family]()
+    config._attn_implementation = attention
+    model = AutoModelForCausalLM.from_config(config).train()
+    model.config.use_cache = False
+    with torch.no_grad():  # norms and biases that start at one and zero would hide a missing gradient
+        for name, param in model.named_parameters():
+            if param.dim() == 1:
+                param.add_(torch.randn_like(param) * 0.1)
+    return model
+
+
+def add_lora(model: PreTrainedModel, **settings):
+    """LoRA with a second factor that is not zero, so that every adapter weight gets a gradient."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    model = get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": LORA_TARGETS, **settings}))
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if "lora_B" in name:
+                param.normal_(0, 0.1)
+    return model
+
+
+def checkpointed(model, use_reentrant: bool = False):
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    if hasattr(model, "peft_config"):
+        model.enable_input_require_grads()
+    return model
+
+
+def batch(length: int, *, batch_size: int = 2, seed: int = 0, prompt: int = 0, padding: int = 0) -> dict:
+    """Token ids, labels (prompt and padding masked) and the attention mask; the last row is padded on the right."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(1, VOCAB_SIZE, (batch_size, length), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    labels = input_ids.clone()
+    labels[:, :prompt] = -100
+    if padding:
+        input_ids[-1, -padding:], attention_mask[-1, -padding:], labels[-1, -padding:] = 0, 0, -100
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def loss_and_grads(model, inputs: dict, **kwargs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad(set_to_none=True)
+    loss = model(**inputs, **kwargs).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_training(model, reference, inputs: dict, *, rtol: float = 1e-5, **kwargs) -> None:
+    """Loss and every gradient agree; gradients relative to the largest of the parameter (floor: 1% of the model's)."""
+    loss, grads = loss_and_grads(model, inputs, **kwargs)
+    expected_loss, expected = loss_and_grads(reference, inputs, **kwargs)
+    torch.testing.assert_close(loss, expected_loss, rtol=rtol, atol=0)
+    assert_same_tensors(grads, expected, rtol=rtol)
+
+
+def assert_same_tensors(tensors: dict, expected: dict, *, rtol: float = 1e-5) -> None:
+    assert tensors.keys() == expected.keys() and expected
+    largest = max(t.abs().max().item() for t in expected.values())
+    for name, tensor in expected.items():
+        scale = max(tensor.abs().max().item(), 0.01 * largest)
+        error = (tensors[name] - tensor).abs().max().item() / scale
+        assert error <= rtol, f"{name}: relative error {error:.2e}"
+
+
+def twins(family: str, **kwargs) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A model and its copy."""
+    model = build(family, **kwargs)
+    return model, copy.deepcopy(model)
