@@ -1,0 +1,139 @@
+"""Command line of `train.py`: PEFT's `examples/sft` names, the mini-sequence switches, and all of TRL's `SFTConfig`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import HfArgumentParser
+from trl import SFTConfig
+
+CHAT_TEMPLATES = ("none", "chatml", "zephyr")
+
+
+@dataclass
+class ModelArguments:
+    """The model, its adapter, its quantization, and mini-sequences."""
+
+    model_name_or_path: str = field(
+        metadata={
+            "help": "Hub id or folder. A folder with a config.json and no weights is trained from scratch (random weights, "
+            "saved as the base model in the output folder)."
+        }
+    )
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Dtype of the loaded weights: float32, bfloat16, float16, or auto (bfloat16 with --bf16 when the base "
+            "is frozen or DeepSpeed keeps float32 master weights; float32 otherwise)."
+        },
+    )
+    chat_template_format: str = field(
+        default="none", metadata={"help": f"{'|'.join(CHAT_TEMPLATES)}. `none` keeps the tokenizer's own template."}
+    )
+    use_flash_attn: bool = field(default=False, metadata={"help": "FlashAttention-2 (needs flash-attn and a GPU)."})
+    use_reentrant: bool = field(default=False, metadata={"help": "Variant of gradient checkpointing."})
+
+    use_peft_lora: bool = field(default=False, metadata={"help": "Train LoRA adapters instead of all weights."})
+    lora_r: int = field(default=8)
+    lora_alpha: int = field(default=16)
+    lora_dropout: float = field(default=0.1)
+    lora_target_modules: str = field(
+        default="all-linear", metadata={"help": "Comma-separated module names, or all-linear."}
+    )
+    lora_modules_to_save: str | None = field(
+        default=None, metadata={"help": "Comma-separated modules to train in full beside the adapters."}
+    )
+
+    use_8bit_quantization: bool = field(default=False, metadata={"help": "Load the frozen base in 8 bits."})
+    use_4bit_quantization: bool = field(default=False, metadata={"help": "Load the frozen base in 4 bits (QLoRA)."})
+    use_nested_quant: bool = field(default=False, metadata={"help": "Quantize the 4-bit constants too."})
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "nf4 or fp4."})
+    bnb_4bit_compute_dtype: str = field(default="bfloat16")
+    bnb_4bit_quant_storage_dtype: str = field(default="uint8", metadata={"help": "FSDP and ZeRO-3: the compute dtype."})
+
+    mini_sequence: str | None = field(
+        default=None,
+        metadata={
+            "help": "Turns mini-sequences on from here: true, false, or a JSON mapping such as "
+            '\'{"chunk_size": 2048}\'. Not needed where the engine\'s configuration has a "mini_sequence" section.'
+        },
+    )
+    mini_sequence_loss: bool = field(
+        default=False,
+        metadata={
+            "help": "Use the model's own loss, tiled by ds_minis, instead of TRL's fused LM head (without TRL's entropy and "
+            "token-accuracy metrics)."
+        },
+    )
+
+    def __post_init__(self):
+        if self.chat_template_format not in CHAT_TEMPLATES:
+            raise ValueError(
+                f"--chat_template_format: one of {', '.join(CHAT_TEMPLATES)} is allowed, got {self.chat_template_format!r}"
+            )
+        if self.use_8bit_quantization and self.use_4bit_quantization:
+            raise ValueError("--use_8bit_quantization and --use_4bit_quantization exclude each other: give one of them")
+        if (self.use_8bit_quantization or self.use_4bit_quantization) and not self.use_peft_lora:
+            raise ValueError("a quantized base cannot be trained in full: add --use_peft_lora True")
+
+    def mini_sequence_settings(self) -> Any:
+        """The value of `--mini_sequence` for `convert_to_mini_sequence`; None when it was not given.
+
+        Raises:
+            ValueError: it is neither true, false nor JSON.
+        """
+        if self.mini_sequence is None:
+            return None
+        try:
+            return json.loads(self.mini_sequence.lower() if self.mini_sequence[:1] in "TF" else self.mini_sequence)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"--mini_sequence: true, false or a JSON mapping is allowed, got {self.mini_sequence!r} ({error})"
+            ) from None
+
+
+@dataclass
+class DataArguments:
+    """The data set."""
+
+    dataset_name: str = field(metadata={"help": "Hub id, or a folder with {split}.jsonl files or a saved data set."})
+    splits: str = field(default="train,test", metadata={"help": "Training split, and (optional) evaluation split."})
+    max_seq_length: int | None = field(default=None, metadata={"help": "PEFT's name for --max_length."})
+    append_concat_token: bool = field(default=False, metadata={"help": "Accepted for PEFT's scripts; TRL ignores it."})
+    add_special_tokens: bool = field(default=False, metadata={"help": "Accepted for PEFT's scripts; TRL ignores it."})
+
+
+def deepspeed_launched() -> bool:
+    """Whether `accelerate launch` was given a configuration with DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+
+
+def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, SFTConfig]:
+    """The parsed command line, or, as PEFT's script does, the one JSON or YAML file it names.
+
+    Without a GPU the CPU settings are the default: `--bf16 False`, and `--use_cpu True` or, under DeepSpeed, which
+    `use_cpu` would silently replace by plain data parallelism, `--ddp_backend gloo`.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    # `deepspeed train.py --deepspeed_config ds.json` is how DeepSpeed's own examples write it.
+    argv = [arg.replace("--deepspeed_config", "--deepspeed", 1) for arg in argv]
+    parser = HfArgumentParser((ModelArguments, DataArguments, SFTConfig))
+    on_cpu = not torch.accelerator.is_available()
+    parser.set_defaults(bf16=not on_cpu)
+    if on_cpu:
+        parser.set_defaults(**({"ddp_backend": "gloo"} if deepspeed_launched() else {"use_cpu": True}))
+    if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
+        parse = parser.parse_json_file if argv[0].endswith(".json") else parser.parse_yaml_file
+        model_args, data_args, training_args = parse(os.path.abspath(argv[0]))
+    else:
+        model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv)
+    if data_args.max_seq_length is not None:
+        training_args.max_length = data_args.max_seq_length
+    if training_args.gradient_checkpointing:
+        training_args.gradient_checkpointing_kwargs = {"use_reentrant": model_args.use_reentrant}
+    return model_args, data_args, training_args

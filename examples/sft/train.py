@@ -1,0 +1,132 @@
+"""Supervised fine-tuning with mini-sequences: LoRA, QLoRA or full, on any engine that accelerate launches.
+
+    sh run_peft_deepspeed.sh                                                            # everything by default
+    accelerate launch --config_file accelerate_configs/zero3.yaml examples/sft/train.py --model_name_or_path ... \
+        --dataset_name ... --output_dir ...
+
+Mini-sequences are turned on by the engine's configuration (`"mini_sequence"` in the DeepSpeed JSON) or `--mini_sequence`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import torch
+import torch.distributed
+from accelerate import DistributedType
+from arguments import deepspeed_launched, parse_arguments
+from data import load_splits
+from modeling import load_model, load_tokenizer, lora_config
+from summary import summarize
+from transformers import Trainer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer
+
+from ds_minis import convert_to_mini_sequence
+
+
+class MiniSequenceSFTTrainer(SFTTrainer):
+    """TRL's trainer, with tokens per second in its log and, if asked for, the model's own loss."""
+
+    model_loss = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not self.model_loss:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs["use_cache"] = False
+        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        step = Trainer.prediction_step if self.model_loss else SFTTrainer.prediction_step
+        return step(self, model, inputs, prediction_loss_only, ignore_keys)
+
+    def log(self, logs, start_time=None):
+        now, tokens = time.perf_counter(), self.state.num_input_tokens_seen
+        if "loss" in logs and hasattr(self, "_last_log"):
+            last_time, last_tokens = self._last_log
+            logs["tokens_per_second"] = round((tokens - last_tokens) / (now - last_time), 1)
+        self._last_log = now, tokens
+        super().log(logs, start_time)
+
+
+def main() -> None:
+    skip_cpu_op_build()
+    model_args, data_args, training_args = parse_arguments()
+    mini_sequence = model_args.mini_sequence_settings()
+    require_engine(training_args)
+    set_seed(training_args.seed)
+
+    train_dataset, eval_dataset = load_splits(data_args)
+    tokenizer = load_tokenizer(model_args, training_args)
+    deepspeed = training_args.distributed_state.distributed_type == DistributedType.DEEPSPEED
+    model = load_model(model_args, training_args, tokenizer, deepspeed=deepspeed)
+    if mini_sequence is not None:
+        convert_to_mini_sequence(model, mini_sequence)
+
+    training_args.include_num_input_tokens_seen = "non_padding"
+    trainer = MiniSequenceSFTTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset if training_args.eval_strategy != "no" else None,
+        processing_class=tokenizer,
+        peft_config=lora_config(model_args),
+    )
+    trainer.model_loss = model_args.mini_sequence_loss
+    train_and_save(trainer, training_args)
+
+
+def skip_cpu_op_build() -> None:
+    """Has DeepSpeed on a CPU do without its shared-memory op: a C++ build of 90 seconds at first use."""
+    if deepspeed_launched() and not torch.accelerator.is_available():
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def require_engine(training_args: SFTConfig) -> None:
+    """Stops where accelerate would train without the engine, or the processes, that the launcher was asked for.
+
+    On a machine without GPUs it falls back silently, to one process or to plain data parallelism.
+    """
+    state = training_args.distributed_state
+    if (deepspeed_launched() or training_args.deepspeed) and state.distributed_type != DistributedType.DEEPSPEED:
+        raise RuntimeError(
+            f"DeepSpeed was asked for, but accelerate would run {state.distributed_type.value}: leave --use_cpu and "
+            "ACCELERATE_USE_CPU out (DeepSpeed on a CPU is DS_ACCELERATOR=cpu)"
+        )
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != processes:
+        raise RuntimeError(
+            f"{processes} processes were started, but each would train alone ({state.distributed_type.value}): on a CPU, "
+            "give --use_cpu True"
+        )
+
+
+def train_and_save(trainer: SFTTrainer, training_args: SFTConfig) -> None:
+    resume = training_args.resume_from_checkpoint
+    if resume in ("True", "true", "last"):
+        resume = get_last_checkpoint(training_args.output_dir)
+        if resume is None:
+            raise ValueError(f"--resume_from_checkpoint last: there is no checkpoint-* in {training_args.output_dir}")
+    result = trainer.train(resume_from_checkpoint=resume)
+    metrics = dict(result.metrics)
+    if trainer.eval_dataset is not None:
+        metrics |= trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    trainer.save_metrics("all", metrics)
+    summarize(trainer, metrics)
+    trainer.accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main()
+    if torch.distributed.is_initialized() and not torch.accelerator.is_available():
+        # gloo now and then aborts while it is torn down after success (pytorch#190489).
+        torch.distributed.barrier()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

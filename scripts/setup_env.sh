@@ -1,0 +1,24 @@
+# Sourced by the run scripts: sets $PYTHON to a Python that has ds_minis and everything the examples and tests import.
+# The caller sets ROOT to the repository's folder. An active environment that is complete is used as it is; otherwise one
+# is made in $ROOT/.venv, with the versions of constraints.txt.
+#   PYTHON=/path/to/python   use that one (nothing is installed into it)
+
+if [ -z "${PYTHON:-}" ]; then
+    complete="import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, 'ds_minis deepspeed accelerate peft trl datasets pytest'.split())))"
+    PYTHON=python3
+    if ! "$PYTHON" -c "$complete" 2>/dev/null; then
+        PYTHON=$ROOT/.venv/bin/python
+        if [ ! -x "$PYTHON" ]; then
+            echo "ds_minis is not installed here: making $ROOT/.venv" >&2
+            python3 -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+            python3 -m venv "$ROOT/.venv"
+        fi
+        if ! "$PYTHON" -c "$complete" 2>/dev/null; then
+            # torch first and alone: with it in place nothing below asks for another build of it.
+            "$PYTHON" -m pip install -q -c "$ROOT/constraints.txt" torch
+            "$PYTHON" -m pip install -q -c "$ROOT/constraints.txt" -e "$ROOT[deepspeed,sft,test]"
+        fi
+    fi
+fi
+PATH=$(dirname "$(command -v "$PYTHON")"):$PATH
+export PATH

@@ -1,0 +1,198 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ds_minis.integrations import autoload
+
+ENGINES = ("deepspeed", "accelerate", "transformers", "peft", "trl")
+# Prints which engine modules are attached, and how often.
+FACTS = """
+import json, sys
+def times_wrapped(function):
+    return 1 + times_wrapped(function.__wrapped__) if hasattr(function, "__wrapped__") else 0
+def facts():
+    import deepspeed, accelerate.utils.deepspeed, transformers.trainer
+    from deepspeed.ops.op_builder.all_ops import ALL_OPS
+    return {
+        "initialize": times_wrapped(deepspeed.initialize),
+        "config check": times_wrapped(accelerate.utils.deepspeed.HfDeepSpeedConfig.__init__),
+        "prediction step": times_wrapped(transformers.trainer.Trainer.prediction_step),
+        "op": int("mini_sequence" in ALL_OPS),
+    }
+def show(**values):
+    print("FACTS", json.dumps(values))
+"""
+ATTACHED = {"initialize": 1, "config check": 1, "prediction step": 1, "op": 1}
+NOT_ATTACHED = dict.fromkeys(ATTACHED, 0)
+
+
+def run(command: list[str], cwd: Path | str = "/tmp", **env: str) -> subprocess.CompletedProcess:
+    inherited = {k: v for k, v in os.environ.items() if k not in ("DS_MINIS_AUTOLOAD", "PYTHONPATH", "RANK")}
+    environment = {**inherited, "DS_ACCELERATOR": "cpu", **env}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess:
+    return run([sys.executable, "-c", code], **env)
+
+
+def facts(code: str, **env: str) -> dict:
+    result = python(FACTS + code, **env)
+    assert result.returncode == 0, result.stderr
+    assert "ds_minis could not" not in result.stderr
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("FACTS")]
+    return json.loads(line.removeprefix("FACTS"))
+
+
+def test_import_torch_loads_the_hook_and_no_engine():
+    found = facts("import torch; show(modules=sorted(sys.modules))")["modules"]
+    assert not [name for name in found if name.split(".")[0] in ENGINES]
+    assert {name for name in found if name.startswith("ds_minis")} == {
+        "ds_minis",
+        "ds_minis.config",
+        "ds_minis.integrations",
+        "ds_minis.integrations.autoload",
+    }
+
+
+def test_the_configuration_needs_no_torch():
+    found = facts("import ds_minis; ds_minis.MiniSequenceConfig(); ds_minis.register(); show(modules=list(sys.modules))")
+    assert "torch" not in found["modules"]
+
+
+@pytest.fixture(scope="module")
+def automatic() -> dict:
+    return facts(
+        """
+import torch, importlib.util
+import deepspeed, accelerate.utils.deepspeed, transformers.trainer, deepspeed.ops.op_builder.all_ops
+import ds_minis
+from ds_minis.integrations.autoload import _ATTACH, _AttachingFinder
+modules = [sys.modules[name] for name in _ATTACH]
+loaders = [[type(m.__spec__.loader).__name__, type(m.__loader__).__name__] for m in modules]
+first = facts()
+ds_minis.register(), ds_minis.register()
+builder = deepspeed.ops.op_builder.MiniSequenceBuilder()
+ops = [builder.load(), deepspeed.ops.op_builder.all_ops.ALL_OPS["mini_sequence"].load()]
+from ds_minis.integrations.deepspeed import MiniSequenceOp
+sys.path.insert(0, %r)
+from models import build
+model = build("llama")
+converted = ops[0].convert(model, {"chunk_size": 4})
+show(
+    first=first, again=facts(), loaders=loaders, ops=[op is MiniSequenceOp for op in ops],
+    finders=sum(isinstance(finder, _AttachingFinder) for finder in sys.meta_path),
+    tiled=[converted is model, ds_minis.mini_sequence_report(model) is not None],
+    reverted=ops[0].revert(model) is model and ds_minis.mini_sequence_report(model) is None,
+    compatible=builder.is_compatible(), sources=builder.sources(), name=builder.absolute_name(),
+)
+"""
+        % str(Path(__file__).parent)
+    )
+
+
+def test_engines_are_attached_once_however_often_register_is_called(automatic):
+    assert automatic["first"] == automatic["again"] == ATTACHED and automatic["finders"] == 1
+
+
+def test_engines_keep_their_own_loaders_after_the_import(automatic):
+    assert automatic["loaders"] == [["SourceFileLoader"] * 2] * 4
+
+
+def test_builder_loads_an_op_that_converts(automatic):
+    assert automatic["ops"] == [True, True] and automatic["tiled"] == [True, True] and automatic["reverted"]
+    assert automatic["compatible"] and automatic["sources"] == []
+    assert automatic["name"] == "ds_minis.integrations.deepspeed.MiniSequenceOp"
+
+
+@pytest.mark.parametrize(
+    "first", ["import deepspeed", "from transformers import Trainer", "import accelerate.utils.deepspeed"]
+)
+def test_an_engine_imported_before_torch_is_attached_too(first):
+    assert facts(f"{first}\nshow(**facts())") == ATTACHED
+
+
+def test_autoload_can_be_switched_off_and_register_attaches_what_is_imported_already():
+    found = facts(
+        "import torch\nbefore = facts()\nimport ds_minis\nds_minis.register()\nshow(before=before, after=facts())",
+        DS_MINIS_AUTOLOAD="0",
+    )
+    assert found == {"before": NOT_ATTACHED, "after": ATTACHED}
+
+
+def test_register_attaches_what_is_imported_later():
+    assert facts("import ds_minis; ds_minis.register(); show(**facts())", DS_MINIS_AUTOLOAD="0") == ATTACHED
+
+
+def fake_deepspeed(folder: Path, code: str) -> str:
+    (folder / "deepspeed").mkdir()
+    (folder / "deepspeed" / "__init__.py").write_text(code)
+    return str(folder)
+
+
+@pytest.mark.parametrize("first", ["import torch", "import ds_minis; ds_minis.register()"])
+def test_an_unknown_deepspeed_gives_one_warning_and_works_as_it_is(tmp_path, first):
+    folder = fake_deepspeed(tmp_path, "__version__ = '0.0.7'\nanswer = 42\n")
+    code = f"{first}\nimport deepspeed, torch\nimport deepspeed\nprint(deepspeed.answer, 'torch' in dir())"
+    result = python(code, PYTHONPATH=folder)
+    assert (result.returncode, result.stdout) == (0, "42 True\n")
+    assert result.stderr.count("UserWarning") == result.stderr.count("could not attach itself to deepspeed (0.0.7)") == 1
+    assert "initialize" in result.stderr and "convert_to_mini_sequence(model) still works" in result.stderr
+
+
+def test_a_broken_deepspeed_does_not_break_torch_and_raises_its_own_error(tmp_path):
+    folder = fake_deepspeed(tmp_path, "raise RuntimeError('a broken build')\n")
+    code = """
+import torch
+print(torch.ones(2).sum().item())
+for _ in range(2):
+    try:
+        import deepspeed
+    except RuntimeError as error:
+        print(error)
+import deepspeed
+"""
+    result = python(code, PYTHONPATH=folder)
+    assert (result.returncode, result.stdout) == (1, "2.0\na broken build\na broken build\n")
+    assert result.stderr.splitlines()[-1] == "RuntimeError: a broken build" and "ds_minis could not" not in result.stderr
+
+
+def test_a_missing_engine_stays_missing(monkeypatch):
+    finder = autoload._AttachingFinder()
+    monkeypatch.setattr(sys, "meta_path", [finder])
+    assert finder.find_spec("deepspeed") is None
+    assert finder.find_spec("json") is None
+
+
+def test_autoload_warns_when_it_fails_and_never_raises(monkeypatch):
+    def register():
+        raise ImportError("half installed")
+
+    monkeypatch.setattr(autoload, "register", register)
+    monkeypatch.delenv("DS_MINIS_AUTOLOAD", raising=False)
+    with pytest.warns(UserWarning, match=r"ds_minis could not attach itself .*half installed"):
+        autoload.autoload()
+    monkeypatch.setenv("DS_MINIS_AUTOLOAD", "0")
+    autoload.autoload()
+
+
+def test_torch_starts_when_ds_minis_is_broken(tmp_path):
+    (tmp_path / "ds_minis").mkdir()
+    (tmp_path / "ds_minis" / "__init__.py").write_text("")
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['ds_minis.config'] = None\n")
+    code = "import ds_minis.integrations.autoload as a\na.register = lambda: 1 / 0\nimport torch\nprint(torch.ones(1).item())"
+    result = python(code)
+    assert (result.returncode, result.stdout) == (0, "1.0\n")
+    assert "ds_minis could not attach itself to the training engines: ZeroDivisionError" in result.stderr
+
+
+def test_ds_report_lists_mini_sequence():
+    result = run([str(Path(sys.executable).with_name("ds_report"))])
+    assert result.returncode == 0
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("mini_sequence")]
+    assert re.sub(r"\x1b\[\d+m", "", line).endswith("[OKAY]")
