@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import inspect
 import re
@@ -14,7 +15,7 @@ from torch import nn
 
 from ds_minis.config import MiniSequenceConfig, process_rank
 from ds_minis.tiling.chunking import Chunking
-from ds_minis.tiling.loss import attach_loss_tiling, detach_loss_tiling, takes_labels
+from ds_minis.tiling.loss import BYPASSED, attach_loss_tiling, detach_loss_tiling, loss_is_bypassed, takes_labels
 from ds_minis.tiling.module import TiledModule, tile_module, untile_module, untiled_class
 
 _FEED_FORWARD = re.compile(r"mlp|feed_?forward|ffn", re.IGNORECASE)
@@ -103,7 +104,8 @@ def convert(
                 f"  {door}: {config.to_dict()}\nGive the same settings in both places, or call revert_mini_sequence first"
             )
         return model
-    if not config.enabled:
+    if not config.enabled:  # remembered, so that another door cannot turn on what was turned off here
+        model.__dict__[_STATE] = ConversionReport(config, door, {}, {}, "not tiled (mini-sequences are off)")
         return model
 
     chunking = Chunking(config, _hidden_size(model))
@@ -146,15 +148,17 @@ def revert_mini_sequence(model: nn.Module) -> nn.Module:
 
 def mini_sequence_report(model: nn.Module) -> ConversionReport | None:
     """The report of a model's conversion, also where the model has been wrapped since; None if it was never converted."""
-    reports = (module.__dict__.get(_STATE) for module in model.modules())
-    return next((report for report in reports if report is not None), None)
+    report = next((module.__dict__[_STATE] for module in model.modules() if _STATE in module.__dict__), None)
+    if report is not None and any(loss_is_bypassed(module) for module in model.modules()):
+        return dataclasses.replace(report, loss=f"not tiled ({BYPASSED})")
+    return report
 
 
 def tiled_modules(model: nn.Module) -> list[nn.Module]:
     """Every module whose weights are used inside a tiled operation (an engine must gather each of them as a whole)."""
     modules = [module for module in model.modules() if isinstance(module, TiledModule)]
     report, loss_model = mini_sequence_report(model), _model_with_loss(model)
-    if report is not None and report.config.loss and loss_model is not None:
+    if report is not None and report.config.enabled and report.config.loss and loss_model is not None:
         modules.append(loss_model.get_output_embeddings())
     return modules
 
@@ -199,8 +203,10 @@ def _is_layer_list(module: nn.Module) -> bool:
 
 
 def _is_mixer(name: str, module: nn.Module) -> bool:
-    return not _is_norm(module) and bool(_MIXER.search(name) or _MIXER.search(type(module).__name__)) and any(
-        True for _ in module.children()
+    return (
+        not _is_norm(module)
+        and bool(_MIXER.search(name) or _MIXER.search(type(module).__name__))
+        and any(True for _ in module.children())
     )
 
 

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from models import add_lora, batch, build, checkpointed
 
+from ds_minis.tiling.module import TiledModule
+
 STEPS, ACCUMULATION = 4, 2
 LEARNING_RATE = 0.2
 CHUNKS = ({"chunk_size": 10, "loss_chunk_size": 9}, {"chunk_size": 7, "loss_chunk_size": 5})  # of rank 0, of rank 1
@@ -29,19 +31,23 @@ class Case:
     Attributes:
         zero_stage: DeepSpeed's ZeRO stage; None for a run in one process without an engine.
         lora: train adapters only.
+        lora_head: put an adapter on the LM head too.
         masked_rank: the rank whose labels are all masked, if any.
     """
 
     family: str = "llama"
     zero_stage: int | None = None
     lora: bool = False
+    lora_head: bool = False
     checkpointing: bool = True
     masked_rank: int | None = None
     dtype: str = "float32"
 
     @property
     def name(self) -> str:
-        return "-".join(f"{value}" for value in dataclasses.astuple(self))
+        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        return "-".join(f"{k}={v}" for k, v in settings.items() if v != defaults[k])
 
 
 def micro_batch(case: Case, rank: int, step: int, micro: int) -> dict:
@@ -54,7 +60,7 @@ def micro_batch(case: Case, rank: int, step: int, micro: int) -> dict:
 def make_model(case: Case):
     model = build(case.family)
     if case.lora:
-        model = add_lora(model)
+        model = add_lora(model, **({"target_modules": ["lm_head", "q_proj", "up_proj"]} if case.lora_head else {}))
     if case.checkpointing:
         checkpointed(model)
     return model.to(getattr(torch, case.dtype))
@@ -89,15 +95,11 @@ def train_deepspeed(case: Case, *, converted: bool) -> dict:
             losses.append(loss.detach().float().item())
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         params = {n: p.detach().float().clone() for n, p in model.named_parameters() if p.requires_grad}
-    from ds_minis import mini_sequence_report
-    from ds_minis.tiling.module import TiledModule
-
     return {
         "engine": type(engine).__name__,
         "zero_stage": engine.zero_optimization_stage(),
         "processes": dist.get_world_size(),
         "tiled": sum(isinstance(m, TiledModule) for m in model.modules()),
-        "reported": mini_sequence_report(model) is not None,
         "losses": losses,
         "params": params,
     }
@@ -109,7 +111,7 @@ def train_alone(case: Case, num_ranks: int) -> dict:
     optimizer = torch.optim.SGD(trainable(model), lr=LEARNING_RATE)
     for step in range(STEPS):
         for micro in range(ACCUMULATION):
-            for rank in range(num_ranks):
+            for rank in set(range(num_ranks)) - {case.masked_rank}:  # no label: no loss, no gradient
                 loss = model(**micro_batch(case, rank, step, micro)).loss
                 (loss / (ACCUMULATION * num_ranks)).backward()
         optimizer.step()

@@ -17,17 +17,17 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 VOCAB_SIZE = 131
-_SIZES = dict(
-    vocab_size=VOCAB_SIZE,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=128,
-    pad_token_id=0,
-    initializer_range=0.2,
-)
+_SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+}
 CONFIGS = {
     "llama": lambda: LlamaConfig(**_SIZES),
     "llama-tied-bias": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=True, mlp_bias=True),
@@ -47,7 +47,7 @@ def build(family: str, *, seed: int = 0, attention: str = "eager") -> PreTrained
     model = AutoModelForCausalLM.from_config(config).train()
     model.config.use_cache = False
     with torch.no_grad():  # norms and biases that start at one and zero would hide a missing gradient
-        for name, param in model.named_parameters():
+        for param in model.parameters():
             if param.dim() == 1:
                 param.add_(torch.randn_like(param) * 0.1)
     return model

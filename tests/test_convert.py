@@ -82,13 +82,13 @@ def test_scope_mlp_tiles_the_feed_forward_modules_alone():
     ("settings", "tiled"),
     [
         ({"include": ["*.mlp"]}, MLPS),
-        ({"include": ["model.layers.0.*", "model.norm"], "exclude": ["*_layernorm"]}, {"model.layers.0.mlp", "model.norm"}),
+        ({"include": ["model.layers.0.*"], "exclude": ["*_layernorm"]}, {"model.layers.0.mlp"}),
         ({"include": ["layers.1.mlp"]}, {"model.layers.1.mlp"}),
         ({"include": ["mlp", "norm"], "exclude": ["layers.0.*"]}, {"model.layers.1.mlp", "model.norm"}),
         ({"include": ["*.mlp"], "exclude": ["*"]}, set()),
         ({"scope": "mlp", "exclude": ["*.layers.0.*"]}, {"model.layers.1.mlp"}),
     ],
-)  # fmt: skip
+)
 def test_include_and_exclude_match_the_name_or_its_end(settings, tiled):
     model = convert_to_mini_sequence(build("llama"), settings)
     report = mini_sequence_report(model)
@@ -195,11 +195,17 @@ def test_second_conversion_with_other_settings_shows_both(wrap, other):
 
 
 @pytest.mark.parametrize("off", [False, {"enabled": False, **CHUNKS}, MiniSequenceConfig(enabled=False)])
-def test_switched_off_leaves_everything_alone(capsys, off):
+def test_switched_off_leaves_everything_alone_and_is_remembered(capsys, off):
     model = build("llama")
     before = snapshot(model)
-    assert convert_to_mini_sequence(model, off) is model
-    assert snapshot(model) == before and mini_sequence_report(model) is None and capsys.readouterr().out == ""
+    assert convert_to_mini_sequence(model, off) is model and convert_to_mini_sequence(model, off) is model
+    after, report = snapshot(model), mini_sequence_report(model)
+    assert capsys.readouterr().out == "" and not tiled_names(model)
+    assert after[""][1].pop("_mini_sequence") is report and after == before
+    assert report.config == MiniSequenceConfig.from_value(off) and not report.tiled and "off" in report.loss
+    with pytest.raises(ValueError, match="other settings"):
+        convert_to_mini_sequence(model, True)
+    assert snapshot(revert_mini_sequence(model)) == before
 
 
 @pytest.mark.parametrize(

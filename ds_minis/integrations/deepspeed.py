@@ -151,5 +151,3 @@ def _door(source: Any) -> str:
     if isinstance(source, str | os.PathLike) and os.path.exists(source):
         return f"DeepSpeed config {os.fspath(source)}"
     return "DeepSpeed config"
-
-

@@ -116,9 +116,8 @@ class DeferredLogits(torch.Tensor):
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
         result = NotImplemented
-        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE:
-            if isinstance(args[0], DeferredLogits):
-                args[0]._require_no_views(name)
+        if args and isinstance(args[0], DeferredLogits) and _writes(name):
+            args[0]._require_no_views(name)
         if args and isinstance(args[0], DeferredLogits):
             result = _handle(func, name, args[0], args[1:], kwargs)
         elif len(args) == 2 and isinstance(args[1], DeferredLogits) and name in _ELEMENTWISE and not kwargs:
@@ -141,6 +140,11 @@ def defer(head: Head, hidden_LH: Tensor, sample_0V: Tensor) -> DeferredLogits:
         sample_0V: the head's result for zero rows; gives dtype, device and vocabulary size.
     """
     return DeferredLogits(head, hidden_LH, sample_0V, ())
+
+
+def _writes(name: str) -> bool:
+    """Whether a function of that name writes into its first argument."""
+    return name == "__setitem__" or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
 @functools.cache

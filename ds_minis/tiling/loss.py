@@ -27,6 +27,10 @@ from ds_minis.tiling.rows import tile_rows
 logger = logging.getLogger("ds_minis")
 
 _ARMED = "_mini_sequence_armed"
+BYPASSED = (
+    "forward was given labels and did not call the LM head. A trainer with a fused LM head of its own, such as TRL's "
+    "SFTTrainer, computes the loss itself; ds_minis steps aside"
+)
 _RETURN_LOGITS: contextvars.ContextVar[bool] = contextvars.ContextVar("ds_minis_return_logits", default=False)
 
 
@@ -56,7 +60,9 @@ class _DeferringHead(nn.Module):
 
 @functools.cache
 def _deferring_class(base: type[nn.Module]) -> type[nn.Module]:
-    return type(base.__name__, (_DeferringHead, base), {"__module__": base.__module__, "__qualname__": base.__qualname__})
+    return type(
+        base.__name__, (_DeferringHead, base), {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    )
 
 
 class _Head:
@@ -147,25 +153,18 @@ class _Disarm:
     """Forward hook, run also when forward failed: ends what `_Arm` began and takes deferred logits out of the output."""
 
     def __init__(self):
-        self._told = False
+        self.bypassed = False
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         head = _disarm(model)
         if head is None or output is None:
             return output
         if not head.deferred:
-            self._tell_bypassed(model)
+            if not self.bypassed and process_rank() == 0:
+                logger.warning("the loss is not tiled by ds_minis: %s", BYPASSED)
+            self.bypassed = True
             return output
         return _without_deferred(output)
-
-    def _tell_bypassed(self, model: nn.Module) -> None:
-        if not self._told and process_rank() == 0:
-            logger.warning(
-                "the loss is not tiled by ds_minis: %s was given labels and did not call its LM head. A trainer with a "
-                "fused LM head of its own, such as TRL's SFTTrainer, computes the loss itself; ds_minis steps aside",
-                type(model).__name__,
-            )
-        self._told = True
 
 
 def attach_loss_tiling(model: nn.Module, chunking: Chunking) -> None:
@@ -191,6 +190,11 @@ def detach_loss_tiling(model: nn.Module) -> None:
             for holder in (hooks, *companions):
                 holder.pop(key, None)
     _disarm(model)
+
+
+def loss_is_bypassed(model: nn.Module) -> bool:
+    """Whether forward passes with labels were seen that computed their loss without the LM head."""
+    return any(isinstance(hook, _Disarm) and hook.bypassed for hook in model._forward_hooks.values())
 
 
 def takes_labels(model: nn.Module) -> bool:

@@ -215,9 +215,7 @@ class _TiledCall:
         dtype = self._replay.autocast_dtype()
         with self._replay.active(), torch.enable_grad(), self.slots.holding(leaves), self._last_linear.skipped(dtype):
             for start, stop in self._bounds:
-                chunk = [
-                    x[start:stop].detach().requires_grad_(need) for x, need in zip(rows, needs_grad, strict=False)
-                ]
+                chunk = [x[start:stop].detach().requires_grad_(need) for x, need in zip(rows, needs_grad, strict=False)]
                 inputs = [x for x in (*chunk, *leaves) if x.requires_grad]
                 y = self._function(*chunk)
                 if y.requires_grad:

@@ -42,7 +42,7 @@ def load_model(
     model = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=_dtype(args, training_args, deepspeed),
-        attn_implementation="flash_attention_2" if args.use_flash_attn else "sdpa",
+        attn_implementation="flash_attention_2" if args.use_flash_attn else None,
         quantization_config=_quantization(args),
         device_map=_device_map(args, training_args),
         trust_remote_code=training_args.trust_remote_code,

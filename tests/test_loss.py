@@ -1,0 +1,380 @@
+"""The tiled loss against the same model's own loss, with all that models and trainers do to logits."""
+
+import copy
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import add_lora, assert_same_tensors, assert_same_training, batch, build, loss_and_grads, twins
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.utils import ModelOutput
+
+from ds_minis import convert_to_mini_sequence, mini_sequence_report
+from ds_minis.tiling.deferred import DeferredLogits
+from ds_minis.tiling.loss import returning_logits
+
+H, V, CHUNK = 16, 37, 5
+LOSS_ONLY = {"chunk_size": 10_000, "loss_chunk_size": CHUNK}
+
+
+class Output(dict):
+    loss = property(lambda self: self["loss"])
+
+
+class Model(nn.Module):
+    """An LM head behind an embedding; `process` turns logits into what cross entropy gets, `options` go to it."""
+
+    def __init__(self, process=lambda logits: logits, flatten=True, bias=False, dtype=torch.float32, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.lm_head = nn.Embedding(V, H), nn.Linear(H, V, bias)
+        self.process, self.flatten, self.options = process, flatten, options
+        self.to(dtype)
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def forward(self, input_ids, labels=None):
+        logits = self.process(self.lm_head(self.embed(input_ids)))
+        if labels is None:
+            return Output(logits=logits)
+        if self.flatten:
+            logits, labels = logits.view(-1, logits.shape[-1]), labels.view(-1)
+        return Output(loss=F.cross_entropy(logits, labels, **self.options), logits=logits)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The largest number of rows of any tensor whose last dimension is a vocabulary."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.vocab_size, self.rows = vocab_size, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.dim() > 1 and t.shape[-1] == self.vocab_size:
+                self.rows = max(self.rows, t.numel() // self.vocab_size)
+        return out
+
+
+def pair(**kwargs):
+    model, reference = Model(**kwargs), Model(**kwargs)
+    return convert_to_mini_sequence(model, LOSS_ONLY), reference
+
+
+def data(length=23, batch_size=2):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, V, (batch_size, length), generator=generator)
+    labels = torch.randint(0, V, (batch_size, length), generator=generator)
+    labels[0, :9] = -100  # the first chunk is masked as a whole
+    return {"input_ids": ids, "labels": labels}
+
+
+def assert_same_loss(model, reference, inputs, rtol=1e-5):
+    grads = []
+    for m in (model, reference):
+        loss = m(**inputs).loss
+        weights = torch.linspace(-1, 2, loss.numel()).view_as(loss) if loss.dim() else torch.tensor(3.0)
+        m.zero_grad()
+        (loss * weights).sum().backward()
+        grads.append({"loss": loss.detach()} | {n: p.grad for n, p in m.named_parameters() if p.grad is not None})
+    assert grads[0]["loss"].dtype == grads[1]["loss"].dtype
+    torch.testing.assert_close(grads[0]["loss"], grads[1]["loss"], rtol=rtol, atol=1e-6)
+    assert_same_tensors(grads[0], grads[1], rtol=rtol)
+
+
+OPTIONS = {
+    "mean": {},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "smoothing": {"label_smoothing": 0.1},
+    "smoothing-sum": {"label_smoothing": 0.1, "reduction": "sum"},
+    "smoothing-none": {"label_smoothing": 0.1, "reduction": "none"},
+    "weight": {"weight": torch.linspace(0, 2, V)},
+    "weight-sum": {"weight": torch.linspace(0, 2, V), "reduction": "sum"},
+    "weight-smoothing": {"weight": torch.linspace(0.1, 2, V), "label_smoothing": 0.2},
+    "ignore_index": {"ignore_index": 7},
+}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_of_cross_entropy(name, bias):
+    model, reference = pair(bias=bias, **OPTIONS[name])
+    inputs = data()
+    if "ignore_index" in OPTIONS[name]:
+        inputs["labels"] = inputs["labels"].clamp(min=0)
+    assert_same_loss(model, reference, inputs)
+
+
+PROCESSES = {
+    "softcap": lambda x: torch.tanh(x / 2.0) * 2.0,
+    "softcap-methods": lambda x: x.div(2.0).tanh().mul(2.0),
+    "reversed operands": lambda x: 1.5 - 2.0 * x,
+    "tensor operands": lambda x: torch.mul(torch.tensor(0.5), x) + torch.linspace(0, 1, V),
+    "in place": lambda x: x.div_(3.0).mul_(2.0),
+    "augmented": lambda x: exec("x /= 3.0; x *= 2") or x,
+    "to dtype": lambda x: x.to(torch.float64).float(),
+    "shift": lambda x: x[..., :-1, :].contiguous(),
+    "slices": lambda x: x[:, 2:, :],
+    "one row": lambda x: x[0],
+    "transposed": lambda x: x.transpose(0, 1),
+    "flatten": lambda x: x.flatten(0, 1),
+    "reshape": lambda x: x.reshape(-1, V),
+    "view of a size": lambda x: x.view(torch.Size((x.shape[0] * x.shape[1], V))),
+}
+
+
+def matching(labels, name):
+    if name == "shift":
+        return labels[:, 1:].contiguous()
+    if name == "slices":
+        return labels[:, 2:].contiguous()
+    if name == "one row":
+        return labels[0]
+    return labels.transpose(0, 1).contiguous() if name == "transposed" else labels
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_what_models_do_to_logits_is_deferred(name):
+    process = PROCESSES[name]
+
+    class Processed(Model):
+        def forward(self, input_ids, labels=None):
+            logits = process(self.lm_head(self.embed(input_ids)))
+            target = matching(labels, name).reshape(-1)
+            return Output(loss=F.cross_entropy(logits.reshape(-1, V), target))
+
+    model, reference = convert_to_mini_sequence(Processed(), LOSS_ONLY), Processed()
+    assert_same_loss(model, reference, data())
+    with LargestTensor(V) as largest:
+        model(**data()).loss.backward()
+    assert largest.rows <= max(CHUNK, H)  # H: the head's weight gradient seen as a matrix of H rows
+
+
+MATERIALIZED = {
+    "log_softmax": lambda x: x.log_softmax(-1),
+    "vocabulary slice": lambda x: x[..., :30],
+    "boolean mask": lambda x: x[torch.arange(x.shape[1]).remainder(3).bool().expand(x.shape[0], -1)],
+    "set item": lambda x: exec("x[..., 3] = -5.0") or x,
+    "unknown in place": lambda x: x.relu_(),
+    "sum of two": lambda x: x + x.detach(),
+    "clone": lambda x: x.clone(),
+}
+
+
+@pytest.mark.parametrize("name", MATERIALIZED)
+def test_what_cannot_be_deferred_is_computed_in_full(name):
+    process = MATERIALIZED[name]
+
+    class Processed(Model):
+        def forward(self, input_ids, labels=None):
+            logits = process(self.lm_head(self.embed(input_ids)))
+            labels = labels.clamp(max=29)
+            if name == "boolean mask":
+                labels = labels[torch.arange(23).remainder(3).bool().expand(2, -1)]
+            return Output(loss=F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)))
+
+    model, reference = convert_to_mini_sequence(Processed(), LOSS_ONLY), Processed()
+    assert_same_loss(model, reference, data())
+
+
+def test_learned_scale_gets_its_gradient():
+    class Scaled(Model):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(0.7))
+
+        def forward(self, input_ids, labels=None):
+            logits = self.lm_head(self.embed(input_ids)) * self.scale
+            return Output(loss=F.cross_entropy(logits.view(-1, V), labels.view(-1)))
+
+    model, reference = convert_to_mini_sequence(Scaled(), LOSS_ONLY), Scaled()
+    assert_same_loss(model, reference, data())
+
+
+def test_writing_into_logits_behind_a_view_is_refused():
+    def process(x):
+        x.view(-1, V)
+        return x.mul_(2.0)
+
+    model, _ = pair(process=process)
+    with pytest.raises(RuntimeError, match='"loss": false'):
+        model(**data())
+    assert type(model.lm_head) is nn.Linear
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_batch_without_any_label(reduction):
+    model, reference = pair(reduction=reduction)
+    inputs = data()
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    loss, expected = model(**inputs).loss, reference(**inputs).loss
+    assert torch.equal(loss, expected.nan_to_num())  # torch's mean over no token is NaN
+    for m, value in ((model, loss), (reference, expected)):
+        value.sum().backward()
+        assert all(p.grad.eq(0).all() for p in m.parameters())
+
+
+def test_label_out_of_range_is_an_error_as_in_torch():
+    model, _ = pair()
+    inputs = data()
+    inputs["labels"][1, 3] = V
+    with pytest.raises(IndexError):
+        model(**inputs)
+    assert type(model.lm_head) is nn.Linear and "forward" not in model.lm_head.__dict__
+
+
+@pytest.mark.parametrize("upcast", [False, True])
+def test_bfloat16_logits(upcast):
+    process = (lambda x: x.float()) if upcast else (lambda x: x)
+    model, reference = pair(process=process, dtype=torch.bfloat16)
+    loss, expected = model(**data()).loss, reference(**data()).loss
+    assert loss.dtype == expected.dtype == (torch.float32 if upcast else torch.bfloat16)
+    torch.testing.assert_close(loss, expected, rtol=1e-5 if upcast else 1e-2, atol=0)
+
+
+def test_never_more_than_one_chunk_of_logits():
+    model, length = build("gemma2"), 60
+    convert_to_mini_sequence(model, {"loss_chunk_size": 7})
+    V = model.config.vocab_size
+    with LargestTensor(V) as largest:
+        loss_and_grads(model, batch(length))
+        with torch.no_grad():
+            model.eval()(**batch(length))
+    assert largest.rows <= model.config.hidden_size  # the weight gradient's rows; 120 rows of logits otherwise
+
+
+@pytest.mark.parametrize("settings", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head", "q_proj"]}])
+@pytest.mark.parametrize("peft_first", [False, True])
+def test_adapters_on_the_lm_head(settings, peft_first):
+    model, reference = twins("llama")
+    config = {"chunk_size": 10, "loss_chunk_size": 7}
+    if peft_first:
+        model = convert_to_mini_sequence(add_lora(model, **settings), config)
+    else:
+        model = add_lora(convert_to_mini_sequence(model, config), **settings)
+    reference = add_lora(reference, **settings)
+    assert_same_training(model, reference, batch(43))
+    with LargestTensor(model.config.vocab_size) as largest:
+        loss_and_grads(model, batch(43))
+    assert largest.rows <= model.config.hidden_size < 86
+
+
+def test_head_that_is_replaced_after_conversion():
+    model, reference = twins("llama")
+    convert_to_mini_sequence(model, {"chunk_size": 10, "loss_chunk_size": 7})
+    for m in (model, reference):
+        torch.manual_seed(5)
+        m.resize_token_embeddings(150, mean_resizing=False)
+    assert_same_training(model, reference, batch(23))
+
+
+def test_hooks_of_the_head_run_once_around_all_chunks():
+    model, _ = pair()
+    calls = []
+    model.lm_head.register_forward_pre_hook(lambda m, args: calls.append("before"))
+    model.lm_head.register_forward_hook(lambda m, args, out: calls.append("after"))
+    model(**data()).loss.backward()
+    assert calls == ["before", "after"]
+
+
+def test_head_whose_forward_was_replaced_on_the_instance():
+    """As accelerate's device hooks do."""
+    model, reference = pair()
+    for m in (model, reference):
+        own = m.lm_head.forward
+        m.lm_head.forward = lambda x, own=own: own(x) * 2
+    assert_same_loss(model, reference, data())
+    assert model.lm_head.__dict__["forward"](torch.zeros(1, H)).eq(0).all()
+
+
+def test_forward_without_labels_and_generation_are_bit_identical():
+    model, reference = twins("gemma2")
+    convert_to_mini_sequence(model, {"chunk_size": 3, "loss_chunk_size": 3})
+    inputs = batch(23)
+    del inputs["labels"]
+    for m in (model, reference):
+        m.eval()
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, reference(**inputs).logits)
+    generated = [m.generate(**inputs, max_new_tokens=8, do_sample=False, use_cache=True) for m in (model, reference)]
+    assert torch.equal(*generated)
+
+
+def test_inference_can_be_tiled_on_request():
+    model, reference = twins("llama")
+    convert_to_mini_sequence(model, {"chunk_size": 3, "tile_inference": True})
+    rows = []
+    own = model.model.layers[0].mlp.down_proj.forward
+    model.model.layers[0].mlp.down_proj.forward = lambda x: rows.append(x.numel() // x.shape[-1]) or own(x)
+    inputs = batch(23)
+    del inputs["labels"]
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, reference(**inputs).logits)
+    assert max(rows) == 3
+
+
+def test_logits_are_given_back_on_request():
+    model, reference = twins("llama")
+    with torch.no_grad():
+        expected = reference(**batch(23)).logits
+        convert_to_mini_sequence(model, {"loss_chunk_size": 7})
+        assert "logits" not in model(**batch(23))
+        with returning_logits():
+            assert torch.equal(model(**batch(23)).logits, expected)
+        assert "logits" not in model(**batch(23))
+        model = convert_to_mini_sequence(copy.deepcopy(reference), {"return_logits": True, "chunk_size": 7})
+        torch.testing.assert_close(model(**batch(23)).logits, expected)
+
+
+def test_nobody_sees_deferred_logits():
+    model, seen = build("llama"), []
+    convert_to_mini_sequence(model, {"loss_chunk_size": 7})
+    model.register_forward_hook(lambda m, args, out: seen.append(out))
+    model(**batch(23))
+    loss, *rest = model(**batch(23), return_dict=False)
+    assert loss.dim() == 0 and not any(isinstance(t, DeferredLogits) for t in tree_leaves(rest))
+    assert isinstance(seen[0], ModelOutput) and list(seen[0].keys()) == ["loss"]
+
+
+def test_error_in_forward_disarms_the_head():
+    model, _ = pair(process=lambda x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(**data())
+    assert type(model.lm_head) is nn.Linear and not [k for k in model.__dict__ if k.startswith("_mini_sequence_a")]
+
+
+def test_interrupted_forward_is_cleaned_up_by_the_next():
+    interrupt = [True]
+
+    def process(x):
+        if interrupt.pop() if interrupt else False:
+            raise KeyboardInterrupt
+        return x
+
+    model, reference = pair(process=process)
+    with pytest.raises(KeyboardInterrupt):
+        model(**data())
+    assert_same_loss(model, reference, data())
+    assert type(model.lm_head) is nn.Linear
+
+
+def test_a_trainer_with_its_own_head_is_told_once(caplog):
+    model, _ = twins("llama")
+    convert_to_mini_sequence(model, {"loss_chunk_size": 7})
+
+    def fused(input_ids, attention_mask=None, labels=None, **kwargs):
+        hidden = model.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        loss = F.cross_entropy((hidden @ model.lm_head.weight.t()).flatten(0, 1), labels.flatten())
+        return Output(loss=loss)
+
+    model.forward = fused
+    with caplog.at_level(logging.WARNING, logger="ds_minis"):
+        model(**batch(23)), model(**batch(23))
+    assert len(caplog.records) == 1 and "steps aside" in caplog.text
+    assert "not tiled" in mini_sequence_report(model).loss

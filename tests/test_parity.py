@@ -1,0 +1,108 @@
+"""Converted models train as unconverted ones do: the loss and every gradient, in float32."""
+
+import pytest
+import torch
+from models import CONFIGS, add_lora, assert_same_training, batch, checkpointed, loss_and_grads, twins
+
+from ds_minis import convert_to_mini_sequence
+
+CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
+# In rows (batch size 2): below one chunk, exactly one, not divisible, divisible.
+LENGTHS = (4, 5, 23, 20)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_loss_and_gradients_are_those_of_the_unconverted_model(family, lora, checkpointing):
+    model, reference = twins(family)
+    if lora:
+        model, reference = add_lora(model), add_lora(reference)
+    if checkpointing:
+        checkpointed(model), checkpointed(reference)
+    convert_to_mini_sequence(model, CHUNKS)
+    for length in LENGTHS:
+        assert_same_training(model, reference, batch(length))
+        assert_same_training(model, reference, batch(length, prompt=length // 2, padding=length // 3))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_sdpa_attention_and_position_ids(family):
+    model, reference = twins(family, attention="sdpa")
+    convert_to_mini_sequence(model, CHUNKS)
+    inputs = batch(24) | {"position_ids": torch.arange(24).remainder(9).expand(2, -1)}
+    del inputs["attention_mask"]
+    assert_same_training(model, reference, inputs)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"num_mini_sequences": 4}, {"chunk_size": 1, "loss_chunk_size": 1}, {"scope": "mlp"}]
+)
+def test_every_way_to_choose_chunks(settings):
+    model, reference = twins("llama")
+    convert_to_mini_sequence(model, {"loss_chunk_size": 5, **settings})
+    assert_same_training(model, reference, batch(23))
+
+
+def test_reentrant_checkpointing():
+    model, reference = twins("llama")
+    for m in (model, reference):
+        checkpointed(m, use_reentrant=True)
+        m.enable_input_require_grads()
+    convert_to_mini_sequence(model, CHUNKS)
+    assert_same_training(model, reference, batch(23))
+
+
+def test_checkpointing_enabled_after_conversion():
+    model, reference = twins("llama")
+    convert_to_mini_sequence(model, CHUNKS)
+    checkpointed(model), checkpointed(reference)
+    assert_same_training(model, reference, batch(23))
+
+
+def test_accumulated_gradients_with_num_items_in_batch():
+    model, reference = twins("llama")
+    convert_to_mini_sequence(model, CHUNKS)
+    batches = [batch(11, prompt=3), batch(23, seed=1, prompt=7)]
+    num_items = sum((b["labels"][:, 1:] != -100).sum() for b in batches)
+    for m in (model, reference):
+        m.zero_grad()
+        for b in batches:
+            m(**b, num_items_in_batch=num_items).loss.backward()
+    for (name, param), other in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(param.grad, other.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_loss_scaling():
+    model, reference = twins("llama-tied-bias")
+    convert_to_mini_sequence(model, CHUNKS)
+    grads = []
+    for m in (model, reference):
+        (m(**batch(23)).loss * 1024).backward()
+        grads.append({n: p.grad for n, p in m.named_parameters()})
+    for name in grads[1]:
+        torch.testing.assert_close(grads[0][name], grads[1][name], rtol=1e-4, atol=1e-3, msg=name)
+
+
+def test_bfloat16_is_as_close_to_float32_as_the_unconverted_model():
+    reference = twins("llama")[0]
+    _, exact = loss_and_grads(reference, batch(60))
+    errors = []
+    for tile in (True, False):
+        model = twins("llama")[0].to(torch.bfloat16)
+        if tile:
+            convert_to_mini_sequence(model, {"chunk_size": 4, "loss_chunk_size": 4})
+        loss, grads = loss_and_grads(model, batch(60))
+        assert loss.dtype == torch.float32
+        errors.append(sum((grads[n].float() - g).norm() / g.norm() for n, g in exact.items()) / len(exact))
+    assert errors[0] < 1.1 * errors[1], errors
+
+
+def test_eval_with_labels_gives_the_same_loss_without_gradients():
+    model, reference = twins("gemma2")
+    convert_to_mini_sequence(model, CHUNKS)
+    model.eval(), reference.eval()
+    with torch.no_grad():
+        loss, expected = model(**batch(23)).loss, reference(**batch(23)).loss
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)

@@ -1,0 +1,139 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from models import VOCAB_SIZE, assert_same_tensors, build
+from transformers import Trainer, TrainingArguments
+
+from ds_minis import convert_to_mini_sequence
+
+CHUNKS = {"chunk_size": 7, "loss_chunk_size": 5}
+LENGTH, MICRO_BATCH, STEPS = 17, 2, 3
+
+
+class Texts(torch.utils.data.Dataset):
+    """Sequences whose prompts differ, so that every micro-batch counts another number of labels."""
+
+    def __init__(self, count: int):
+        self.input_ids = torch.randint(1, VOCAB_SIZE, (count, LENGTH), generator=torch.Generator().manual_seed(count))
+
+    def __len__(self):
+        return len(self.input_ids)
+
+    def __getitem__(self, index: int) -> dict:
+        labels = self.input_ids[index].clone()
+        labels[: 1 + 3 * index % 13] = -100
+        return {"input_ids": self.input_ids[index], "labels": labels}
+
+
+def trainer_of(model, folder, compute_metrics=None, **settings) -> Trainer:
+    arguments = TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=MICRO_BATCH,
+        per_device_eval_batch_size=MICRO_BATCH,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        **settings,
+    )
+    return Trainer(model, arguments, train_dataset=Texts(12), eval_dataset=Texts(5), compute_metrics=compute_metrics)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return build("gemma2")
+
+
+@pytest.fixture
+def pair(plain):
+    """A converted and an unconverted copy of one model."""
+    return convert_to_mini_sequence(copy.deepcopy(plain), CHUNKS), copy.deepcopy(plain)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_losses_and_final_weights_equal_those_of_the_unconverted_model(tmp_path, pair, gradient_checkpointing):
+    start = {name: param.detach().clone() for name, param in pair[0].named_parameters()}
+    losses, changes = [], []
+    for model in pair:
+        trainer = trainer_of(
+            model,
+            tmp_path,
+            gradient_checkpointing=gradient_checkpointing,
+            gradient_accumulation_steps=2,
+            max_steps=STEPS,
+            logging_steps=1,
+            optim="sgd",
+            learning_rate=0.05,
+            lr_scheduler_type="constant",
+        )
+        assert trainer.model_accepts_loss_kwargs  # so num_items_in_batch reaches the loss
+        result = trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log] + [result.training_loss])
+        changes.append({name: param.detach() - start[name] for name, param in model.named_parameters()})
+    assert len(set(losses[0])) == STEPS + 1
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert_same_tensors(*changes, rtol=1e-4)
+    assert_same_tensors(*(dict(model.named_parameters()) for model in pair))
+
+
+def evaluate(model, folder, **settings) -> tuple[dict, np.ndarray]:
+    seen = []
+
+    def compute_metrics(prediction) -> dict:
+        seen.append(prediction.predictions)
+        return {"accuracy": (prediction.predictions.argmax(-1) == prediction.label_ids).mean()}
+
+    metrics = trainer_of(model, folder, compute_metrics, **settings).evaluate()
+    return metrics, np.concatenate(seen)
+
+
+def test_evaluation_with_metrics_gets_all_logits(tmp_path, pair):
+    (metrics, logits), (expected_metrics, expected) = (evaluate(model, tmp_path) for model in pair)
+    assert logits.shape == (5, LENGTH, VOCAB_SIZE)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    for key in ("eval_loss", "eval_accuracy"):
+        assert metrics[key] == pytest.approx(expected_metrics[key], rel=1e-5)
+
+
+def test_predict_gives_all_logits_without_metrics_too(tmp_path, pair):
+    logits, expected = (trainer_of(model, tmp_path).predict(Texts(5)).predictions for model in pair)
+    assert logits.shape == (5, LENGTH, VOCAB_SIZE)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def rows_of_logits(monkeypatch) -> list[int]:
+    """How many rows of logits each call of the LM head computes."""
+    rows, linear = [], torch.nn.functional.linear
+
+    def counting_linear(x, weight, bias=None):
+        if len(weight) == VOCAB_SIZE:
+            rows.append(x[..., 0].numel())
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counting_linear)
+    return rows
+
+
+@pytest.mark.parametrize("settings", [{}, {"prediction_loss_only": True}])
+def test_evaluation_for_the_loss_alone_computes_a_chunk_of_logits_at_a_time(tmp_path, pair, rows_of_logits, settings):
+    found = []
+    for model in pair:
+        fields = set()
+        model.register_forward_hook(lambda _, __, output, fields=fields: fields.update(output))
+        rows_of_logits.clear()
+        loss = trainer_of(model, tmp_path, **settings).evaluate()["eval_loss"]
+        found.append((loss, max(rows_of_logits), fields))
+    (loss, *ours), (expected_loss, *plain) = found
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert ours == [CHUNKS["loss_chunk_size"], {"loss"}]
+    assert plain == [MICRO_BATCH * LENGTH, {"loss", "logits"}]
+
+
+def test_training_after_an_evaluation_with_metrics_has_no_logits(tmp_path, pair, rows_of_logits):
+    evaluate(pair[0], tmp_path)
+    rows_of_logits.clear()
+    trainer_of(pair[0], tmp_path, max_steps=1).train()
+    assert max(rows_of_logits) == CHUNKS["loss_chunk_size"]
