@@ -77,6 +77,7 @@ def train_deepspeed(case: Case, *, converted: bool) -> dict:
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": ACCUMULATION,
+        "gradient_clipping": 0.0,  # the default is 1.0
         "zero_optimization": {"stage": case.zero_stage, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": case.dtype == "bfloat16"},

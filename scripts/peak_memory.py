@@ -1,0 +1,128 @@
+"""Peak of live tensor bytes, and time, of one training step: plain checkpointing beside mini-sequences.
+
+    python scripts/peak_memory.py                       # a small Llama, 16,384 tokens, on the CPU: a minute
+    python scripts/peak_memory.py --tokens 65536 --vocab_size 32000
+
+Bytes are counted by a dispatch mode that sees every tensor that is made and every storage that is freed, parameters and
+their gradients apart; nothing is estimated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from ds_minis import convert_to_mini_sequence
+
+SETTINGS = {
+    "plain checkpointing": None,
+    "MLP tiled": {"scope": "mlp", "loss": False},
+    "MLP and loss tiled (the paper's)": {"scope": "mlp"},
+    "everything (the default)": True,
+}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all storages made inside and not yet freed, now and at their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._live: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._live:
+            return
+        self._live[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self.now -= self._live.pop(key, 0)
+
+
+def make_model(args: argparse.Namespace) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=args.hidden_size,
+        intermediate_size=args.hidden_size * 11 // 4,
+        num_hidden_layers=args.layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=args.vocab_size,
+        max_position_embeddings=args.tokens,
+    )
+    model = LlamaForCausalLM(config).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for param in model.parameters():  # so that gradients are there before, and their bytes are not counted
+        param.grad = torch.zeros_like(param)
+    return model
+
+
+def step(model: PreTrainedModel, input_ids: torch.Tensor) -> float:
+    loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+    loss.backward()
+    return loss.item()
+
+
+def measure(model: PreTrainedModel, input_ids: torch.Tensor, repeats: int) -> dict[str, float]:
+    with LiveBytes() as live:
+        loss = step(model, input_ids)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        step(model, input_ids)
+        seconds.append(time.perf_counter() - start)
+    return {"loss": loss, "peak_bytes": live.peak, "seconds": statistics.median(seconds)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--hidden_size", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocab_size", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=1, help="timed steps; their median is shown")
+    parser.add_argument("--json", help="also write the results to this file")
+    args = parser.parse_args()
+    input_ids = torch.randint(0, args.vocab_size, (1, args.tokens), generator=torch.Generator().manual_seed(0))
+
+    results = {}
+    for name, settings in SETTINGS.items():
+        model = make_model(args)
+        if settings is not None:
+            convert_to_mini_sequence(model, settings)
+        results[name] = measure(model, input_ids, args.repeats)
+    plain = results["plain checkpointing"]
+    print(f"\n{args.tokens} tokens, torch {torch.__version__}, {platform.processor() or platform.machine()}, ", end="")
+    print(f"{torch.get_num_threads()} threads")
+    print(f"{'':34}{'peak MiB':>10}{'of plain':>10}{'s/step':>8}{'of plain':>10}   loss")
+    for name, r in results.items():
+        memory, speed = r["peak_bytes"] / plain["peak_bytes"], r["seconds"] / plain["seconds"]
+        row = f"{name:34}{r['peak_bytes'] / 2**20:10.0f}{memory:9.2f}x{r['seconds']:8.2f}{speed:9.2f}x   {r['loss']:.6f}"
+        print(row)
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump({"arguments": vars(args), "results": results}, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
