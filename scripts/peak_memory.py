@@ -117,7 +117,9 @@ def main() -> None:
     print(f"{'':34}{'peak MiB':>10}{'of plain':>10}{'s/step':>8}{'of plain':>10}   loss")
     for name, r in results.items():
         memory, speed = r["peak_bytes"] / plain["peak_bytes"], r["seconds"] / plain["seconds"]
-        row = f"{name:34}{r['peak_bytes'] / 2**20:10.0f}{memory:9.2f}x{r['seconds']:8.2f}{speed:9.2f}x   {r['loss']:.6f}"
+        row = (
+            f"{name:34}{r['peak_bytes'] / 2**20:10.0f}{memory:9.2f}x{r['seconds']:8.2f}{speed:9.2f}x   {r['loss']:.6f}"
+        )
         print(row)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:

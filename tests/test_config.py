@@ -112,7 +112,7 @@ def test_neither_a_bool_nor_a_mapping_is_refused(value):
     ("key", "meant"),
     [
         ("chunksize", "chunk_size"),
-        ("Chunk_Size", "chunk_size"),
+        ("CHUNK_SIZE", "chunk_size"),
         ("loss_chunk", "loss_chunk_size"),
         ("num_minisequences", "num_mini_sequences"),
         ("num_mini_sequence", "num_mini_sequences"),

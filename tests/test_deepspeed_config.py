@@ -81,7 +81,7 @@ def test_no_key_that_deepspeed_knows_is_taken_for_a_misspelling():
 
 @pytest.mark.parametrize(
     "key",
-    ["mini_sequnce", "mini_sequnce_size", "minisequence", "mini-sequence", "MiniSequence", "Mini_Sequence", "mini_sequences"],
+    ["mini_sequnce", "mini_sequnce_size", "minisequence", "mini-sequence", "MiniSequence", "MINI_SEQUENCE", "mini_sequences"],
 )  # fmt: skip
 @pytest.mark.parametrize("beside", [{}, {"mini_sequence": True}])
 def test_misspelt_section_names_door_key_value_and_the_right_name(key, beside):

@@ -124,7 +124,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
     argv = [arg.replace("--deepspeed_config", "--deepspeed", 1) for arg in argv]
     parser = HfArgumentParser((ModelArguments, DataArguments, SFTConfig))
     on_cpu = not torch.accelerator.is_available()
-    parser.set_defaults(bf16=not on_cpu)
+    parser.set_defaults(bf16=not on_cpu, dataloader_pin_memory=not on_cpu)
     if on_cpu:
         parser.set_defaults(**({"ddp_backend": "gloo"} if deepspeed_launched() else {"use_cpu": True}))
     if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):

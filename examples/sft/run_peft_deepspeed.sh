@@ -31,7 +31,8 @@ DEEPSPEED_CONFIG=${DEEPSPEED_CONFIG:-$ROOT/deepspeed_configs/zero$ZERO_STAGE.jso
 # The embedded default is small and learns from scratch; a real model wants the settings of PEFT's and MST's recipes.
 if [ "$MODEL" = "$HERE/default/model" ]; then
     export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
-    LEARNING_RATE=${LEARNING_RATE:-2e-3}
+    LEARNING_RATE=${LEARNING_RATE:-3e-3}
+    LORA_MODULES_TO_SAVE=${LORA_MODULES_TO_SAVE:-embed_tokens,lm_head}  # a random base has nothing to adapt there
     MAX_LENGTH=${MAX_LENGTH:-2048}
     MAX_STEPS=${MAX_STEPS:-20}
     PER_DEVICE_BATCH_SIZE=${PER_DEVICE_BATCH_SIZE:-2}
@@ -54,6 +55,7 @@ LORA_R=${LORA_R:-8}
 LORA_ALPHA=${LORA_ALPHA:-16}
 LORA_DROPOUT=${LORA_DROPOUT:-0.1}
 LORA_TARGET_MODULES=${LORA_TARGET_MODULES:-all-linear}
+LORA_MODULES_TO_SAVE=${LORA_MODULES_TO_SAVE:-}     # trained in full beside the adapters, e.g. embed_tokens,lm_head
 CHAT_TEMPLATE=${CHAT_TEMPLATE:-none}               # chatml, zephyr, or none for the tokenizer's own
 SEED=${SEED:-100}
 RESUME=${RESUME:-}                                 # last, or a checkpoint's folder
@@ -78,6 +80,6 @@ accelerate launch --config_file "$ACCELERATE_CONFIG" --deepspeed_config_file "$D
     --learning_rate "$LEARNING_RATE" --lr_scheduler_type cosine --weight_decay 1e-4 --max_grad_norm 1.0 \
     --gradient_checkpointing True --use_reentrant False --use_flash_attn "$USE_FLASH_ATTN" \
     --use_peft_lora "$LORA" --lora_r "$LORA_R" --lora_alpha "$LORA_ALPHA" --lora_dropout "$LORA_DROPOUT" \
-    --lora_target_modules "$LORA_TARGET_MODULES" \
+    --lora_target_modules "$LORA_TARGET_MODULES" ${LORA_MODULES_TO_SAVE:+--lora_modules_to_save "$LORA_MODULES_TO_SAVE"} \
     --logging_steps "$LOGGING_STEPS" --eval_strategy "$EVAL_STRATEGY" --save_strategy "$SAVE_STRATEGY" --report_to none \
     "$@"

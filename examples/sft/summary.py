@@ -35,7 +35,7 @@ def summarize(trainer: Trainer, metrics: dict[str, Any]) -> None:
         "steps": trainer.state.global_step,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
-        "tokens_per_second": metrics.get("train_tokens_per_second"),
+        "tokens_per_second": round(trainer.state.num_input_tokens_seen / metrics["train_runtime"], 1),
         "peak_memory_bytes": peak,
         "peak_memory_kind": kind,
         "output_dir": str(output_dir),

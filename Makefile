@@ -1,0 +1,17 @@
+# Shortcuts; everything they run can be run by hand.
+PYTHON ?= python3
+
+.PHONY: lint test matrix docs
+
+lint:            ## style and formatting
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+test:            ## unit tests, one process, two minutes
+	$(PYTHON) -m pytest -m "not engine"
+
+matrix:          ## real engines in two processes
+	$(PYTHON) -m pytest -m engine
+
+docs:            ## what documentation is made of measurements
+	$(PYTHON) scripts/peak_memory.py

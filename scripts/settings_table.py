@@ -1,0 +1,43 @@
+"""Writes the table of settings into the README, from the documentation of `MiniSequenceConfig`'s fields.
+
+python scripts/settings_table.py            # rewrite README.md
+python scripts/settings_table.py --check    # fail if README.md is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+
+from ds_minis import MiniSequenceConfig
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCK = re.compile(r"(<!-- settings: [^\n]*-->\n).*?(<!-- end of settings -->)", re.DOTALL)
+
+
+def table() -> str:
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    for spec in dataclasses.fields(MiniSequenceConfig):
+        default = list(spec.default) if isinstance(spec.default, tuple) else spec.default
+        rows.append(f"| `{spec.name}` | `{json.dumps(default)}` | {spec.metadata['doc']} |")
+    return "\n".join(rows) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    old = README.read_text(encoding="utf-8")
+    new = BLOCK.sub(lambda block: block[1] + table() + block[2], old)
+    if check and new != old:
+        sys.exit("README.md: the table of settings is out of date; run python scripts/settings_table.py")
+    if not check:
+        README.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

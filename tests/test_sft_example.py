@@ -1,0 +1,187 @@
+"""The SFT example as its users start it: `sh run_peft_deepspeed.sh`, two processes, from another folder."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "examples" / "sft"
+SMALL = {"MAX_LENGTH": "256", "MAX_STEPS": "6", "PER_DEVICE_BATCH_SIZE": "2", "LEARNING_RATE": "3e-3"}
+
+
+def run_script(cwd: Path, *flags: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["sh", str(EXAMPLE / "run_peft_deepspeed.sh"), *flags],
+        cwd=cwd, env=os.environ | {"PYTHON": sys.executable} | SMALL | env,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600,
+    )  # fmt: skip
+
+
+def trained(cwd: Path, *flags: str, **env: str) -> tuple[dict, list[float], Path, str]:
+    """Summary, losses, output folder and printed text of a run that ended well."""
+    done = run_script(cwd, *flags, **env)
+    assert done.returncode == 0, done.stdout[-5000:]
+    folder = cwd / "outputs" / "sft-deepspeed"
+    state = json.loads((folder / "trainer_state.json").read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    return json.loads((folder / "summary.json").read_text()), losses, folder, done.stdout
+
+
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("default"))
+
+
+@pytest.mark.engine
+def test_default_run_trains_with_the_engine_and_mini_sequences(default_run):
+    summary, losses, folder, printed = default_run
+    assert summary["engine"] == "DEEPSPEED, DeepSpeedEngine" and summary["num_processes"] == 2
+    assert summary["tiled_modules"] == 13 and summary["mini_sequence"]["enabled"]
+    assert len(losses) == 6 and losses[-1] < losses[0] - 0.1
+    assert summary["tokens_per_second"] > 0 and summary["peak_memory_bytes"] > 2**27
+    assert Path(summary["output_dir"]) == folder
+    for line in ("tiled: 4 x LlamaMLP", "===== done =====", "peak memory", "throughput", str(folder)):
+        assert line in printed, line
+    assert printed.count("ds_minis steps aside") == 2  # the log line, and the summary
+
+
+@pytest.mark.engine
+def test_same_seed_same_run(default_run, tmp_path):
+    _, losses, folder, _ = default_run
+    _, again, folder_again, _ = trained(tmp_path)
+    assert again == losses
+    one, two = (load_file(f / "adapter_model.safetensors") for f in (folder, folder_again))
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+LOGITS = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+from peft import PeftModel
+{convert}
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/base_model")
+model = PeftModel.from_pretrained(model, sys.argv[1]).eval()
+torch.manual_seed(0)
+with torch.no_grad():
+    logits = model(input_ids=torch.randint(0, 4096, (1, 64))).logits
+    with model.disable_adapter():
+        base = model(input_ids=torch.zeros(1, 64, dtype=torch.long)).logits
+torch.save([logits, base], sys.argv[2])
+assert ("ds_minis.convert" in sys.modules) == {with_ds_minis}
+"""
+
+
+@pytest.mark.engine
+def test_saved_adapter_loads_without_ds_minis(default_run, tmp_path):
+    folder, outputs = default_run[2], []
+    for name, convert in (("without", "sys.modules['ds_minis'] = None"), ("with", "import ds_minis")):
+        code = LOGITS.format(convert=convert, with_ds_minis=name == "with")
+        if name == "with":
+            code = code.replace(".eval()", "; ds_minis.convert_to_mini_sequence(model, {'chunk_size': 7}).eval()")
+        env = os.environ | {"DS_MINIS_AUTOLOAD": "0"}
+        subprocess.run([sys.executable, "-c", code, str(folder), str(tmp_path / name)], check=True, env=env)
+        outputs.append(torch.load(tmp_path / name))
+    assert torch.equal(outputs[0][0], outputs[1][0])
+    adapter = load_file(folder / "adapter_model.safetensors")
+    assert any(t.abs().max() > 1e-4 for n, t in adapter.items() if "lora_B" in n)
+
+
+@pytest.mark.engine
+def test_full_fine_tuning_zero3_resumes_with_the_models_own_loss(tmp_path):
+    flags = (
+        "--mini_sequence_loss",
+        "True",
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "2",
+        "--eval_on_start",
+        "False",
+    )
+    settings = {"FULL": "1", "ZERO_STAGE": "3", "SAVE_STRATEGY": "steps", "MAX_STEPS": "4"}
+    summary, losses, folder, printed = trained(tmp_path, *flags, "--save_steps", "2", **settings)
+    assert summary["engine"] == "DEEPSPEED, DeepSpeedEngine" and summary["num_processes"] == 2
+    assert "steps aside" not in printed
+    assert json.loads((folder / "all_results.json").read_text())["eval_loss"] > 0
+    whole = load_file(folder / "model.safetensors")
+    assert whole["model.layers.0.mlp.up_proj.weight"].shape == (704, 256)
+
+    (folder / "checkpoint-4").rename(tmp_path / "removed")
+    _, resumed, _, _ = trained(tmp_path, *flags, "--save_steps", "2", **settings, RESUME="last")
+    assert resumed == losses
+    again = load_file(folder / "model.safetensors")
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"mini_sequnce_size": 512}, ["'mini_sequnce_size'", "512", '"mini_sequence"']),
+        ({"mini_sequence": {"chunk_size": "512"}}, ["chunk_size", "'512'", "whole number"]),
+        ({"mini_sequence": {"chunk_size": 0}}, ["chunk_size", "0", "from 1"]),
+        ({"mini_sequence": {"chunck_size": 5}}, ["'chunck_size'", "5", 'did you mean "chunk_size"']),
+    ],
+)
+@pytest.mark.engine
+def test_a_wrong_json_stops_before_the_model_is_built(tmp_path, section, words):
+    config = json.loads((ROOT / "deepspeed_configs" / "zero2.json").read_text())
+    del config["mini_sequence"]
+    (tmp_path / "ds.json").write_text(json.dumps(config | section))
+    done = run_script(tmp_path, NUM_PROCESSES="1", DEEPSPEED_CONFIG="ds.json")
+    assert done.returncode != 0
+    assert all(word in done.stdout for word in [*words, "ds.json"]), done.stdout[-3000:]
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.fixture
+def arguments(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLE)
+    import arguments
+
+    return arguments
+
+
+REQUIRED = ["--model_name_or_path", "m", "--dataset_name", "d"]
+
+
+def test_command_line_takes_the_names_of_peft_and_deepspeed(arguments, tmp_path):
+    argv = [*REQUIRED, "--output_dir", str(tmp_path), "--max_seq_length", "77", "--add_special_tokens", "False"]
+    model_args, data_args, training_args = arguments.parse_arguments(argv + ["--use_peft_lora", "True"])
+    assert (training_args.max_length, data_args.splits, model_args.use_peft_lora) == (77, "train,test", True)
+    assert training_args.use_cpu == (not torch.accelerator.is_available()) and training_args.trust_remote_code is False
+
+
+@pytest.mark.parametrize(
+    ("value", "settings"),
+    [("true", True), ("True", True), ("False", False), ('{"chunk_size": 5}', {"chunk_size": 5})],
+)
+def test_mini_sequence_flag(arguments, value, settings):
+    args = arguments.ModelArguments(model_name_or_path="m", mini_sequence=value)
+    assert args.mini_sequence_settings() == settings
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"chat_template_format": "chatlm"}, "chatml"),
+        ({"use_4bit_quantization": True}, "use_peft_lora"),
+        ({"use_4bit_quantization": True, "use_8bit_quantization": True, "use_peft_lora": True}, "exclude each other"),
+        ({"mini_sequence": "{chunk: 3}"}, "JSON"),
+    ],
+)
+def test_wrong_arguments_say_what_is_allowed(arguments, wrong, words):
+    with pytest.raises(ValueError, match=words):
+        arguments.ModelArguments(model_name_or_path="m", **wrong).mini_sequence_settings()
+
+
+def test_missing_split_lists_those_there_are(arguments):
+    import data
+
+    with pytest.raises(ValueError, match="no split 'trian'; allowed: train, test"):
+        data.load_splits(data.DataArguments(dataset_name=str(EXAMPLE / "default" / "data"), splits="trian"))
