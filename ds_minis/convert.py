@@ -190,7 +190,7 @@ def _layer_candidates(layer_fqn: str, layer: nn.Module) -> Iterator[_Candidate]:
             for inner_name, inner in child.named_modules():
                 if inner is not child and _is_norm(inner):
                     yield _norm_candidate(_join(fqn, inner_name), inner)
-        elif _FEED_FORWARD.search(name) or _FEED_FORWARD.search(type(child).__name__):
+        elif _has_matrix(child) and (_FEED_FORWARD.search(name) or _FEED_FORWARD.search(type(child).__name__)):
             yield _Candidate(fqn, child, "feed-forward", _why_not_token_wise(child))
         elif any(True for _ in child.parameters()):
             yield _Candidate(fqn, child, "other", "neither a feed-forward module nor a norm by its name")
@@ -211,12 +211,22 @@ def _is_mixer(name: str, module: nn.Module) -> bool:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("Norm") and not any(True for _ in module.children())
+    named = type(module).__name__.endswith("Norm") and not isinstance(module, nn.GroupNorm)  # which mixes tokens
+    return named and not any(True for _ in module.children())
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(len(_shape(p)) >= 2 for p in module.parameters())
+
+
+def _shape(param: nn.Parameter) -> tuple[int, ...]:
+    """The whole parameter's shape, also where ZeRO-3 has partitioned it."""
+    return tuple(getattr(param, "ds_shape", param.shape))
 
 
 def _norm_candidate(fqn: str, norm: nn.Module) -> _Candidate:
     reason = _why_not_token_wise(norm)
-    if any(len(getattr(p, "ds_shape", p.shape)) != 1 for p in norm.parameters()):
+    if any(len(_shape(p)) != 1 for p in norm.parameters()):
         reason = "its weight has more than one dimension"
     return _Candidate(fqn, norm, "norm", reason)
 
@@ -296,7 +306,7 @@ def _hidden_size(model: nn.Module) -> int:
     if isinstance(size, int):
         return size
     norms = (c.module for c in _candidates(model) if c.role == "norm")
-    widths = [getattr(p, "ds_shape", p.shape)[0] for norm in norms for p in norm.parameters()]
+    widths = [_shape(p)[0] for norm in norms for p in norm.parameters()]
     return max(widths, default=1024)
 
 

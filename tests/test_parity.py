@@ -3,6 +3,7 @@
 import pytest
 import torch
 from models import CONFIGS, add_lora, assert_same_training, batch, checkpointed, loss_and_grads, twins
+from torch.utils.flop_counter import FlopCounterMode
 
 from ds_minis import convert_to_mini_sequence
 
@@ -106,3 +107,19 @@ def test_eval_with_labels_gives_the_same_loss_without_gradients():
         loss, expected = model(**batch(23)).loss, reference(**batch(23)).loss
     assert not loss.requires_grad
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma2"])
+def test_no_matmul_more_than_checkpointing_alone(family):
+    model, reference = twins(family)
+    checkpointed(model), checkpointed(reference)
+    convert_to_mini_sequence(model, {"chunk_size": 10, "loss": False})
+    flops = []
+    for m in (model, reference):
+        with FlopCounterMode(display=False) as counter:
+            loss_and_grads(m, batch(23))
+        flops.append(counter.get_total_flops())
+    # Gemma-2 has a norm behind the MLP, so that checkpointing itself must run the whole MLP again before ours does: two
+    # projections of 46 tokens in 2 layers.
+    extra = 2 * 2 * (2 * 46 * 32 * 48) if family == "gemma2" else 0
+    assert flops[0] == flops[1] + extra
