@@ -20,7 +20,7 @@ from ds_minis.tiling.module import TiledModule, tile_module, untile_module, unti
 
 _FEED_FORWARD = re.compile(r"mlp|feed_?forward|ffn", re.IGNORECASE)
 _MIXER = re.compile(r"attention|attn", re.IGNORECASE)
-_EXPERTS = re.compile(r"expert|moe", re.IGNORECASE)
+_EXPERTS = re.compile(r"(moe|moeblock|experts)$", re.IGNORECASE)
 _STATE = "_mini_sequence"
 
 
@@ -166,34 +166,33 @@ def tiled_modules(model: nn.Module) -> list[nn.Module]:
 def _candidates(model: nn.Module) -> Iterator[_Candidate]:
     """The parts of every decoder stack: feed-forward modules and norms by role, the rest with a reason.
 
-    A decoder layer is an item of a `ModuleList` that has an attention module among its children; whatever stands beside
-    that list and is a norm (the final norm) belongs to the stack.
+    A decoder layer is an item of a `ModuleList` that has an attention module among its children; norms that stand beside
+    that list (the final norm) belong to the stack.
     """
     for owner_fqn, owner in model.named_modules():
         stacks = [(name, child) for name, child in owner.named_children() if _is_layer_list(child)]
         for stack_name, stack in stacks:
             for i, layer in enumerate(stack):
-                yield from _layer_candidates(_join(owner_fqn, stack_name, str(i)), layer)
-        if stacks:
-            for name, child in owner.named_children():
-                if _is_norm(child):
-                    yield _norm_candidate(_join(owner_fqn, name), child)
+                for name, child in layer.named_children():
+                    yield from _part_candidates(_join(owner_fqn, stack_name, str(i), name), name, child)
+        for name, child in owner.named_children() if stacks else ():
+            if not _has_matrix(child):
+                yield from _norm_candidates(_join(owner_fqn, name), child)
 
 
-def _layer_candidates(layer_fqn: str, layer: nn.Module) -> Iterator[_Candidate]:
-    for name, child in layer.named_children():
-        fqn = _join(layer_fqn, name)
-        if _is_norm(child):
-            yield _norm_candidate(fqn, child)
-        elif _is_mixer(name, child):
-            yield _Candidate(fqn, child, "mixer", "mixes tokens")
-            for inner_name, inner in child.named_modules():
-                if inner is not child and _is_norm(inner):
-                    yield _norm_candidate(_join(fqn, inner_name), inner)
-        elif _has_matrix(child) and (_FEED_FORWARD.search(name) or _FEED_FORWARD.search(type(child).__name__)):
-            yield _Candidate(fqn, child, "feed-forward", _why_not_token_wise(child))
-        elif any(True for _ in child.parameters()):
-            yield _Candidate(fqn, child, "other", "neither a feed-forward module nor a norm by its name")
+def _part_candidates(fqn: str, name: str, module: nn.Module) -> Iterator[_Candidate]:
+    """What a part of a decoder layer is, and the norms inside of it (a query norm, a norm that PEFT has wrapped)."""
+    if _has_matrix(module):
+        if _is_mixer(name, module):
+            yield _Candidate(fqn, module, "mixer", "mixes tokens")
+        elif _FEED_FORWARD.search(name) or _FEED_FORWARD.search(type(module).__name__):
+            reason = _why_not_feed_forward(module)
+            yield _Candidate(fqn, module, "feed-forward", reason)
+            if not reason:
+                return
+        else:
+            yield _Candidate(fqn, module, "other", "neither a feed-forward module nor a norm by its name")
+    yield from _norm_candidates(fqn, module)
 
 
 def _is_layer_list(module: nn.Module) -> bool:
@@ -203,16 +202,17 @@ def _is_layer_list(module: nn.Module) -> bool:
 
 
 def _is_mixer(name: str, module: nn.Module) -> bool:
-    return (
-        not _is_norm(module)
-        and bool(_MIXER.search(name) or _MIXER.search(type(module).__name__))
-        and any(True for _ in module.children())
-    )
+    return _has_matrix(module) and bool(_MIXER.search(name) or _MIXER.search(type(module).__name__))
 
 
-def _is_norm(module: nn.Module) -> bool:
-    named = type(module).__name__.endswith("Norm") and not isinstance(module, nn.GroupNorm)  # which mixes tokens
-    return named and not any(True for _ in module.children())
+def _norm_candidates(fqn: str, module: nn.Module) -> Iterator[_Candidate]:
+    for inner_fqn, norm in module.named_modules(prefix=fqn):
+        named = type(norm).__name__.endswith("Norm") and not isinstance(norm, nn.GroupNorm)  # which mixes tokens
+        if named and not any(True for _ in norm.children()):
+            reason = _why_not_one_tensor(norm)
+            if any(len(_shape(p)) != 1 for p in norm.parameters()):
+                reason = "its weight has more than one dimension"
+            yield _Candidate(inner_fqn, norm, "norm", reason)
 
 
 def _has_matrix(module: nn.Module) -> bool:
@@ -224,23 +224,20 @@ def _shape(param: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(param, "ds_shape", param.shape))
 
 
-def _norm_candidate(fqn: str, norm: nn.Module) -> _Candidate:
-    reason = _why_not_token_wise(norm)
-    if any(len(_shape(p)) != 1 for p in norm.parameters()):
-        reason = "its weight has more than one dimension"
-    return _Candidate(fqn, norm, "norm", reason)
-
-
-def _why_not_token_wise(module: nn.Module) -> str:
-    """Why a module must not be tiled, judged by its signature and its parts; empty if it can be."""
-    cls = type(module)
-    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
-    if len(parameters) != 1 and not isinstance(module, TiledModule):
-        return f"its forward takes {', '.join(p.name for p in parameters)}, not one tensor"
-    names = [cls.__name__, *(f"{name} {type(child).__name__}" for name, child in module.named_modules())]
+def _why_not_feed_forward(module: nn.Module) -> str:
+    """Why a feed-forward module must not be tiled, judged by its signature and its parts; empty if it can be."""
+    own_class = untiled_class(type(module)) if isinstance(module, TiledModule) else type(module)
+    names = [own_class.__name__, *(name for name, _ in module.named_modules())]
     if any(_EXPERTS.search(name) for name in names):
         return "a mixture of experts; not supported yet"
-    return ""
+    return _why_not_one_tensor(module)
+
+
+def _why_not_one_tensor(module: nn.Module) -> str:
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    if len(parameters) == 1 or isinstance(module, TiledModule):
+        return ""
+    return f"its forward takes {', '.join(p.name for p in parameters)}, not one tensor"
 
 
 def _decided(candidate: _Candidate, config: MiniSequenceConfig, module_filter) -> _Candidate:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.abc
+import importlib.machinery
 import sys
 import warnings
 
@@ -41,8 +42,9 @@ def register() -> None:
         sys.meta_path.insert(0, _AttachingFinder())
     for name in _ATTACH:
         module = sys.modules.get(name)
-        # A module in the middle of its own import has the finder's loader, which attaches at the end of it.
-        if module is not None and not getattr(module.__spec__, "_initializing", False):
+        if module is not None and getattr(module.__spec__, "_initializing", False):
+            module.__spec__.__class__ = _WatchedSpec
+        elif module is not None:
             _attach(module)
 
 
@@ -77,14 +79,33 @@ class _AttachingLoader(importlib.abc.Loader):
         _attach(module)
 
 
+class _WatchedSpec(importlib.machinery.ModuleSpec):
+    """Spec of a module whose import began before the finder was there: `import deepspeed` is what imports torch, say.
+
+    The import system clears `_initializing` when such an import ends.
+    """
+
+    @property
+    def _initializing(self) -> bool:
+        return self.__dict__["_initializing"]
+
+    @_initializing.setter
+    def _initializing(self, value: bool) -> None:
+        self.__dict__["_initializing"] = value
+        if not value:
+            self.__class__ = importlib.machinery.ModuleSpec
+            if self.name in sys.modules:  # it is not, when the import failed
+                _attach(sys.modules[self.name])
+
+
 def _attach(module) -> None:
     """Attaches to one module, once. A failure is reported and leaves the engine as it is."""
     if module.__dict__.get("_ds_minis_attached"):
         return
+    module._ds_minis_attached = True
     place, _, function = _ATTACH[module.__name__].partition(":")
     try:
         getattr(importlib.import_module(place), function)(module)
-        module._ds_minis_attached = True
     except Exception as error:
         version = getattr(sys.modules.get(module.__name__.partition(".")[0]), "__version__", "of unknown version")
         warnings.warn(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import difflib
 import functools
 import inspect
-import json
 import os
 from typing import Any
 
@@ -37,10 +35,11 @@ def attach_initialize(deepspeed) -> None:
         arguments = signature.bind_partial(*args, **kwargs).arguments
         config, door = _ds_config(arguments)
         mini_sequence = read_section(config, door)
-        if mini_sequence is not None:
-            convert(arguments["model"], mini_sequence, door=door)
-        if isinstance(arguments.get("model"), nn.Module):
-            mark_leaf_modules(arguments["model"])
+        model = arguments.get("model")
+        if isinstance(model, nn.Module):  # DeepSpeed has its own words for what is no model
+            if mini_sequence is not None:
+                convert(model, mini_sequence, door=door)
+            mark_leaf_modules(model)
         return initialize(*args, **kwargs)
 
     deepspeed.initialize = initialize_with_mini_sequence
@@ -124,27 +123,13 @@ def mark_leaf_modules(model: nn.Module) -> None:
 
 
 def _ds_config(arguments: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """The configuration that `deepspeed.initialize` will use, and where it comes from.
+    """The configuration that `deepspeed.initialize` will use, read as DeepSpeed reads it, and where it comes from."""
+    from deepspeed import load_ds_config
 
-    What cannot be read here is left to DeepSpeed, whose own message is better.
-    """
     args = arguments.get("args")
     sources = [arguments.get("config"), arguments.get("config_params"), getattr(args, "deepspeed_config", None)]
-    source = next((s for s in sources if s is not None), None)
-    door = _door(source)
-    if isinstance(source, dict):
-        return source, door
-    if not isinstance(source, str | os.PathLike):
-        return {}, door
-    try:
-        if os.path.exists(source):
-            with open(source, encoding="utf-8") as file:
-                config = json.load(file)
-        else:
-            config = json.loads(base64.urlsafe_b64decode(str(source)).decode())
-    except ValueError:
-        return {}, door
-    return (config if isinstance(config, dict) else {}), door
+    source = next((s for s in sources if s is not None), {})
+    return source if isinstance(source, dict) else load_ds_config(source), _door(source)
 
 
 def _door(source: Any) -> str:
