@@ -87,7 +87,7 @@ converted = [op.convert(model, {"chunk_size": 4}) is model for op in ops]
 reported = ds_minis.mini_sequence_report(model) is not None
 show(
     first=first, again=facts(), ops=[op is MiniSequenceOp for op in ops], converted=[*converted, reported],
-    loaders=[[type(m.__spec__.loader).__name__, type(m.__loader__).__name__] for m in modules],
+    loaders=[[type(value).__name__ for value in (m.__spec__, m.__spec__.loader, m.__loader__)] for m in modules],
     finders=sum(isinstance(finder, _AttachingFinder) for finder in sys.meta_path),
     reverted=ops[0].revert(model) is model and ds_minis.mini_sequence_report(model) is None,
     compatible=builder.is_compatible(), sources=builder.sources(), name=builder.absolute_name(),
@@ -100,8 +100,8 @@ def test_engines_are_attached_once_however_often_register_is_called(automatic):
     assert automatic["first"] == automatic["again"] == dict.fromkeys(ALL, 1) and automatic["finders"] == 1
 
 
-def test_engines_keep_their_own_loaders_after_the_import(automatic):
-    assert automatic["loaders"] == [["SourceFileLoader"] * 2] * 4
+def test_engines_have_their_own_specs_and_loaders_after_the_import(automatic):
+    assert automatic["loaders"] == [["ModuleSpec", "SourceFileLoader", "SourceFileLoader"]] * 4
 
 
 def test_builder_loads_an_op_that_converts(automatic):

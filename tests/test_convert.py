@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import CONFIGS, add_lora, assert_same_tensors, assert_same_training, batch, build, checkpointed, twins
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig
@@ -163,6 +164,26 @@ def test_bare_decoder_is_tiled_without_a_loss():
     assert_same_tensors(*({n: p.grad for n, p in m.named_parameters()} for m in (model, reference)))
 
 
+class Wrapper(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def get_output_embeddings(self):
+        return self.model.get_output_embeddings()
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        self.output = self.model(input_ids, attention_mask=attention_mask, labels=labels)
+        return self.output
+
+
+def test_a_wrapper_that_passes_labels_on_never_sees_deferred_logits():
+    model, reference = map(Wrapper, twins("gemma2"))
+    convert_to_mini_sequence(model, CHUNKS)
+    assert_same_training(model, reference, INPUTS)
+    assert set(model.output) == {"loss"}
+
+
 @pytest.mark.parametrize(("rank", "times"), [(None, 1), ("0", 1), ("1", 0), ("7", 0)])
 def test_report_is_printed_once_and_on_rank_0_alone(monkeypatch, capsys, rank, times):
     if rank is not None:
@@ -235,6 +256,11 @@ def test_experts_are_left_alone_with_a_reason_while_the_norms_around_them_are_ti
     assert {name for name, (_, reason) in report.untiled.items() if "mixture of experts" in reason} == blocks == MLPS
     assert tiled_names(model) == norms
     assert_same_training(model, reference, INPUTS)
+
+
+def test_an_adapter_named_expert_makes_no_mixture_of_experts():
+    model = get_peft_model(build("llama"), LoraConfig(r=4, target_modules="all-linear"), adapter_name="expert")
+    assert len(tiled_names(convert_to_mini_sequence(model))) == 7
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, add_lora], ids=["model", "adapted"])

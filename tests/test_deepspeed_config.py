@@ -20,12 +20,12 @@ from ds_minis.tiling.module import TiledModule
 SETTINGS = {"chunk_size": 6, "loss_chunk_size": 5}
 ENGINE = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2}}
 REAL_KEYS = """
-train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping optimizer scheduler fp16 bf16
-amp torch_autocast zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer communication_data_type
-seq_parallel_communication_data_type sequence_parallel_size data_parallel_size tensor_parallel pipeline hybrid_engine
-prescale_gradients gradient_predivide_factor sparse_gradients sparse_attention steps_per_print wall_clock_breakdown
-memory_breakdown dump_state disable_allgather dataloader_drop_last activation_checkpointing checkpoint aio nebula compile
-tensorboard wandb csv_monitor comet comms_logger flops_profiler autotuning elasticity compression_training
+train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping optimizer scheduler fp16
+bf16 amp torch_autocast zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+communication_data_type seq_parallel_communication_data_type sequence_parallel_size data_parallel_size tensor_parallel
+pipeline hybrid_engine prescale_gradients gradient_predivide_factor sparse_gradients sparse_attention steps_per_print
+wall_clock_breakdown memory_breakdown dump_state disable_allgather dataloader_drop_last activation_checkpointing checkpoint
+aio nebula compile tensorboard wandb csv_monitor comet comms_logger flops_profiler autotuning elasticity compression_training
 curriculum_learning data_efficiency data_types progressive_layer_drop eigenvalue quantize_training timers
 use_data_before_expert_parallel_parallelism zero_quantized_weights graph_harvesting mics_shard_size
 """.split()
@@ -81,8 +81,8 @@ def test_no_key_that_deepspeed_knows_is_taken_for_a_misspelling():
 
 @pytest.mark.parametrize(
     "key",
-    ["mini_sequnce", "mini_sequnce_size", "minisequence", "mini-sequence", "MiniSequence", "MINI_SEQUENCE", "mini_sequences"],
-)  # fmt: skip
+    ["mini_sequnce", "mini_sequnce_size", "mini_sequences", "minisequence", "mini-sequence", "MINI_SEQUENCE"],
+)
 @pytest.mark.parametrize("beside", [{}, {"mini_sequence": True}])
 def test_misspelt_section_names_door_key_value_and_the_right_name(key, beside):
     with pytest.raises(ValueError) as error:
@@ -238,13 +238,21 @@ def test_initialize_takes_positional_arguments():
     assert engine.calls[0][0].config == MiniSequenceConfig(**SETTINGS)
 
 
-@pytest.mark.parametrize("config", [None, ENGINE, {"mini_sequence": False}, "no such file", 7], ids=str)
+@pytest.mark.parametrize("config", [None, ENGINE, {"mini_sequence": False}], ids=str)
 def test_initialize_without_mini_sequences_leaves_the_model_alone(config):
     engine, model = Engine(), build("llama")
     engine.initialize(model=model, config=config)
     ((report, *_, given, _),) = engine.calls
     assert (report is None or not report.config.enabled) and given is config and not tiled(model)
     assert not leaves(model)
+
+
+@pytest.mark.parametrize("config", ["no such file", 7])
+def test_what_deepspeed_cannot_read_is_refused_in_its_own_words(config):
+    engine, model = Engine(), build("llama")
+    with pytest.raises(ValueError, match="Expected a string path to an existing deepspeed config"):
+        engine.initialize(model=model, config=config)
+    assert mini_sequence_report(model) is None
 
 
 @pytest.mark.parametrize("config", [ENGINE, {"mini_sequence": True}], ids=["off", "on"])

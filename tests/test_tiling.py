@@ -169,6 +169,20 @@ def test_weight_used_twice_inside_one_module():
     assert_same(run(mini, mini, x), run(module, module, x), rtol=1e-5, atol=1e-6)
 
 
+def test_last_linear_that_is_used_before_too():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(H, H)
+
+        def forward(self, x):
+            return self.linear(torch.sigmoid(self.linear(x)))
+
+    module, x = Twice(), inputs(23)
+    mini = tiled(module)
+    assert_same(run(mini, mini, x), run(module, module, x), rtol=1e-5, atol=1e-6)
+
+
 def test_two_biases_that_share_one_gradient_tensor():
     class Biases(nn.Module):
         def __init__(self):
