@@ -110,6 +110,7 @@ def convert(
 
     chunking = Chunking(config, _hidden_size(model))
     candidates = [_decided(c, config, module_filter) for c in _candidates(model)]
+    _require_matches(candidates, config, door)
     loss_model = _model_with_loss(model)
     tiled = [c for c in candidates if not c.reason]
     if not tiled and not (config.loss and loss_model is not None):
@@ -253,6 +254,18 @@ def _decided(candidate: _Candidate, config: MiniSequenceConfig, module_filter) -
         elif module_filter is not None and not module_filter(candidate.module, candidate.fqn):
             reason = "left out by module_filter"
     return _Candidate(candidate.fqn, candidate.module, candidate.role, reason)
+
+
+def _require_matches(candidates: list[_Candidate], config: MiniSequenceConfig, door: str) -> None:
+    """Refuses a pattern that matches nothing: a misspelling would go unseen otherwise."""
+    for key in ("include", "exclude"):
+        for pattern in getattr(config, key):
+            if not any(_matches(c.fqn, (pattern,)) for c in candidates):
+                example = candidates[0].fqn if candidates else "none"
+                raise ValueError(
+                    f"{door}: {key}: the pattern {pattern!r} matches no part of a decoder layer; allowed: qualified names "
+                    f"(or their ends) with * and ?, such as {example!r}"
+                )
 
 
 def _matches(fqn: str, patterns: tuple[str, ...]) -> bool:

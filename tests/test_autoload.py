@@ -119,8 +119,10 @@ def test_builder_loads_an_op_that_converts(automatic):
     ],
 )
 def test_an_engine_imported_before_torch_is_attached_too(first, attached):
-    found = facts(f"{first}\nshow(**facts())")
+    specs = "[type(m.__spec__).__name__ for name, m in sys.modules.items() if name in autoload._ATTACH]"
+    found = facts(f"{first}\nfrom ds_minis.integrations import autoload\nshow(specs={specs}, **facts())")
     assert {name: found[name] for name in attached} == dict.fromkeys(attached, 1)
+    assert set(found["specs"]) == {"ModuleSpec"}
 
 
 def test_autoload_can_be_switched_off_and_register_attaches_what_is_imported_already():

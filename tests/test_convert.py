@@ -396,3 +396,12 @@ def test_merged_adapters_equal_the_unconverted_ones(order, settings):
     for m in (model, reference):
         m.requires_grad_(True)
     assert_same_training(model, reference, INPUTS)
+
+
+@pytest.mark.parametrize("key", ["include", "exclude"])
+def test_a_pattern_that_matches_nothing_is_an_error(key):
+    model = build("llama")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"{key}: the pattern '\\*.mpl' matches no part .* such as 'model.layers.0"):
+        convert_to_mini_sequence(model, {key: ["*.mlp", "*.mpl"]})
+    assert snapshot(model) == before

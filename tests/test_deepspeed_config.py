@@ -24,10 +24,11 @@ train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps grad
 bf16 amp torch_autocast zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
 communication_data_type seq_parallel_communication_data_type sequence_parallel_size data_parallel_size tensor_parallel
 pipeline hybrid_engine prescale_gradients gradient_predivide_factor sparse_gradients sparse_attention steps_per_print
-wall_clock_breakdown memory_breakdown dump_state disable_allgather dataloader_drop_last activation_checkpointing checkpoint
-aio nebula compile tensorboard wandb csv_monitor comet comms_logger flops_profiler autotuning elasticity compression_training
-curriculum_learning data_efficiency data_types progressive_layer_drop eigenvalue quantize_training timers
-use_data_before_expert_parallel_parallelism zero_quantized_weights graph_harvesting mics_shard_size
+wall_clock_breakdown memory_breakdown dump_state disable_allgather dataloader_drop_last activation_checkpointing
+checkpoint aio nebula compile tensorboard wandb csv_monitor comet comms_logger flops_profiler autotuning elasticity
+compression_training curriculum_learning data_efficiency data_types progressive_layer_drop eigenvalue
+quantize_training timers use_data_before_expert_parallel_parallelism zero_quantized_weights graph_harvesting
+mics_shard_size
 """.split()
 BAD_SECTIONS = [
     ({"mini_sequnce": True}, ["'mini_sequnce'", "True", 'did you mean "mini_sequence"?']),

@@ -211,6 +211,19 @@ def test_parameters_that_take_no_part():
     assert mini.unused.grad is None
 
 
+def test_chunks_that_need_no_gradient_although_weights_are_trainable():
+    class Frozen(MLP):
+        def forward(self, x):
+            return super().forward(x).detach()
+
+    mini = tiled(Frozen())
+    mini(inputs(23, requires_grad=False)).sum().backward()
+    assert all(p.grad is None for p in mini.parameters())
+    x = inputs(23)
+    mini(x).sum().backward()
+    assert x.grad.eq(0).all()
+
+
 def test_trainable_tensors_outside_of_the_parameters():
     """As FSDP1 with use_orig_params=False and nn.DataParallel's replicas hold them."""
     module, x = MLP(), inputs(23)

@@ -75,6 +75,7 @@ class _AttachingLoader(importlib.abc.Loader):
 
     def exec_module(self, module):
         module.__spec__.loader = module.__loader__ = self._loader
+        module.__dict__.pop("_ds_minis_attached", None)  # after importlib.reload
         self._loader.exec_module(module)
         _attach(module)
 

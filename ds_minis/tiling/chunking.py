@@ -8,7 +8,7 @@ from ds_minis.config import AUTO, MiniSequenceConfig
 
 # A feed-forward module needs about this many rows in one matmul before the weights' own traffic stops to show; beyond
 # it a larger chunk only costs memory.
-_MIN_AUTO_TOKENS, _MAX_AUTO_TOKENS = 512, 4096
+_MIN_AUTO_TOKENS, _MAX_AUTO_TOKENS = 1024, 4096
 # Logits of one chunk, in elements: 2**26 float32 logits are 256 MiB.
 _MAX_AUTO_LOGITS = 2**26
 _MIN_AUTO_LOSS_TOKENS = 256
