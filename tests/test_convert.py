@@ -233,7 +233,11 @@ def test_switched_off_leaves_everything_alone_and_is_remembered(capsys, off):
     ("make", "settings", "words"),
     [
         (lambda: nn.Linear(2, 2), None, ["Linear", "the defaults", "No list of layers with an attention module"]),
-        (lambda: build("llama"), {"include": ["*.self_attn"], "loss": False}, ["self_attn", "2 x LlamaMLP: not in include"]),
+        (
+            lambda: build("llama"),
+            {"include": ["*.self_attn"], "loss": False},
+            ["self_attn", "2 x LlamaMLP: not in include"],
+        ),
         (lambda: build("llama"), {"exclude": ["*"], "loss": False}, ["5 x LlamaRMSNorm: in exclude"]),
         (lambda: build("llama").model, {"exclude": ["*"]}, ["LlamaModel", "2 x LlamaAttention: mixes tokens"]),
     ],
