@@ -1,26 +1,22 @@
-"""Finds what can be tiled in a model, swaps classes in place, undoes it, and reports."""
+"""Swaps the classes of what can be tiled in a model, in place, undoes it, and reports."""
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import inspect
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from ds_minis.config import MiniSequenceConfig, process_rank
+from ds_minis.detect import Candidate, find_candidates, find_hidden_size, find_model_with_loss
 from ds_minis.tiling.chunking import Chunking
-from ds_minis.tiling.loss import BYPASSED, attach_loss_tiling, detach_loss_tiling, loss_is_bypassed, takes_labels
+from ds_minis.tiling.loss import BYPASSED, attach_loss_tiling, detach_loss_tiling, loss_is_bypassed
 from ds_minis.tiling.module import TiledModule, tile_module, untile_module, untiled_class
 
-_FEED_FORWARD = re.compile(r"mlp|feed_?forward|ffn", re.IGNORECASE)
-_MIXER = re.compile(r"attention|attn", re.IGNORECASE)
-_EXPERTS = re.compile(r"(moe|moeblock|experts)$", re.IGNORECASE)
 _STATE = "_mini_sequence"
 
 
@@ -48,16 +44,6 @@ class ConversionReport:
         for (name, reason), count in Counter(self.untiled.values()).items():
             lines.append(f"  not tiled: {count} x {name} ({reason})")
         return "\n".join([*lines, f"  loss: {self.loss}"])
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """A module of the decoder stack: its name, its role in it, and why it cannot be tiled (empty if it can)."""
-
-    fqn: str
-    module: nn.Module
-    role: str
-    reason: str = ""
 
 
 def convert_to_mini_sequence(
@@ -108,10 +94,10 @@ def convert(
         model.__dict__[_STATE] = ConversionReport(config, door, {}, {}, "not tiled (mini-sequences are off)")
         return model
 
-    chunking = Chunking(config, _hidden_size(model))
-    candidates = [_decided(c, config, module_filter) for c in _candidates(model)]
+    chunking = Chunking(config, find_hidden_size(model))
+    candidates = [_decided(c, config, module_filter) for c in find_candidates(model)]
     _require_matches(candidates, config, door)
-    loss_model = _model_with_loss(model)
+    loss_model = find_model_with_loss(model)
     tiled = [c for c in candidates if not c.reason]
     if not tiled and not (config.loss and loss_model is not None):
         raise ValueError(_nothing_to_tile(model, candidates, config, door))
@@ -158,90 +144,13 @@ def mini_sequence_report(model: nn.Module) -> ConversionReport | None:
 def tiled_modules(model: nn.Module) -> list[nn.Module]:
     """Every module whose weights are used inside a tiled operation (an engine must gather each of them as a whole)."""
     modules = [module for module in model.modules() if isinstance(module, TiledModule)]
-    report, loss_model = mini_sequence_report(model), _model_with_loss(model)
+    report, loss_model = mini_sequence_report(model), find_model_with_loss(model)
     if report is not None and report.config.enabled and report.config.loss and loss_model is not None:
         modules.append(loss_model.get_output_embeddings())
     return modules
 
 
-def _candidates(model: nn.Module) -> Iterator[_Candidate]:
-    """The parts of every decoder stack: feed-forward modules and norms by role, the rest with a reason.
-
-    A decoder layer is an item of a `ModuleList` that has an attention module among its children; norms that stand beside
-    that list (the final norm) belong to the stack.
-    """
-    for owner_fqn, owner in model.named_modules():
-        stacks = [(name, child) for name, child in owner.named_children() if _is_layer_list(child)]
-        for stack_name, stack in stacks:
-            for i, layer in enumerate(stack):
-                for name, child in layer.named_children():
-                    yield from _part_candidates(_join(owner_fqn, stack_name, str(i), name), name, child)
-        for name, child in owner.named_children() if stacks else ():
-            if not _has_matrix(child):
-                yield from _norm_candidates(_join(owner_fqn, name), child)
-
-
-def _part_candidates(fqn: str, name: str, module: nn.Module) -> Iterator[_Candidate]:
-    """What a part of a decoder layer is, and the norms inside of it (a query norm, a norm that PEFT has wrapped)."""
-    if _has_matrix(module):
-        if _is_mixer(name, module):
-            yield _Candidate(fqn, module, "mixer", "mixes tokens")
-        elif _FEED_FORWARD.search(name) or _FEED_FORWARD.search(type(module).__name__):
-            reason = _why_not_feed_forward(module)
-            yield _Candidate(fqn, module, "feed-forward", reason)
-            if not reason:
-                return
-        else:
-            yield _Candidate(fqn, module, "other", "neither a feed-forward module nor a norm by its name")
-    yield from _norm_candidates(fqn, module)
-
-
-def _is_layer_list(module: nn.Module) -> bool:
-    return isinstance(module, nn.ModuleList) and any(
-        _is_mixer(name, child) for layer in module for name, child in layer.named_children()
-    )
-
-
-def _is_mixer(name: str, module: nn.Module) -> bool:
-    return _has_matrix(module) and bool(_MIXER.search(name) or _MIXER.search(type(module).__name__))
-
-
-def _norm_candidates(fqn: str, module: nn.Module) -> Iterator[_Candidate]:
-    for inner_fqn, norm in module.named_modules(prefix=fqn):
-        named = type(norm).__name__.endswith("Norm") and not isinstance(norm, nn.GroupNorm)  # which mixes tokens
-        if named and not any(True for _ in norm.children()):
-            reason = _why_not_one_tensor(norm)
-            if any(len(_shape(p)) != 1 for p in norm.parameters()):
-                reason = "its weight has more than one dimension"
-            yield _Candidate(inner_fqn, norm, "norm", reason)
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    return any(len(_shape(p)) >= 2 for p in module.parameters())
-
-
-def _shape(param: nn.Parameter) -> tuple[int, ...]:
-    """The whole parameter's shape, also where ZeRO-3 has partitioned it."""
-    return tuple(getattr(param, "ds_shape", param.shape))
-
-
-def _why_not_feed_forward(module: nn.Module) -> str:
-    """Why a feed-forward module must not be tiled, judged by its signature and its parts; empty if it can be."""
-    own_class = untiled_class(type(module)) if isinstance(module, TiledModule) else type(module)
-    names = [own_class.__name__, *(name for name, _ in module.named_modules())]
-    if any(_EXPERTS.search(name) for name in names):
-        return "a mixture of experts; not supported yet"
-    return _why_not_one_tensor(module)
-
-
-def _why_not_one_tensor(module: nn.Module) -> str:
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    if len(parameters) == 1 or isinstance(module, TiledModule):
-        return ""
-    return f"its forward takes {', '.join(p.name for p in parameters)}, not one tensor"
-
-
-def _decided(candidate: _Candidate, config: MiniSequenceConfig, module_filter) -> _Candidate:
+def _decided(candidate: Candidate, config: MiniSequenceConfig, module_filter) -> Candidate:
     """The candidate, with the reason the user's settings give for leaving it alone (if they do)."""
     reason = candidate.reason
     if not reason:
@@ -253,10 +162,10 @@ def _decided(candidate: _Candidate, config: MiniSequenceConfig, module_filter) -
             reason = "in exclude"
         elif module_filter is not None and not module_filter(candidate.module, candidate.fqn):
             reason = "left out by module_filter"
-    return _Candidate(candidate.fqn, candidate.module, candidate.role, reason)
+    return Candidate(candidate.fqn, candidate.module, candidate.role, reason)
 
 
-def _require_matches(candidates: list[_Candidate], config: MiniSequenceConfig, door: str) -> None:
+def _require_matches(candidates: list[Candidate], config: MiniSequenceConfig, door: str) -> None:
     """Refuses a pattern that matches nothing: a misspelling would go unseen otherwise."""
     for key in ("include", "exclude"):
         for pattern in getattr(config, key):
@@ -273,18 +182,6 @@ def _matches(fqn: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(fqn, p) or fnmatch.fnmatchcase(fqn, f"*.{p}") for p in patterns)
 
 
-def _model_with_loss(model: nn.Module) -> nn.Module | None:
-    """The module that has an LM head and takes labels; the innermost, where wrappers pass both through."""
-    found = [
-        module
-        for module in model.modules()
-        if hasattr(type(module), "get_output_embeddings")
-        and takes_labels(module)
-        and module.get_output_embeddings() is not None
-    ]
-    return found[-1] if found else None
-
-
 def _loss_in_words(config: MiniSequenceConfig, loss_model: nn.Module | None) -> str:
     if not config.loss:
         return "not tiled (loss is off)"
@@ -296,7 +193,7 @@ def _loss_in_words(config: MiniSequenceConfig, loss_model: nn.Module | None) -> 
     return f"tiled, LM head {head}; with labels, the output has no `logits` (return_logits brings them back)"
 
 
-def _nothing_to_tile(model: nn.Module, candidates: list[_Candidate], config: MiniSequenceConfig, door: str) -> str:
+def _nothing_to_tile(model: nn.Module, candidates: list[Candidate], config: MiniSequenceConfig, door: str) -> str:
     seen = Counter((type(c.module).__name__, c.reason) for c in candidates)
     found = "; ".join(f"{count} x {name}: {reason}" for (name, reason), count in seen.items())
     return (
@@ -305,20 +202,3 @@ def _nothing_to_tile(model: nn.Module, candidates: list[_Candidate], config: Min
         + "Allowed: a decoder whose layers have feed-forward modules or norms that take one tensor; check include, "
         "exclude and scope, or leave mini-sequences off for this model"
     )
-
-
-def _hidden_size(model: nn.Module) -> int:
-    """Width of the hidden states: the config's, or that of the first norm of a stack."""
-    config = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    size = getattr(config, "hidden_size", None)
-    if isinstance(size, int):
-        return size
-    norms = (c.module for c in _candidates(model) if c.role == "norm")
-    widths = [_shape(p)[0] for norm in norms for p in norm.parameters()]
-    return max(widths, default=1024)
-
-
-def _join(*names: str) -> str:
-    return ".".join(name for name in names if name)
