@@ -7,7 +7,8 @@ set -eu
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 . "$ROOT/scripts/setup_env.sh"
 cd "$ROOT"
-export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" TOKENIZERS_PARALLELISM=false
+# One thread: the tensors of the tests are small, and threads that wait for each other cost more than they do.
+export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 
 if [ "$#" -gt 0 ]; then
     exec "$PYTHON" -m pytest "$@"
