@@ -14,4 +14,5 @@ matrix:          ## real engines in two processes
 	$(PYTHON) -m pytest -m engine
 
 docs:            ## what documentation is made of measurements
+	$(PYTHON) scripts/settings_table.py
 	$(PYTHON) scripts/peak_memory.py

@@ -88,3 +88,27 @@ def test_training_changed_the_parameters(results):
     before = {n: p.detach() for n, p in make_model(CASES[0]).named_parameters()}
     after = results[CASES[0].name]["converted"]["params"]
     assert all((after[n] - before[n]).abs().max() > 1e-3 for n in before)
+
+
+def test_bare_accelerator_loop_with_a_section_in_its_json(tmp_path):
+    results = []
+    for section in ({"mini_sequence": {"chunk_size": 10, "loss_chunk_size": "auto"}}, {}):
+        config = {
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0,
+            "zero_optimization": {"stage": 2},
+            "zero_allow_untested_optimizer": True,
+        }
+        (tmp_path / "ds.json").write_text(json.dumps(config | section))
+        script = Path(__file__).with_name("accelerate_worker.py")
+        args = str(tmp_path / "ds.json"), str(tmp_path / "result.pt")
+        launch(script, *args, ACCELERATE_USE_DEEPSPEED="true")
+        results.append(torch.load(tmp_path / "result.pt"))
+    for result, tiled in zip(results, (7, 0), strict=True):
+        assert result["engine"] == "DeepSpeedEngine" and result["type"] == "DEEPSPEED"
+        assert result["processes"] == PROCESSES and result["tiled"] == tiled
+    torch.testing.assert_close(
+        torch.tensor(results[0]["losses"]), torch.tensor(results[1]["losses"]), rtol=1e-5, atol=0
+    )
+    assert_same_tensors(results[0]["params"], results[1]["params"])

@@ -1,0 +1,30 @@
+"""What the documentation says exists, and is up to date."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [
+    *(p for p in ROOT.glob("*.md")),
+    *(p for p in ROOT.glob("*/README.md")),
+    *(p for p in ROOT.glob("examples/**/README.md")),
+]
+
+
+def test_table_of_settings_is_up_to_date():
+    subprocess.run([sys.executable, ROOT / "scripts" / "settings_table.py", "--check"], check=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_are_named_exist(page):
+    text = page.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    paths = re.findall(r"(?:sh|python) ((?:[\w.]+/)*[\w.]+\.(?:sh|py))", text)
+    for link in links:
+        assert (page.parent / link).exists(), link
+    for path in paths:
+        assert (ROOT / path).exists() or (page.parent / path).exists(), path
