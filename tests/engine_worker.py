@@ -6,6 +6,7 @@ unconverted, from the same weights and the same data; rank 0 saves parameters, l
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from models import add_lora, batch, build, checkpointed
 
+from ds_minis import convert_to_mini_sequence
 from ds_minis.tiling.module import TiledModule
 
 STEPS, ACCUMULATION = 4, 2
@@ -29,13 +31,15 @@ class Case:
     """One training run.
 
     Attributes:
-        zero_stage: DeepSpeed's ZeRO stage; None for a run in one process without an engine.
+        engine: "deepspeed", "ddp", "fsdp2", "fsdp1", or "fsdp1_flat" (FSDP1 with use_orig_params=False).
+        zero_stage: DeepSpeed's ZeRO stage.
         lora: train adapters only.
         lora_head: put an adapter on the LM head too.
         masked_rank: the rank whose labels are all masked, if any.
     """
 
     family: str = "llama"
+    engine: str = "deepspeed"
     zero_stage: int | None = None
     lora: bool = False
     lora_head: bool = False
@@ -106,6 +110,64 @@ def train_deepspeed(case: Case, *, converted: bool) -> dict:
     }
 
 
+def wrapped(case: Case, model):
+    """The model in one of torch's own engines: a decoder layer is the unit of FSDP, and so is the LM head of FSDP2."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+    from torch.nn.parallel import DistributedDataParallel
+
+    layers = [m for m in model.modules() if type(m).__name__.endswith("DecoderLayer")]
+    if case.engine == "ddp":
+        return DistributedDataParallel(model)
+    if case.engine == "fsdp2":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for module in (*layers, model.get_output_embeddings(), model):
+            fully_shard(module, mesh=mesh)
+        return model
+    policy = ModuleWrapPolicy({type(layers[0])})
+    original = case.engine == "fsdp1"
+    device = torch.device("cpu")
+    return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=original, device_id=device)
+
+
+def train_torch(case: Case, *, converted: bool) -> dict:
+    rank = dist.get_rank()
+    model = make_model(case)
+    if converted:
+        convert_to_mini_sequence(model, CHUNKS[rank])
+    engine = wrapped(case, model)
+    optimizer = torch.optim.SGD(trainable(engine), lr=LEARNING_RATE)
+    losses = []
+    for step in range(STEPS):
+        for micro in range(ACCUMULATION):
+            loss = engine(**micro_batch(case, rank, step, micro)).loss
+            (loss / ACCUMULATION).backward()
+            losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    names = [name for name, param in make_model(case).named_parameters() if param.requires_grad]
+    with full_params(engine):
+        params = {name.replace("_fsdp_wrapped_module.", ""): param for name, param in model.named_parameters()}
+        params = {name: getattr(params[name], "full_tensor", params[name].clone)().detach() for name in names}
+    return {
+        "engine": type(engine).__name__,
+        "zero_stage": None,
+        "processes": dist.get_world_size(),
+        "tiled": sum(isinstance(m, TiledModule) for m in model.modules()),
+        "losses": losses,
+        "params": params,
+    }
+
+
+def full_params(engine):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if isinstance(engine, FullyShardedDataParallel):
+        return FullyShardedDataParallel.summon_full_params(engine)
+    return contextlib.nullcontext()
+
+
 def train_alone(case: Case, num_ranks: int) -> dict:
     """The unconverted model in one process, on the data of all ranks: what the engines must arrive at."""
     model = make_model(case)
@@ -129,7 +191,8 @@ def main() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a C++ build of 90 s that gloo does without
     deepspeed.init_distributed(dist_backend="gloo")
     for case in cases:
-        results = {kind: train_deepspeed(case, converted=kind == "converted") for kind in ("converted", "plain")}
+        train = train_deepspeed if case.engine == "deepspeed" else train_torch
+        results = {kind: train(case, converted=kind == "converted") for kind in ("converted", "plain")}
         if dist.get_rank() == 0:
             torch.save(results, output / f"{case.name}.pt")
     dist.barrier()

@@ -1,4 +1,4 @@
-"""DeepSpeed for real, two gloo processes: parameters after 4 steps equal the unconverted run's and a one-process run's.
+"""Engines for real, two gloo processes: parameters after 4 steps equal the unconverted run's and a one-process run's.
 
 Each rank has other lengths and another number of chunks; labels of prompts are masked; gradients accumulate twice.
 """
@@ -28,7 +28,18 @@ CASES = [
     Case(family="llama-tied-bias", zero_stage=3),
     Case(zero_stage=3, lora=True, lora_head=True),
     Case(zero_stage=2, dtype="bfloat16"),
+    *(Case(engine=engine, lora=lora) for engine in ("ddp", "fsdp2", "fsdp1") for lora in (False, True)),
+    Case(engine="fsdp1_flat"),  # torch itself refuses frozen and trainable weights in one flat parameter
+    Case(engine="ddp", checkpointing=False),
+    Case(engine="fsdp2", checkpointing=False, family="qwen3"),
 ]
+ENGINES = {
+    "deepspeed": "DeepSpeedEngine",
+    "ddp": "DistributedDataParallel",
+    "fsdp2": "FSDP",
+    "fsdp1": "FullyShardedDataParallel",
+    "fsdp1_flat": "FullyShardedDataParallel",
+}
 
 
 def launch(script: Path, *args: str, timeout: float = 600, **env: str) -> str:
@@ -58,10 +69,10 @@ def results(tmp_path_factory) -> dict[str, dict]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_engine_that_was_asked_for_ran(results, case):
     for kind, result in results[case.name].items():
-        assert result["engine"] == "DeepSpeedEngine"
+        assert result["engine"].startswith(ENGINES[case.engine])
         assert result["zero_stage"] == case.zero_stage
         assert result["processes"] == PROCESSES
-        assert result["tiled"] == ((11 if case.family == "gemma2" else 7) if kind == "converted" else 0)
+        assert result["tiled"] == ({"gemma2": 11, "qwen3": 11}.get(case.family, 7) if kind == "converted" else 0)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

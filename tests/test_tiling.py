@@ -236,6 +236,20 @@ def test_trainable_tensors_outside_of_the_parameters():
     torch.testing.assert_close(weight.grad, expected[4:][list(dict(module.named_parameters())).index("up_proj.weight")])
 
 
+def test_trainable_tensors_that_move_between_forward_and_backward():
+    """As FSDP1 with use_orig_params=True moves them, from `__dict__` to `_parameters`."""
+    module, x = MLP(), inputs(23)
+    mini = tiled(module)
+    weight = mini.up_proj._parameters.pop("weight")
+    mini.up_proj.__dict__["weight"] = weight
+    y = mini(x)
+    mini.up_proj._parameters["weight"] = mini.up_proj.__dict__.pop("weight")
+    y.backward(torch.linspace(-1, 2, y.numel()).view_as(y))
+    module(x).backward(torch.linspace(-1, 2, y.numel()).view_as(y))
+    torch.testing.assert_close(weight.grad, module.up_proj.weight.grad)
+    assert mini.up_proj.weight is weight and "weight" not in mini.up_proj.__dict__
+
+
 def test_weight_gradients_are_summed_in_float32():
     torch.manual_seed(0)
     module, x = nn.Linear(H, H, bias=False), torch.randn(128 * 32, H)

@@ -26,13 +26,13 @@ from ds_minis.tiling.recompute import LastLinear, Replay
 class ParameterSlots:
     """Where a module holds its trainable tensors, and how to put others in their place.
 
-    Besides `_parameters` the modules' `__dict__` is searched: FSDP1 with `use_orig_params=False` and the replicas of
-    `nn.DataParallel` hold their trainable views there. A tensor held twice (tied inside the module) is listed once.
+    Besides `_parameters` the modules' `__dict__` is searched: FSDP1 and the replicas of `nn.DataParallel` hold their
+    trainable views there. A tensor held twice (tied inside the module) is listed once.
     """
 
     def __init__(self, module: nn.Module):
         self.tensors: list[Tensor] = []
-        self._slots: list[tuple[dict, str, int]] = []
+        self._slots: list[tuple[nn.Module, str, int]] = []
         index_of: dict[int, int] = {}
         for submodule in module.modules():
             for holder in (submodule._parameters, submodule.__dict__):
@@ -41,19 +41,28 @@ class ParameterSlots:
                         index = index_of.setdefault(id(value), len(self.tensors))
                         if index == len(self.tensors):
                             self.tensors.append(value)
-                        self._slots.append((holder, name, index))
+                        self._slots.append((submodule, name, index))
 
     @contextlib.contextmanager
     def holding(self, tensors: Sequence[Tensor]) -> Iterator[None]:
         """Puts `tensors` (one for each of `self.tensors`) in place, and what was there back at the end."""
-        before = [(holder, name, dict.__getitem__(holder, name)) for holder, name, _ in self._slots]
-        for holder, name, index in self._slots:
-            holder[name] = tensors[index]
+        before = []
         try:
+            for submodule, name, index in self._slots:
+                # Looked up anew: FSDP1 moves a weight from `__dict__` to `_parameters` between forward and backward.
+                holder = submodule._parameters if name in submodule._parameters else submodule.__dict__
+                before.append((holder, name, dict.get(holder, name, _NOTHING)))
+                holder[name] = tensors[index]
             yield
         finally:
             for holder, name, value in before:
-                holder[name] = value
+                if value is _NOTHING:
+                    del holder[name]
+                else:
+                    holder[name] = value
+
+
+_NOTHING = object()
 
 
 class _TiledCall:
