@@ -27,8 +27,8 @@ class MiniSequenceConfig:
     2407.15892).
 
     Raises:
-        ValueError: unknown key, wrong type or value out of range. The message names the key, the value, what is allowed
-            and the nearest valid key.
+        ValueError: wrong type or value out of range. The message names the key, the value and what is allowed. (Every
+            door that takes a mapping also names unknown keys and the nearest valid one, see `from_value`.)
     """
 
     enabled: bool = _setting(True, "bool", "False leaves the model exactly as it is.")
@@ -57,8 +57,8 @@ class MiniSequenceConfig:
     tile_inference: bool = _setting(
         False,
         "bool",
-        "Tile forward passes without labels and without gradients too (long prompts in `generate`). By default those "
-        "are bit-identical to the unconverted model; tiled, they equal it to rounding.",
+        "Tile a language model's forward passes without labels and without gradients too (long prompts in `generate`). By "
+        "default those are bit-identical to the unconverted model; tiled, they equal it to rounding.",
     )
     include: tuple[str, ...] = _setting(
         (), "patterns", 'Tile only modules whose qualified name matches one of these patterns, e.g. ["*.layers.*.mlp"].'
@@ -88,7 +88,7 @@ class MiniSequenceConfig:
             door: where the value came from (a file, a key, a variable); every error message starts with it.
 
         Raises:
-            ValueError: see the class.
+            ValueError: see the class; or an unknown key, with the nearest valid one.
         """
         if isinstance(value, cls):
             return value

@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from ds_minis.config import MiniSequenceConfig, process_rank
-from ds_minis.detect import Candidate, find_candidates, find_hidden_size, find_model_with_loss
+from ds_minis.config import MiniSequenceConfig
+from ds_minis.detect import Candidate, find_candidates, find_hidden_size, find_models_with_loss
+from ds_minis.ranks import is_main_process
 from ds_minis.tiling.chunking import Chunking
-from ds_minis.tiling.loss import BYPASSED, attach_loss_tiling, detach_loss_tiling, loss_is_bypassed
+from ds_minis.tiling.loss import BYPASSED, attach_loss_tiling, detach_loss_tiling, loss_is_attached, loss_is_bypassed
 from ds_minis.tiling.module import TiledModule, tile_module, untile_module, untiled_class
 
 _STATE = "_mini_sequence"
@@ -89,6 +90,11 @@ def convert(
                 f"the model was already converted with other settings:\n  {earlier.door}: {earlier.config.to_dict()}\n"
                 f"  {door}: {config.to_dict()}\nGive the same settings in both places, or call revert_mini_sequence first"
             )
+        if config.enabled and not all(loss_is_attached(m) for m in find_models_with_loss(model)):
+            raise ValueError(
+                f"{door}: a part of this {type(model).__name__} was converted before ({earlier.door}), without its LM head "
+                "and loss: call revert_mini_sequence on it first, and convert the whole model"
+            )
         return model
     if not config.enabled:  # remembered, so that another door cannot turn on what was turned off here
         model.__dict__[_STATE] = ConversionReport(config, door, {}, {}, "not tiled (mini-sequences are off)")
@@ -97,13 +103,13 @@ def convert(
     chunking = Chunking(config, find_hidden_size(model))
     candidates = [_decided(c, config, module_filter) for c in find_candidates(model)]
     _require_matches(candidates, config, door)
-    loss_model = find_model_with_loss(model)
+    loss_models = find_models_with_loss(model)
     tiled = [c for c in candidates if not c.reason]
-    if not tiled and not (config.loss and loss_model is not None):
+    if not tiled and not (config.loss and loss_models):
         raise ValueError(_nothing_to_tile(model, candidates, config, door))
     for candidate in tiled:
         tile_module(candidate.module, chunking)
-    if loss_model is not None:
+    for loss_model in loss_models:
         attach_loss_tiling(loss_model, chunking)
 
     report = ConversionReport(
@@ -111,10 +117,10 @@ def convert(
         door=door,
         tiled={c.fqn: untiled_class(type(c.module)).__name__ for c in tiled},
         untiled={c.fqn: (type(c.module).__name__, c.reason) for c in candidates if c.reason},
-        loss=_loss_in_words(config, loss_model),
+        loss=_loss_in_words(config, loss_models),
     )
     model.__dict__[_STATE] = report
-    if process_rank() == 0:
+    if is_main_process():
         print(report, flush=True)
     return model
 
@@ -144,9 +150,9 @@ def mini_sequence_report(model: nn.Module) -> ConversionReport | None:
 def tiled_modules(model: nn.Module) -> list[nn.Module]:
     """Every module whose weights are used inside a tiled operation (an engine must gather each of them as a whole)."""
     modules = [module for module in model.modules() if isinstance(module, TiledModule)]
-    report, loss_model = mini_sequence_report(model), find_model_with_loss(model)
-    if report is not None and report.config.enabled and report.config.loss and loss_model is not None:
-        modules.append(loss_model.get_output_embeddings())
+    report = mini_sequence_report(model)
+    if report is not None and report.config.enabled and report.config.loss:
+        modules += dict.fromkeys(m.get_output_embeddings() for m in find_models_with_loss(model))
     return modules
 
 
@@ -182,14 +188,14 @@ def _matches(fqn: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(fqn, p) or fnmatch.fnmatchcase(fqn, f"*.{p}") for p in patterns)
 
 
-def _loss_in_words(config: MiniSequenceConfig, loss_model: nn.Module | None) -> str:
+def _loss_in_words(config: MiniSequenceConfig, loss_models: list[nn.Module]) -> str:
     if not config.loss:
         return "not tiled (loss is off)"
-    if loss_model is None:
+    if not loss_models:
         return "not tiled (no module here has an LM head and takes labels)"
     if config.return_logits:
         return "not tiled (return_logits asks for all logits)"
-    head = type(loss_model.get_output_embeddings()).__name__
+    head = type(loss_models[-1].get_output_embeddings()).__name__
     return f"tiled, LM head {head}; with labels, the output has no `logits` (return_logits brings them back)"
 
 

@@ -104,16 +104,15 @@ def _why_not_one_tensor(module: nn.Module) -> str:
     return f"its forward takes {', '.join(p.name for p in parameters)}, not one tensor"
 
 
-def find_model_with_loss(model: nn.Module) -> nn.Module | None:
-    """The module that has an LM head and takes labels; the innermost, where wrappers pass both through."""
-    found = [
+def find_models_with_loss(model: nn.Module) -> list[nn.Module]:
+    """The modules that have an LM head and take labels: the language model, and wrappers that may compute the loss."""
+    return [
         module
         for module in model.modules()
         if hasattr(type(module), "get_output_embeddings")
         and takes_labels(module)
         and module.get_output_embeddings() is not None
     ]
-    return found[-1] if found else None
 
 
 def find_hidden_size(model: nn.Module) -> int:

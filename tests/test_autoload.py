@@ -36,7 +36,10 @@ ALL = ("initialize", "op", "config check", "prediction step")
 
 def run(command: list[str], cwd: Path | str = "/tmp", **env: str) -> subprocess.CompletedProcess:
     inherited = {k: v for k, v in os.environ.items() if k not in ("DS_MINIS_AUTOLOAD", "PYTHONPATH", "RANK")}
-    environment = {**inherited, "DS_ACCELERATOR": "cpu", **env}
+    path = os.pathsep.join(
+        filter(None, [env.pop("PYTHONPATH", ""), str(Path(__file__).parent.parent)])
+    )  # this checkout, whatever is installed
+    environment = {**inherited, "DS_ACCELERATOR": "cpu", **env, "PYTHONPATH": path}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
 

@@ -409,3 +409,38 @@ def test_a_pattern_that_matches_nothing_is_an_error(key):
     with pytest.raises(ValueError, match=f"{key}: the pattern '\\*.mpl' matches no part .* such as 'model.layers.0"):
         convert_to_mini_sequence(model, {key: ["*.mlp", "*.mpl"]})
     assert snapshot(model) == before
+
+
+def test_a_part_that_was_converted_before_is_an_error():
+    model = build("llama")
+    convert_to_mini_sequence(model.model, CHUNKS)
+    with pytest.raises(ValueError, match="without its LM head and loss: call revert_mini_sequence"):
+        convert_to_mini_sequence(model, CHUNKS)
+
+
+class Layer(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.attention, self.norm = nn.MultiheadAttention(8, 2), norm
+
+
+@pytest.mark.parametrize(
+    ("norm", "reason"),
+    [(nn.RMSNorm((2, 4)), "more than one dimension"), (nn.GroupNorm(2, 8), None), (nn.BatchNorm1d(8), None)],
+)
+def test_norms_that_are_not_token_wise_are_left_alone(norm, reason):
+    model = nn.Module()
+    model.layers = nn.ModuleList([Layer(norm), Layer(nn.LayerNorm(8))])
+    report = mini_sequence_report(convert_to_mini_sequence(model))
+    assert list(report.tiled) == ["layers.1.norm"]
+    assert report.untiled.get("layers.0.norm", (None, None))[1] in (reason, "its weight has more than one dimension")
+
+
+def test_partitioned_weights_are_judged_by_their_whole_shape():
+    model = nn.Module()
+    model.layers = nn.ModuleList([Layer(nn.LayerNorm(8))])
+    for param in model.parameters():
+        param.ds_shape, param.data = param.shape, torch.empty(0)
+    report = mini_sequence_report(convert_to_mini_sequence(model))
+    assert list(report.tiled) == ["layers.0.norm"] and list(report.untiled) == ["layers.0.attention"]
+    assert model.layers[0].norm.mini_sequence_chunking.hidden_size == 8

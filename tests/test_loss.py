@@ -1,6 +1,7 @@
 """The tiled loss against the same model's own loss, with all that models and trainers do to logits."""
 
 import copy
+import functools
 import logging
 
 import pytest
@@ -197,15 +198,180 @@ def test_learned_scale_gets_its_gradient():
     assert_same_loss(model, reference, data())
 
 
-def test_writing_into_logits_behind_a_view_is_refused():
-    def process(x):
-        x.view(-1, V)
-        return x.mul_(2.0)
+def own_loss(function, **kwargs):
+    """A model and its reference whose loss is `function(logits, labels, model)`."""
 
-    model, _ = pair(process=process)
+    class Own(Model):
+        def forward(self, input_ids, labels=None):
+            return Output(loss=function(self.lm_head(self.embed(input_ids)), labels, self))
+
+    return convert_to_mini_sequence(Own(**kwargs), LOSS_ONLY), Own(**kwargs)
+
+
+def written(*writes, view=lambda x: x.view(-1, V), use_view=False):
+    def loss(logits, labels, model):
+        alias = view(logits)
+        for write in writes:
+            write(logits, alias)
+        logits = alias if use_view else logits
+        return F.cross_entropy(logits.reshape(-1, V), labels.reshape(-1)[: logits.numel() // V])
+
+    return loss
+
+
+WRITES = {
+    "through a view": written(lambda x, v: v.mul_(2.0)),
+    "behind a view": written(lambda x, v: x.mul_(2.0), use_view=True),
+    "through a part": written(lambda x, v: v.mul_(2.0), view=lambda x: x[:, :5]),
+    "through a cast that does nothing": written(lambda x, v: v.mul_(2.0), view=lambda x: x.float()),
+    "behind a cast that does nothing": written(
+        lambda x, v: x.div_(2.0), view=lambda x: x.to(torch.float32), use_view=True
+    ),
+    "set item of a view": written(lambda x, v: v.__setitem__((slice(None), 3), -5.0)),
+    "set item behind a view": written(lambda x, v: x.__setitem__((..., 3), -5.0), use_view=True),
+    "unknown operation behind a view": written(lambda x, v: x.relu_(), use_view=True),
+    "augmented item": written(lambda x, v: exec("x[:, 3] *= 2"), use_view=True),
+    "augmented rows": written(lambda x, v: exec("x[..., :-1, :] -= 1.5"), use_view=True),
+    "twice": written(lambda x, v: v.mul_(2.0), lambda x, v: x.tanh_(), use_view=True),
+    "after a copy": written(lambda x, v: x.mul_(2.0), view=lambda x: x[:, 1:].contiguous(), use_view=True),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_writes_reach_every_alias(name):
+    assert_same_loss(*own_loss(WRITES[name]), data())
+
+
+def flat(logits, labels, **kwargs):
+    return F.cross_entropy(logits.view(-1, V), labels.view(-1), **kwargs)
+
+
+def accuracy_first(logits, labels, model):
+    with torch.no_grad():
+        assert (logits.argmax(-1) == labels).float().mean() >= 0
+    return flat(logits, labels) + model.embed.weight.square().sum()
+
+
+def scaled_without_grad(logits, labels, model):
+    with torch.no_grad():
+        logits = logits * 2.0
+    return flat(logits, labels) + model.embed.weight.square().sum()
+
+
+def loss_in_autocast(logits, labels, model):
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = logits * torch.tensor(0.7, dtype=torch.bfloat16)
+        return flat(logits, labels)
+
+
+MODES = {
+    "accuracy first": accuracy_first,
+    "scaled without grad": scaled_without_grad,
+    "loss in autocast": loss_in_autocast,
+    "loss twice": lambda logits, labels, model: flat(logits, labels) + 2 * flat(logits / 2, labels, reduction="sum"),
+    "z-loss": lambda logits, labels, model: flat(logits, labels) + logits.logsumexp(-1).square().mean(),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_gradient_mode_autocast_and_repeated_use(name):
+    assert_same_loss(*own_loss(MODES[name]), data(), rtol=1e-5)
+
+
+def test_head_outside_of_autocast_with_the_model_inside():
+    class Model32(Model):
+        def forward(self, input_ids, labels=None):
+            with torch.autocast("cpu", enabled=False):
+                logits = self.lm_head(self.embed(input_ids).float())
+            return Output(loss=flat(logits, labels))
+
+    losses = []
+    for model in (convert_to_mini_sequence(Model32(), LOSS_ONLY), Model32()):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(model(**data()).loss)
+        losses[-1].backward()
+        losses.append(model.lm_head.weight.grad)
+    torch.testing.assert_close(losses[0], losses[2], rtol=1e-6, atol=0)
+    torch.testing.assert_close(losses[1], losses[3], rtol=1e-4, atol=1e-7)
+
+
+def test_dtype_of_logits_under_autocast():
+    seen = []
+    model, _ = pair(process=lambda x: seen.append(x.dtype) or x)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**data())
+    assert seen == [torch.bfloat16]
+
+
+def test_operand_that_is_written_to_is_refused():
+    def loss(logits, labels, model):
+        bias = torch.ones(V)
+        logits = logits + bias
+        bias.zero_()
+        return flat(logits, labels)
+
+    model, _ = own_loss(loss)
     with pytest.raises(RuntimeError, match='"loss": false'):
         model(**data())
     assert type(model.lm_head) is nn.Linear
+
+
+OPERANDS = {
+    "constant minus logits": lambda x: torch.linspace(0, 1, V) - x,
+    "number to the power of logits": lambda x: torch.pow(torch.tensor(2.0), x / 4),
+    "constant over logits": lambda x: torch.linspace(1, 2, V) / (x + 30.0),
+    "one number per row": lambda x: x * torch.linspace(1, 2, 23)[:, None],
+    "type of another": lambda x: x.type_as(torch.zeros(3, dtype=torch.float64)).float(),
+    "other as the logits": lambda x: x * torch.tensor(0.5).type_as(x),
+    "class second": lambda x: x.transpose(1, -1).transpose(1, -1),
+}
+
+
+@pytest.mark.parametrize("name", OPERANDS)
+def test_operands(name):
+    assert_same_loss(*own_loss(lambda x, labels, m: flat(OPERANDS[name](x).contiguous(), labels)), data())
+
+
+def test_dimensions_that_end_in_the_vocabulary():
+    def loss(logits, labels, model):
+        second = F.cross_entropy(logits.transpose(1, -1), labels)
+        return second + logits.flatten(1).square().mean() + logits.flatten(start_dim=0, end_dim=1).mean()
+
+    assert_same_loss(*own_loss(loss), data())
+
+
+ARGUMENTS = {
+    "soft labels": lambda x, t, m: F.cross_entropy(x.view(-1, V), F.one_hot(t.clamp(min=0).view(-1), V).float()),
+    "one token": lambda x, t, m: F.cross_entropy(x[0, 3], t[1, 3]),
+    "legacy arguments": lambda x, t, m: F.cross_entropy(x.view(-1, V), t.view(-1), size_average=False),
+    "keywords": lambda x, t, m: F.cross_entropy(input=x.view(-1, V), target=t.view(-1), reduction="sum"),
+    "weight and large ignore_index": lambda x, t, m: F.cross_entropy(
+        x.view(-1, V), t.masked_fill(t < 0, V + 5).view(-1), torch.linspace(0, 2, V), ignore_index=V + 5
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_arguments_of_cross_entropy(name):
+    assert_same_loss(*own_loss(ARGUMENTS[name]), data())
+
+
+def test_lengths_that_differ_are_an_error_as_in_torch():
+    model, _ = own_loss(lambda x, t, m: F.cross_entropy(x.view(-1, V), t.view(-1)[:-1]))
+    with pytest.raises(ValueError, match="to match target batch_size"):
+        model(**data())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "sum"}, {"weight": torch.linspace(0.5, 2, V, dtype=torch.bfloat16)}]
+)
+def test_bfloat16_losses_are_summed_in_float32(options):
+    model, reference = pair(dtype=torch.bfloat16, **options)
+    exact = Model(**options | ({"weight": options["weight"].float()} if "weight" in options else {}))
+    exact.load_state_dict(Model(dtype=torch.bfloat16).state_dict())
+    loss, expected = model(**data(200)).loss, exact(**data(200)).loss
+    assert loss.dtype == reference(**data()).loss.dtype == torch.bfloat16
+    torch.testing.assert_close(loss.float(), expected, rtol=4e-3, atol=0)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -274,13 +440,67 @@ def test_head_that_is_replaced_after_conversion():
     assert_same_training(model, reference, batch(23))
 
 
-def test_hooks_of_the_head_run_once_around_all_chunks():
-    model, _ = pair()
+def test_hooks_of_an_engine_run_once_around_all_chunks():
+    model, reference = pair()
     calls = []
-    model.lm_head.register_forward_pre_hook(lambda m, args: calls.append("before"))
-    model.lm_head.register_forward_hook(lambda m, args, out: calls.append("after"))
-    model(**data()).loss.backward()
+
+    def before(module, args):
+        calls.append("before")
+
+    def after(module, args, output):
+        calls.append("after")
+
+    before.__module__ = after.__module__ = "deepspeed.runtime.zero.parameter_offload"
+    model.lm_head.register_forward_pre_hook(before)
+    model.lm_head.register_forward_hook(functools.partial(after))
+    assert_same_loss(model, reference, data())
     assert calls == ["before", "after"]
+
+
+def test_a_hook_of_somebody_else_sees_the_logits(caplog):
+    model, reference = pair()
+    for m in (model, reference):
+        m.lm_head.register_forward_hook(lambda module, args, output: output * 2)
+    with caplog.at_level(logging.WARNING, logger="ds_minis"):
+        assert_same_loss(model, reference, data())
+    assert "hook that must see the logits" in caplog.text
+
+
+def test_head_called_by_keyword():
+    class Keyword(Model):
+        def forward(self, input_ids, labels=None):
+            return Output(loss=flat(self.lm_head(input=self.embed(input_ids)), labels))
+
+    assert_same_loss(convert_to_mini_sequence(Keyword(), LOSS_ONLY), Keyword(), data())
+
+
+def test_positional_labels():
+    model, reference = pair()
+    inputs = data()
+    loss, expected = (m(inputs["input_ids"], inputs["labels"]).loss for m in (model, reference))
+    torch.testing.assert_close(loss, expected)
+    with LargestTensor(V) as largest:
+        model(inputs["input_ids"], inputs["labels"])
+    assert largest.rows <= H  # the head's weight, transposed
+
+
+def test_a_wrapper_that_computes_the_loss_itself_is_tiled():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Model()
+
+        def get_output_embeddings(self):
+            return self.inner.lm_head
+
+        def forward(self, input_ids, labels=None):
+            return Output(loss=flat(self.inner(input_ids)["logits"], labels))
+
+    model, reference = convert_to_mini_sequence(Outer(), LOSS_ONLY), Outer()
+    assert_same_loss(model, reference, data())
+    with LargestTensor(V) as largest:
+        model(**data())
+    assert largest.rows <= H  # the head's weight, transposed
 
 
 def test_head_whose_forward_was_replaced_on_the_instance():
@@ -347,6 +567,25 @@ def test_error_in_forward_disarms_the_head():
     with pytest.raises(ZeroDivisionError):
         model(**data())
     assert type(model.lm_head) is nn.Linear and not [k for k in model.__dict__ if k.startswith("_mini_sequence_a")]
+
+
+def test_interrupted_inference_leaves_other_models_tiled():
+    model, other = twins("llama")
+    for m in (model, other):
+        convert_to_mini_sequence(m, {"chunk_size": 3})
+    handle = model.model.layers[0].mlp.act_fn.register_forward_pre_hook(lambda *_: raise_(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt), torch.no_grad():
+        model(batch(23)["input_ids"])
+    handle.remove()
+    rows = []
+    for m in (other, model):
+        m.model.layers[0].mlp.act_fn.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[-2]))
+        loss_and_grads(m, batch(23))
+    assert set(rows) <= {1, 3}
+
+
+def raise_(error):
+    raise error
 
 
 def test_interrupted_forward_is_cleaned_up_by_the_next():

@@ -344,6 +344,72 @@ def test_more_arguments_run_untiled():
     assert torch.equal(tiled(Scaled())(inputs(23), scale=3.0), inputs(23) * 3)
 
 
+def test_module_that_gives_a_tuple_is_an_error_that_says_what_to_do():
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    with pytest.raises(TypeError, match='Pair gives a tuple.*"exclude"'):
+        tiled(Pair())(inputs(23))
+
+
+def test_weights_that_zero3_has_partitioned_are_refused():
+    mini = tiled(MLP())
+    mini.up_proj.weight = nn.Parameter(torch.empty(0))
+    mini.up_proj.weight.ds_shape = (I, H)
+    with pytest.raises(RuntimeError, match="up_proj.weight is partitioned by ZeRO-3"):
+        mini(inputs(23))
+
+
+def test_fully_shard_inside_a_tiled_module_is_refused():
+    class FSDPModule:
+        pass
+
+    mini = tiled(MLP())
+    mini.up_proj.__class__ = type("FSDPLinear", (FSDPModule, nn.Linear), {})
+    with pytest.raises(RuntimeError, match="fully_shard was applied to up_proj"):
+        mini(inputs(23))
+
+
+def test_revert_under_an_engines_class_is_refused():
+    mini = tiled(MLP())
+    mini.__class__ = type("FSDPMLP", (type(mini),), {})
+    with pytest.raises(RuntimeError, match="Revert before the engine"):
+        untile_module(mini)
+
+
+def test_result_that_is_a_part_of_the_last_linear():
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(H, I)
+
+        def forward(self, x):
+            return self.linear(input=x)[..., :H]
+
+    module, x = Part(), inputs(23)
+    mini = tiled(module)
+    assert_same(run(mini, mini, x), run(module, module, x), rtol=1e-5, atol=1e-6)
+
+
+def test_hook_on_the_last_linear_sees_its_output():
+    module, x = MLP(), inputs(23)
+    module.down_proj.register_forward_hook(lambda m, args, out: out.square())
+    mini = tiled(module)
+    assert_same(run(mini, mini, x), run(module, module, x), rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_of_a_part_of_the_inputs_costs_only_that():
+    mini, x = tiled(MLP()), inputs(2, 50)
+    y = mini(x)
+    flops = matmul_flops(lambda: torch.autograd.grad(y.sum(), mini.down_proj.weight))
+    assert flops < matmul_flops(lambda: mini(x).sum().backward())
+    torch.testing.assert_close(
+        torch.autograd.grad(mini(x).sum(), mini.up_proj.bias)[0],
+        torch.autograd.grad(loop(mini, x).sum(), mini.up_proj.bias)[0],
+    )
+
+
 def test_class_swap_is_undone():
     module = MLP()
     before = module.__dict__.keys()

@@ -14,17 +14,19 @@ _MAX_AUTO_LOGITS = 2**26
 _MIN_AUTO_LOSS_TOKENS = 256
 
 
-@dataclass(frozen=True)
+@dataclass
 class Chunking:
-    """Chunk sizes of one converted model.
+    """Chunk sizes of one converted model; all of its tiled modules hold the same object.
 
     Attributes:
         config: the user's settings.
         hidden_size: width of the model's hidden states, in elements; what one token is for `chunk_size`.
+        suspended: True while the model runs a forward pass that must equal the unconverted model's to the bit.
     """
 
     config: MiniSequenceConfig
     hidden_size: int
+    suspended: bool = False
 
     def module_rows(self, num_rows: int, width: int) -> int:
         """Rows per chunk for a module whose input has `num_rows` rows of `width` elements.

@@ -9,16 +9,22 @@ Shapes: leading dimensions `*L` (batch, sequence; R rows when flattened), H hidd
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ds_minis.ranks import is_main_process
+from ds_minis.tiling.recompute import AutocastState
+
+Step = Callable[[Tensor], Tensor]
 logger = logging.getLogger("ds_minis")
 
 
@@ -56,18 +62,18 @@ class DeferredLogits(torch.Tensor):
     """Logits of shape `(*L, V)` that are computed when, and as far as, they are needed."""
 
     @staticmethod
-    def __new__(cls, head: Head, hidden_LH: Tensor, sample_0V: Tensor, steps: tuple[Callable[[Tensor], Tensor], ...]):
+    def __new__(cls, head: Head, hidden_LH: Tensor, sample_0V: Tensor, steps: tuple[Step, ...], mode: _Mode):
         """See `defer` for the arguments."""
         shape = (*hidden_LH.shape[:-1], sample_0V.shape[-1])
         logits = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=sample_0V.dtype, device=sample_0V.device)
-        logits._set(head, hidden_LH, sample_0V, steps)
-        return logits
-
-    def _set(self, head, hidden_LH, sample_0V, steps) -> None:
         # `_sample`, zero rows that went through all steps, tells dtype and width of the result without any rule of ours.
-        self._head, self._hidden, self._sample, self._steps = head, hidden_LH, sample_0V, steps
-        self._value: Tensor | None = None  # the logits in full, once somebody needed them
-        self._has_views = False
+        logits._head, logits._hidden, logits._sample, logits._steps = head, hidden_LH, sample_0V, steps
+        logits._mode = mode
+        logits._value = None  # the logits in full, once somebody needed them
+        logits._view = None  # where this is a view: of which deferred logits, and by which operation
+        logits._aliases = _Aliases()
+        logits._aliases.add(logits)
+        return logits
 
     def __repr__(self, **_) -> str:
         return f"DeferredLogits(rows={tuple(self._hidden.shape[:-1])}, vocab_size={self._sample.shape[-1]})"
@@ -75,7 +81,12 @@ class DeferredLogits(torch.Tensor):
     def materialize(self) -> Tensor:
         """The logits in full, an ordinary tensor in the autograd graph; the same one each time."""
         if self._value is None:
-            self._value = self._run_steps(self._head.logits(self._hidden))
+            with self._mode.entered():
+                if self._view is not None and self._view[0]._value is not None:
+                    base, view = self._view
+                    self._value = view(base._value)
+                else:
+                    self._value = self._run_steps(self._head.logits(self._hidden))
         return self._value
 
     def _run_steps(self, logits: Tensor) -> Tensor:
@@ -83,22 +94,24 @@ class DeferredLogits(torch.Tensor):
             logits = step(logits)
         return logits
 
-    def _with_step(self, step: Callable[[Tensor], Tensor]) -> DeferredLogits:
+    def _with_step(self, step: Step) -> DeferredLogits | None:
+        """What `step` makes of these logits; None if it is not a function of each row."""
         with torch.no_grad():
             sample = step(self._sample)
-        return DeferredLogits(self._head, self._hidden, sample, (*self._steps, step))
+        if (
+            sample is self._sample
+        ):  # nothing to do, such as a cast to the dtype they have: torch gives the tensor itself
+            return self
+        if sample.shape != self._sample.shape:
+            return None
+        return DeferredLogits(self._head, self._hidden, sample, (*self._steps, step), self._mode)
 
-    def _with_rows(self, rearrange: Callable[[Tensor], Tensor]) -> DeferredLogits:
-        """`rearrange` acts on the leading dimensions alone, so it acts on the hidden states in the same way."""
-        self._has_views = True
-        return DeferredLogits(self._head, rearrange(self._hidden), self._sample, self._steps)
-
-    def _require_no_views(self, name: str) -> None:
-        if self._has_views:
-            raise RuntimeError(
-                f"the model writes into its logits ({name}) after taking a view of them, which deferred logits cannot "
-                'follow. Set "loss": false in the mini-sequence configuration for this model'
-            )
+    def _with_rows(self, view: Callable[[Tensor], Tensor], rearrange: Callable[[Tensor], Tensor]) -> DeferredLogits:
+        """`view` on logits is, as it leaves the vocabulary alone, `rearrange` on the hidden states."""
+        result = DeferredLogits(self._head, rearrange(self._hidden), self._sample, self._steps, self._mode)
+        result._view, result._aliases = (self, view), self._aliases
+        self._aliases.add(result)
+        return result
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -111,17 +124,15 @@ class DeferredLogits(torch.Tensor):
         if name == "__get__" or name in _FACTS:
             attribute = getattr(getattr(func, "__self__", None), "__name__", "")
             if attribute == "requires_grad":
-                return torch.is_grad_enabled()
+                return args[0]._mode.grad
             if name in _FACTS or attribute in _FACT_ATTRIBUTES:
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
         result = NotImplemented
-        if args and isinstance(args[0], DeferredLogits) and _writes(name):
-            args[0]._require_no_views(name)
         if args and isinstance(args[0], DeferredLogits):
             result = _handle(func, name, args[0], args[1:], kwargs)
         elif len(args) == 2 and isinstance(args[1], DeferredLogits) and name in _ELEMENTWISE and not kwargs:
-            result = _elementwise(lambda logits, other: func(other, logits), args[1], (args[0],), {})
+            result = _handle(lambda logits, other: func(other, logits), name, args[1], (args[0],), {})
         elif isinstance(kwargs.get("input"), DeferredLogits):
             rest = dict(kwargs)
             result = _handle(func, name, rest.pop("input"), (), rest)
@@ -129,6 +140,37 @@ class DeferredLogits(torch.Tensor):
             _tell_materialized(name)
             return func(*_materialized(args), **_materialized(kwargs))
         return result
+
+
+class _Mode:
+    """Gradient mode and autocast state under which the model called its head."""
+
+    def __init__(self, device: torch.device):
+        self.grad = torch.is_grad_enabled()
+        self._device = device
+        self._autocast = AutocastState(device)
+
+    def is_on(self) -> bool:
+        return self.grad == torch.is_grad_enabled() and self._autocast == AutocastState(self._device)
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        with torch.set_grad_enabled(self.grad), self._autocast.entered():
+            yield
+
+
+class _Aliases:
+    """Deferred logits that stand for one memory: views of each other. They share their fate once it is written to."""
+
+    def __init__(self):
+        self._members: list[weakref.ref[DeferredLogits]] = []
+
+    def add(self, member: DeferredLogits) -> None:
+        self._members.append(weakref.ref(member))
+
+    def alive(self) -> list[DeferredLogits]:
+        """From the first on; a view's base is alive as long as the view is."""
+        return [member for ref in self._members if (member := ref()) is not None]
 
 
 def defer(head: Head, hidden_LH: Tensor, sample_0V: Tensor) -> DeferredLogits:
@@ -139,18 +181,14 @@ def defer(head: Head, hidden_LH: Tensor, sample_0V: Tensor) -> DeferredLogits:
         hidden_LH: the head's input.
         sample_0V: the head's result for zero rows; gives dtype, device and vocabulary size.
     """
-    return DeferredLogits(head, hidden_LH, sample_0V, ())
-
-
-def _writes(name: str) -> bool:
-    """Whether a function of that name writes into its first argument."""
-    return name == "__setitem__" or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    return DeferredLogits(head, hidden_LH, sample_0V, (), _Mode(hidden_LH.device))
 
 
 @functools.cache
 def _tell_materialized(name: str) -> None:
     """Once per operation."""
-    logger.warning("logits are computed in full, without saving memory, for the operation %r on them", name)
+    if is_main_process():
+        logger.warning("logits are computed in full, without saving memory, for the operation %r on them", name)
 
 
 def _materialized(value: Any) -> Any:
@@ -165,35 +203,52 @@ def _materialized(value: Any) -> Any:
 
 def _handle(func, name: str, logits: DeferredLogits, args: tuple, kwargs: dict):
     """The deferred (or, for cross entropy, final) result; NotImplemented where the logits are needed in full."""
-    if logits._value is not None:
+    if name == "__setitem__" or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")):
+        return _write(name, logits, args, kwargs)
+    if logits._value is not None or not logits._mode.is_on():
         return NotImplemented
     if name == "cross_entropy":
         return _cross_entropy(logits, *args, **kwargs)
     if name in _ELEMENTWISE:
         return _elementwise(func, logits, args, kwargs)
-    if name in _IN_PLACE:
-        result = _elementwise(getattr(torch, _IN_PLACE[name]), logits, args, kwargs)
-        if result is NotImplemented or result._sample.dtype != logits._sample.dtype:
-            return NotImplemented
-        logits._set(result._head, result._hidden, result._sample, result._steps)
-        return logits
     if name in _ROW_VIEWS:
-        return _ROW_VIEWS[name](logits, args, kwargs)
+        return _ROW_VIEWS[name](lambda rows: func(rows, *args, **kwargs), logits, args, kwargs)
+    return NotImplemented
+
+
+def _write(name: str, logits: DeferredLogits, args: tuple, kwargs: dict):
+    """Records an elementwise write; else computes all aliases in full first, so that torch itself does the writing."""
+    aliases = logits._aliases.alive()
+    if name in _IN_PLACE and len(aliases) == 1 and logits._value is None and logits._mode.is_on():
+        result = _elementwise(getattr(torch, _IN_PLACE[name]), logits, args, kwargs)
+        if result is not NotImplemented and result._sample.dtype == logits._sample.dtype:
+            logits._sample, logits._steps = result._sample, result._steps
+            return logits
+    for alias in aliases:
+        alias.materialize()
     return NotImplemented
 
 
 def _elementwise(func, logits: DeferredLogits, args: tuple, kwargs: dict):
     """Records `func`, if its other operands are the same for every row and need no gradient."""
-    for operand in (*args, *kwargs.values()):
-        if isinstance(operand, DeferredLogits):
-            return NotImplemented
-        if isinstance(operand, Tensor) and (operand.dim() > 1 or operand.requires_grad):
-            return NotImplemented
-    result = logits._with_step(lambda rows: func(rows, *args, **kwargs))
-    return result if result._sample.shape == logits._sample.shape else NotImplemented
+    operands = [operand for operand in (*args, *kwargs.values()) if isinstance(operand, Tensor)]
+    if any(isinstance(o, DeferredLogits) or o.dim() > 1 or o.requires_grad for o in operands):
+        return NotImplemented
+    versions = [operand._version for operand in operands]
+
+    def step(rows: Tensor) -> Tensor:
+        if versions != [operand._version for operand in operands]:
+            raise RuntimeError(
+                "a tensor that the model used on its logits was written to before the loss was computed, "
+                'which deferred logits cannot follow. Set "loss": false in the mini-sequence configuration'
+            )
+        return func(rows, *args, **kwargs)
+
+    result = logits._with_step(step)
+    return NotImplemented if result is None else result
 
 
-def _reshape(logits: DeferredLogits, args: tuple, kwargs: dict):
+def _reshape(view, logits: DeferredLogits, args: tuple, kwargs: dict):
     sizes = args[0] if len(args) == 1 and isinstance(args[0], list | tuple) else args
     if kwargs or not sizes or not all(isinstance(size, int) for size in sizes):
         return NotImplemented
@@ -202,23 +257,23 @@ def _reshape(logits: DeferredLogits, args: tuple, kwargs: dict):
         shape[shape.index(-1)] = logits.numel() // max(1, -math.prod(shape))
     if shape[-1] != logits.shape[-1]:
         return NotImplemented
-    return logits._with_rows(lambda hidden: hidden.reshape(*shape[:-1], hidden.shape[-1]))
+    return logits._with_rows(view, lambda hidden: hidden.reshape(*shape[:-1], hidden.shape[-1]))
 
 
-def _flatten(logits: DeferredLogits, args: tuple, kwargs: dict):
+def _flatten(view, logits: DeferredLogits, args: tuple, kwargs: dict):
     start, stop = (*args, 0, -1)[:2] if len(args) != 1 else (args[0], -1)
     if kwargs or stop % logits.dim() == logits.dim() - 1:
         return NotImplemented
-    return logits._with_rows(lambda hidden: hidden.flatten(start, stop))
+    return logits._with_rows(view, lambda hidden: hidden.flatten(start, stop))
 
 
-def _transpose(logits: DeferredLogits, args: tuple, kwargs: dict):
+def _transpose(view, logits: DeferredLogits, args: tuple, kwargs: dict):
     if kwargs or logits.dim() - 1 in [dim % logits.dim() for dim in args]:
         return NotImplemented
-    return logits._with_rows(lambda hidden: hidden.transpose(*args))
+    return logits._with_rows(view, lambda hidden: hidden.transpose(*args))
 
 
-def _getitem(logits: DeferredLogits, args: tuple, kwargs: dict):
+def _getitem(view, logits: DeferredLogits, args: tuple, kwargs: dict):
     """Slices and integers on the leading dimensions; the vocabulary whole."""
     index = args[0] if isinstance(args[0], tuple) else (args[0],)
     if not all(isinstance(i, slice | int) or i is Ellipsis for i in index) or index.count(Ellipsis) > 1:
@@ -230,11 +285,11 @@ def _getitem(logits: DeferredLogits, args: tuple, kwargs: dict):
         if index[-1] != slice(None):
             return NotImplemented
         index = index[:-1]
-    return logits._with_rows(lambda hidden: hidden[index])
+    return logits._with_rows(view, lambda hidden: hidden[index])
 
 
-def _same(logits: DeferredLogits, args: tuple, kwargs: dict):
-    return logits
+def _contiguous(view, logits: DeferredLogits, args: tuple, kwargs: dict):
+    return logits._with_rows(view, lambda hidden: hidden)
 
 
 _ROW_VIEWS = {
@@ -243,7 +298,7 @@ _ROW_VIEWS = {
     "flatten": _flatten,
     "transpose": _transpose,
     "__getitem__": _getitem,
-    "contiguous": _same,
+    "contiguous": _contiguous,
 }
 
 
@@ -294,8 +349,5 @@ def _cross_entropy(
     if reduction == "sum":
         return losses_R.sum().to(dtype)
     counted = target != ignore_index
-    if weight is None:
-        total_weight = counted.sum()
-    else:
-        total_weight = (weight[target.clamp(min=0)] * counted).sum()
+    total_weight = counted.sum() if weight is None else (weight[target.masked_fill(~counted, 0)] * counted).sum()
     return (losses_R.sum() / total_weight.masked_fill(total_weight == 0, 1)).to(dtype)

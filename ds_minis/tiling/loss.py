@@ -18,15 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_minis.config import process_rank
+from ds_minis.ranks import is_main_process
 from ds_minis.tiling.chunking import Chunking
 from ds_minis.tiling.deferred import DeferredLogits, defer
-from ds_minis.tiling.module import untiled
 from ds_minis.tiling.rows import tile_rows
 
 logger = logging.getLogger("ds_minis")
 
-_ARMED = "_mini_sequence_armed"
+_ARMED, _HEAD = "_mini_sequence_armed", "_mini_sequence_head"
 BYPASSED = (
     "forward was given labels and did not call the LM head. A trainer with a fused LM head of its own, such as TRL's "
     "SFTTrainer, computes the loss itself; ds_minis steps aside"
@@ -51,10 +50,11 @@ class _DeferringHead(nn.Module):
     so when the logits are computed, once for all chunks, and not here where they are deferred.
     """
 
-    def __call__(self, hidden, *args, **kwargs):
-        if args or kwargs or not isinstance(hidden, Tensor):
-            return super().__call__(hidden, *args, **kwargs)
-        head = self.__dict__["_mini_sequence_head"]
+    def __call__(self, *args, **kwargs):
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            return super().__call__(*args, **kwargs)
+        (hidden,) = args
+        head = self.__dict__[_HEAD]
         return defer(head, hidden, head.sample(hidden))
 
 
@@ -77,13 +77,13 @@ class _Head:
     @contextlib.contextmanager
     def deferring(self) -> Iterator[None]:
         module, own_class = self._module, type(self._module)
-        module.__dict__["_mini_sequence_head"] = self
+        module.__dict__[_HEAD] = self
         module.__class__ = _deferring_class(own_class)
         try:
             yield
         finally:
             module.__class__ = own_class
-            del module.__dict__["_mini_sequence_head"]
+            del module.__dict__[_HEAD]
 
     def sample(self, hidden_LH: Tensor) -> Tensor:
         """Logits of zero rows, `(0, V)`: of the dtype and width that the head gives."""
@@ -131,15 +131,17 @@ class _Arm:
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         _disarm(model)  # a forward pass ended by KeyboardInterrupt runs no hooks
-        config, scope = self.chunking.config, contextlib.ExitStack()
-        head = None
+        config, scope, head = self.chunking.config, contextlib.ExitStack(), None
         if _argument(model, "labels", args, kwargs) is not None:
             module = model.get_output_embeddings()
             if module is not None and config.loss and not config.return_logits and not _RETURN_LOGITS.get():
-                head = _Head(module, self.chunking)
-                scope.enter_context(head.deferring())
+                head = module.__dict__.get(_HEAD)  # there already, when a model around this one was given labels too
+                if head is None and _hooks_allow_deferring(module):
+                    head = _Head(module, self.chunking)
+                    scope.enter_context(head.deferring())
         elif not torch.is_grad_enabled() and not config.tile_inference:
-            scope.enter_context(untiled())
+            self.chunking.suspended = True
+            scope.callback(setattr, self.chunking, "suspended", False)
         model.__dict__[_ARMED] = scope, head
 
 
@@ -147,6 +149,25 @@ def _disarm(model: nn.Module) -> _Head | None:
     scope, head = model.__dict__.pop(_ARMED, (contextlib.ExitStack(), None))
     scope.close()
     return head
+
+
+def _hooks_allow_deferring(head: nn.Module) -> bool:
+    """Whether all hooks of the head are an engine's, which may run around all chunks; others must see the logits."""
+    kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    for hook in (hook for kind in kinds for hook in getattr(head, kind).values()):
+        while isinstance(hook, functools.partial):
+            hook = hook.func
+        place = getattr(hook, "__module__", None) or type(hook).__module__
+        if not place.startswith(("torch.", "deepspeed.", "accelerate.")):
+            _tell_hook(getattr(hook, "__qualname__", repr(hook)))
+            return False
+    return True
+
+
+@functools.cache
+def _tell_hook(hook: str) -> None:
+    if is_main_process():
+        logger.warning("the loss is not tiled by ds_minis: the LM head has a hook that must see the logits: %s", hook)
 
 
 class _Disarm:
@@ -160,7 +181,7 @@ class _Disarm:
         if head is None or output is None:
             return output
         if not head.deferred:
-            if not self.bypassed and process_rank() == 0:
+            if not self.bypassed and is_main_process():
                 logger.warning("the loss is not tiled by ds_minis: %s", BYPASSED)
             self.bypassed = True
             return output
@@ -190,6 +211,11 @@ def detach_loss_tiling(model: nn.Module) -> None:
             for holder in (hooks, *companions):
                 holder.pop(key, None)
     _disarm(model)
+
+
+def loss_is_attached(model: nn.Module) -> bool:
+    """Whether `attach_loss_tiling` was called for the model."""
+    return any(isinstance(hook, _Arm) for hook in model._forward_pre_hooks.values())
 
 
 def loss_is_bypassed(model: nn.Module) -> bool:

@@ -6,27 +6,12 @@ as they were, and one assignment undoes it.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Iterator
 
 from torch import Tensor, nn
 
 from ds_minis.tiling.chunking import Chunking
 from ds_minis.tiling.rows import tile_rows
-
-_UNTILED: contextvars.ContextVar[bool] = contextvars.ContextVar("ds_minis_untiled", default=False)
-
-
-@contextlib.contextmanager
-def untiled() -> Iterator[None]:
-    """Inside, tiled modules run as if they had never been converted."""
-    token = _UNTILED.set(True)
-    try:
-        yield
-    finally:
-        _UNTILED.reset(token)
 
 
 class TiledModule(nn.Module):
@@ -39,27 +24,28 @@ class TiledModule(nn.Module):
     mini_sequence_chunking: Chunking | None = None
 
     def forward(self, *args, **kwargs):
-        forward = super().forward
+        forward, chunking = super().forward, self.mini_sequence_chunking
         inputs = [*args, *kwargs.values()]
-        if (
-            len(inputs) != 1
-            or not isinstance(inputs[0], Tensor)
-            or inputs[0].dim() < 2
-            or self.mini_sequence_chunking is None
-            or _UNTILED.get()
-        ):
+        one_tensor = len(inputs) == 1 and isinstance(inputs[0], Tensor) and inputs[0].dim() >= 2
+        if not one_tensor or chunking is None or chunking.suspended:
             return forward(*args, **kwargs)
         (x,) = inputs
         width = x.shape[-1]
         x_RH = x.reshape(-1, width)
-        chunk_rows = self.mini_sequence_chunking.module_rows(x_RH.shape[0], width)
+        chunk_rows = chunking.module_rows(x_RH.shape[0], width)
         if x_RH.shape[0] <= chunk_rows:
             return forward(*args, **kwargs)
         _require_weights(self)
         chunk_shape = [1] * (x.dim() - 2)
 
         def run(x_CH: Tensor) -> Tensor:
-            return forward(x_CH.view(*chunk_shape, *x_CH.shape)).flatten(0, -2)
+            y = forward(x_CH.view(*chunk_shape, *x_CH.shape))
+            if not isinstance(y, Tensor):
+                raise TypeError(
+                    f"{type(self).__name__} gives a {type(y).__name__}, and only modules that give one tensor can be tiled: "
+                    'leave it out with "exclude" in the mini-sequence configuration'
+                )
+            return y.flatten(0, -2)
 
         y = tile_rows(run, self, [x_RH], chunk_rows)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -109,11 +95,18 @@ def _new_tiled(base: type[nn.Module]) -> nn.Module:
 
 
 def _require_weights(module: nn.Module) -> None:
-    """Under ZeRO-3, a module that was not marked as a leaf comes here with its submodules' weights still partitioned."""
+    """Refuses weights that an engine would gather inside, once per chunk: ranks that differ in length would hang."""
+    for name, child in module.named_modules():
+        if child is not module and any(cls.__name__ == "FSDPModule" for cls in type(child).__mro__):
+            raise RuntimeError(
+                f"fully_shard was applied to {name} inside of a tiled {type(module).__name__}, so every chunk would gather "
+                "its weights on its own (and hang where ranks differ in length). Apply it to the decoder layer, or to the "
+                'whole module, or leave the module out with "exclude" in the mini-sequence configuration'
+            )
     for name, param in module.named_parameters():
         if param.numel() == 0 and hasattr(param, "ds_shape"):
             raise RuntimeError(
-                f"{type(module).__name__}.{name} is partitioned by ZeRO-3 inside a tiled module, so every chunk would "
+                f"{type(module).__name__}.{name} is partitioned by ZeRO-3 inside of a tiled module, so every chunk would "
                 "gather it on its own (and hang where ranks differ in length). Convert the model before "
                 "deepspeed.initialize, with ds_minis attached to DeepSpeed: do not set DS_MINIS_AUTOLOAD=0, or call "
                 "ds_minis.register() first"

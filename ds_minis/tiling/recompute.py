@@ -9,25 +9,46 @@ import torch
 from torch import Tensor, nn
 
 
+class AutocastState:
+    """Whether, and in which dtype, autocast is on; for one device and for the CPU."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._states = tuple(
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in dict.fromkeys((device.type, "cpu"))
+            if torch.amp.is_autocast_available(kind)
+        )
+        self._cache = torch.is_autocast_cache_enabled()
+
+    def __eq__(self, other) -> bool:
+        return self._on() == other._on()
+
+    def dtype(self) -> torch.dtype | None:
+        """What autocast casts to on the device; None when it is off."""
+        return next((dtype for kind, dtype in self._on() if kind == self._device.type), None)
+
+    def _on(self) -> list[tuple[str, torch.dtype]]:
+        return [(kind, dtype) for kind, enabled, dtype in self._states if enabled]
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for kind, enabled, dtype in self._states:
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=self._cache))
+            yield
+
+
 class Replay:
     """The random state and autocast state of a forward pass, to run its chunks again in the same way."""
 
     def __init__(self, device: torch.device):
+        self.autocast = AutocastState(device)
         self._device = device
         self._cpu_rng = torch.get_rng_state()
         self._device_rng = None
         if device.type not in ("cpu", "meta"):
             self._device_rng = torch.get_device_module(device).get_rng_state(device)
-        self._autocast = [
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-            for kind in dict.fromkeys((device.type, "cpu"))
-            if torch.amp.is_autocast_available(kind)
-        ]
-        self._cache = torch.is_autocast_cache_enabled()
-
-    def autocast_dtype(self) -> torch.dtype | None:
-        kind, enabled, dtype = self._autocast[0] if self._autocast else (None, False, None)
-        return dtype if enabled and kind == self._device.type else None
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -39,8 +60,7 @@ class Replay:
                 stack.enter_context(torch.random.fork_rng([self._device], device_type=self._device.type))
                 torch.get_device_module(self._device).set_rng_state(self._device_rng, self._device)
             torch.set_rng_state(self._cpu_rng)
-            for kind, enabled, dtype in self._autocast:
-                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=self._cache))
+            stack.enter_context(self.autocast.entered())
             yield
 
 
@@ -84,8 +104,8 @@ class LastLinear:
         outputs: list[tuple[nn.Linear, Tensor, int]] = []
 
         def watch(linear: nn.Linear):
-            def forward(x):
-                y = type(linear).forward(linear, x)
+            def forward(input):
+                y = type(linear).forward(linear, input)
                 outputs.append((linear, y, y._version))
                 return y
 
@@ -109,8 +129,8 @@ class LastLinear:
             yield
             return
 
-        def forward(x):
-            inputs = x, linear.weight, linear.bias
+        def forward(input):
+            inputs = input, linear.weight, linear.bias
             if autocast_dtype is not None:
                 inputs = [None if t is None else t.to(autocast_dtype) for t in inputs]
             return _LinearWithoutForward.apply(*inputs)

@@ -104,7 +104,7 @@ class _TiledCall:
         row_grads = [torch.empty_like(x) if need else None for x, need in zip(rows, needs_grad, strict=False)]
         leaves = [p.detach().requires_grad_(need) for p, need in zip(params, needs_grad[num_rows:], strict=True)]
         sums = _GradientSums(leaves)
-        dtype = self._replay.autocast_dtype()
+        dtype = self._replay.autocast.dtype()
         with self._replay.active(), torch.enable_grad(), self.slots.holding(leaves), self._last_linear.skipped(dtype):
             for start, stop in self._bounds:
                 chunk = [x[start:stop].detach().requires_grad_(need) for x, need in zip(rows, needs_grad, strict=False)]

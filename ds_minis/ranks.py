@@ -1,0 +1,12 @@
+"""Which process this is."""
+
+import torch.distributed
+
+from ds_minis.config import process_rank
+
+
+def is_main_process() -> bool:
+    """Whether this is rank 0, by torch.distributed if it runs already, else by the launcher's variable."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank() == 0
+    return process_rank() == 0
