@@ -1,6 +1,8 @@
 """The tiled loss against the same model's own loss, with all that models and trainers do to logits."""
 
+import collections
 import copy
+import dataclasses
 import functools
 import logging
 
@@ -233,6 +235,16 @@ WRITES = {
     "augmented item": written(lambda x, v: exec("x[:, 3] *= 2"), use_view=True),
     "augmented rows": written(lambda x, v: exec("x[..., :-1, :] -= 1.5"), use_view=True),
     "twice": written(lambda x, v: v.mul_(2.0), lambda x, v: x.tanh_(), use_view=True),
+    "of a view that was computed, then the base": written(
+        lambda x, v: v.argmax(-1), lambda x, v: x.mul_(2), use_view=True
+    ),
+    "of a view that was computed": written(lambda x, v: v.argmax(-1), lambda x, v: v.mul_(0.5)),
+    "of logits that were computed": written(lambda x, v: x.argmax(-1), lambda x, v: x.mul_(2)),
+    "by a keyword": written(lambda x, v: F.relu(x, inplace=True), use_view=True),
+    "by a keyword, after a copy": written(
+        lambda x, v: F.relu(x, inplace=True), view=lambda x: x[:, 1:].contiguous(), use_view=True
+    ),
+    "of another dtype": written(lambda x, v: x.mul_(torch.linspace(0, 1, V, dtype=torch.float64))),
     "after a copy": written(lambda x, v: x.mul_(2.0), view=lambda x: x[:, 1:].contiguous(), use_view=True),
 }
 
@@ -240,6 +252,73 @@ WRITES = {
 @pytest.mark.parametrize("name", WRITES)
 def test_writes_reach_every_alias(name):
     assert_same_loss(*own_loss(WRITES[name]), data())
+
+
+class FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits):
+        return logits.square().mean()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.expand(2, 23, V)
+
+
+def test_a_fused_loss_is_refused_and_not_silently_wrong():
+    model, _ = own_loss(lambda x, labels, m: FusedLoss.apply(x) + m.embed.weight.square().sum())
+    with pytest.raises(RuntimeError, match='fused cross entropy.*"loss": false'):
+        model(**data()).loss.backward()
+
+
+@pytest.mark.parametrize("name", ["register_hook", "retain_grad"])
+def test_gradients_of_logits_are_refused(name):
+    model, _ = own_loss(lambda x, labels, m: getattr(x, name)(*[print] * (name == "register_hook")) or flat(x, labels))
+    with pytest.raises(RuntimeError, match='"loss": false'):
+        model(**data())
+
+
+def test_second_order_gradients_are_refused():
+    model, _ = pair()
+    loss = model(**data()).loss
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(loss, model.lm_head.weight, create_graph=True)
+
+
+def test_a_global_hook_sees_the_logits():
+    model, reference = pair()
+    double = lambda module, args, output: output * 2 if isinstance(module, nn.Linear) else None  # noqa: E731
+    handle = nn.modules.module.register_module_forward_hook(double)
+    try:
+        assert_same_loss(model, reference, data())
+    finally:
+        handle.remove()
+
+
+def test_output_of_every_form():
+    Named = collections.namedtuple("Named", "loss logits")
+
+    @dataclasses.dataclass
+    class Data:
+        loss: torch.Tensor
+        logits: torch.Tensor | None
+
+    forms = {
+        "namedtuple": Named,
+        "nested": lambda loss, logits: {"loss": loss, "more": [logits]},
+        "keys": lambda loss, logits: {1: loss, 2: logits},
+        "dataclass": Data,
+        "bare": lambda loss, logits: logits,
+    }
+    for form, make in forms.items():
+
+        class Formed(Model):
+            def forward(self, input_ids, labels=None, make=make):
+                logits = self.lm_head(self.embed(input_ids))
+                return make(flat(logits, labels), logits)
+
+        output = convert_to_mini_sequence(Formed(), LOSS_ONLY)(**data())
+        values = vars(output).values() if form == "dataclass" else tree_leaves(output)
+        assert not any(isinstance(value, DeferredLogits) for value in values), form
 
 
 def flat(logits, labels, **kwargs):

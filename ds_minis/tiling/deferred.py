@@ -65,7 +65,12 @@ class DeferredLogits(torch.Tensor):
     def __new__(cls, head: Head, hidden_LH: Tensor, sample_0V: Tensor, steps: tuple[Step, ...], mode: _Mode):
         """See `defer` for the arguments."""
         shape = (*hidden_LH.shape[:-1], sample_0V.shape[-1])
-        logits = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=sample_0V.dtype, device=sample_0V.device)
+        logits = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=sample_0V.dtype, device=sample_0V.device, requires_grad=mode.grad
+        )
+        if mode.grad:  # an autograd.Function takes tensors without asking __torch_function__
+            with torch._C.DisableTorchFunctionSubclass():
+                logits.register_hook(_refuse_gradient)
         # `_sample`, zero rows that went through all steps, tells dtype and width of the result without any rule of ours.
         logits._head, logits._hidden, logits._sample, logits._steps = head, hidden_LH, sample_0V, steps
         logits._mode = mode
@@ -82,12 +87,16 @@ class DeferredLogits(torch.Tensor):
         """The logits in full, an ordinary tensor in the autograd graph; the same one each time."""
         if self._value is None:
             with self._mode.entered():
-                if self._view is not None and self._view[0]._value is not None:
+                if self._view is not None:
                     base, view = self._view
-                    self._value = view(base._value)
+                    self._value = view(base.materialize())
                 else:
                     self._value = self._run_steps(self._head.logits(self._hidden))
         return self._value
+
+    def _is_known(self) -> bool:
+        """Whether these logits, or others that stand for the same memory, were computed in full."""
+        return any(alias._value is not None for alias in self._aliases.alive())
 
     def _run_steps(self, logits: Tensor) -> Tensor:
         for step in self._steps:
@@ -138,8 +147,15 @@ class DeferredLogits(torch.Tensor):
             result = _handle(func, name, rest.pop("input"), (), rest)
         if result is NotImplemented:
             _tell_materialized(name)
-            return func(*_materialized(args), **_materialized(kwargs))
+            return func(*materialized(args), **materialized(kwargs))
         return result
+
+
+def _refuse_gradient(_):
+    raise RuntimeError(
+        "deferred logits were given to an autograd.Function (a fused cross entropy?), which ds_minis cannot look into: its "
+        'gradient would be lost. Set "loss": false in the mini-sequence configuration'
+    )
 
 
 class _Mode:
@@ -191,21 +207,31 @@ def _tell_materialized(name: str) -> None:
         logger.warning("logits are computed in full, without saving memory, for the operation %r on them", name)
 
 
-def _materialized(value: Any) -> Any:
+def materialized(value: Any) -> Any:
+    """The value with every deferred logits in it computed in full; looks into lists, tuples and dicts."""
     if isinstance(value, DeferredLogits):
+        for alias in value._aliases.alive():  # all of them now, as the operation may write (`F.relu(x, inplace=True)`)
+            alias.materialize()
         return value.materialize()
     if type(value) in (list, tuple):
-        return type(value)(_materialized(v) for v in value)
+        return type(value)(materialized(v) for v in value)
+    if hasattr(value, "_fields"):
+        return type(value)(*map(materialized, value))
     if type(value) is dict:
-        return {k: _materialized(v) for k, v in value.items()}
+        return {k: materialized(v) for k, v in value.items()}
     return value
 
 
 def _handle(func, name: str, logits: DeferredLogits, args: tuple, kwargs: dict):
     """The deferred (or, for cross entropy, final) result; NotImplemented where the logits are needed in full."""
+    if name in ("register_hook", "retain_grad"):
+        raise RuntimeError(
+            f'{name} on logits, whose gradient as a whole never exists when the loss is tiled. Set "loss": false in the '
+            "mini-sequence configuration"
+        )
     if name == "__setitem__" or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")):
         return _write(name, logits, args, kwargs)
-    if logits._value is not None or not logits._mode.is_on():
+    if logits._is_known() or not logits._mode.is_on():
         return NotImplemented
     if name == "cross_entropy":
         return _cross_entropy(logits, *args, **kwargs)
@@ -217,16 +243,18 @@ def _handle(func, name: str, logits: DeferredLogits, args: tuple, kwargs: dict):
 
 
 def _write(name: str, logits: DeferredLogits, args: tuple, kwargs: dict):
-    """Records an elementwise write; else computes all aliases in full first, so that torch itself does the writing."""
-    aliases = logits._aliases.alive()
-    if name in _IN_PLACE and len(aliases) == 1 and logits._value is None and logits._mode.is_on():
+    """Records an elementwise write; else leaves the writing to torch, on the logits and all their aliases in full."""
+    alone = len(logits._aliases.alive()) == 1
+    if name in _IN_PLACE and alone and not logits._is_known() and logits._mode.is_on():
         result = _elementwise(getattr(torch, _IN_PLACE[name]), logits, args, kwargs)
         if result is not NotImplemented and result._sample.dtype == logits._sample.dtype:
             logits._sample, logits._steps = result._sample, result._steps
             return logits
-    for alias in aliases:
-        alias.materialize()
     return NotImplemented
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _elementwise(func, logits: DeferredLogits, args: tuple, kwargs: dict):
@@ -234,10 +262,10 @@ def _elementwise(func, logits: DeferredLogits, args: tuple, kwargs: dict):
     operands = [operand for operand in (*args, *kwargs.values()) if isinstance(operand, Tensor)]
     if any(isinstance(o, DeferredLogits) or o.dim() > 1 or o.requires_grad for o in operands):
         return NotImplemented
-    versions = [operand._version for operand in operands]
+    versions = [_version(operand) for operand in operands]
 
     def step(rows: Tensor) -> Tensor:
-        if versions != [operand._version for operand in operands]:
+        if versions != [_version(operand) for operand in operands]:
             raise RuntimeError(
                 "a tensor that the model used on its logits was written to before the loss was computed, "
                 'which deferred logits cannot follow. Set "loss": false in the mini-sequence configuration'

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
+import dataclasses
 import functools
 import inspect
 import logging
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 from ds_minis.ranks import is_main_process
 from ds_minis.tiling.chunking import Chunking
-from ds_minis.tiling.deferred import DeferredLogits, defer
+from ds_minis.tiling.deferred import DeferredLogits, defer, materialized
 from ds_minis.tiling.rows import tile_rows
 
 logger = logging.getLogger("ds_minis")
@@ -30,6 +32,8 @@ BYPASSED = (
     "forward was given labels and did not call the LM head. A trainer with a fused LM head of its own, such as TRL's "
     "SFTTrainer, computes the loss itself; ds_minis steps aside"
 )
+_ENGINES = "torch.distributed.", "torch.nn.utils.", "torch.utils.", "deepspeed.", "accelerate."
+_NO_ENGINES = "torch.distributed.tensor"
 _RETURN_LOGITS: contextvars.ContextVar[bool] = contextvars.ContextVar("ds_minis_return_logits", default=False)
 
 
@@ -152,13 +156,17 @@ def _disarm(model: nn.Module) -> _Head | None:
 
 
 def _hooks_allow_deferring(head: nn.Module) -> bool:
-    """Whether all hooks of the head are an engine's, which may run around all chunks; others must see the logits."""
-    kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    for hook in (hook for kind in kinds for hook in getattr(head, kind).values()):
+    """Whether all hooks that the head's call would run are an engine's, which gather weights and may run around all chunks.
+
+    Others must see the logits: a user's, or tensor parallelism's, which lays them out anew.
+    """
+    kinds = "forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks"
+    own = [hook for kind in kinds for hook in getattr(head, f"_{kind}").values()]
+    for hook in own + [hook for kind in kinds for hook in getattr(nn.modules.module, f"_global_{kind}").values()]:
         while isinstance(hook, functools.partial):
             hook = hook.func
         place = getattr(hook, "__module__", None) or type(hook).__module__
-        if not place.startswith(("torch.", "deepspeed.", "accelerate.")):
+        if not place.startswith(_ENGINES) or place.startswith(_NO_ENGINES):
             _tell_hook(getattr(hook, "__qualname__", repr(hook)))
             return False
     return True
@@ -239,8 +247,21 @@ def _argument(model: nn.Module, name: str, args: tuple, kwargs: dict) -> Any:
 
 
 def _without_deferred(output: Any) -> Any:
+    """The output without the deferred logits among its values; what is nested deeper, or has a fixed form, in full."""
+    if isinstance(output, DeferredLogits) or hasattr(output, "_fields"):
+        return materialized(output)
     if isinstance(output, tuple | list):
-        return type(output)(value for value in output if not isinstance(value, DeferredLogits))
-    if isinstance(output, dict):  # also transformers' ModelOutput, whose fields cannot be set to None one by one
-        return type(output)(**{k: v for k, v in output.items() if not isinstance(v, DeferredLogits)})
+        return type(output)(materialized(value) for value in output if not isinstance(value, DeferredLogits))
+    if isinstance(output, dict):
+        kept = {key: materialized(value) for key, value in output.items() if not isinstance(value, DeferredLogits)}
+        if dataclasses.is_dataclass(output):  # transformers' ModelOutput, which refuses to have a field deleted
+            return type(output)(**kept)
+        same_kind = copy.copy(output)
+        same_kind.clear()
+        same_kind.update(kept)
+        return same_kind
+    if dataclasses.is_dataclass(output):
+        values = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+        dropped = {name: None for name, value in values.items() if isinstance(value, DeferredLogits)}
+        return dataclasses.replace(output, **dropped)
     return output

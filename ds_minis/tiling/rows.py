@@ -159,7 +159,6 @@ class _Record(torch.autograd.Function):
         return tensors[0].new_zeros(())
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, _):
         return None, *ctx.call.backward(ctx.saved_tensors, ctx.needs_input_grad[1:])
 
@@ -173,8 +172,12 @@ class _Compute(torch.autograd.Function):
         return call.forward(rows, with_backward=True)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph=True (a gradient of a gradient) is not supported through mini-sequences: call "
+                "revert_mini_sequence(model), or exclude the modules"
+            )
         ctx.call.grad_output = grad_output
         return None, grad_output.new_zeros(()), *[None] * (len(ctx.needs_input_grad) - 2)
 
@@ -189,7 +192,7 @@ def tile_rows(function: Callable[..., Tensor], module: nn.Module, rows: Sequence
         chunk_rows: C, at least 1. Inputs that fit into one chunk are run as they are, without recomputation.
 
     Returns:
-        The result of all R rows. Its gradient can be computed once (no double backward).
+        The result of all R rows. A gradient of its gradient is refused (`create_graph=True`).
     """
     num_rows = rows[0].shape[0]
     if num_rows <= chunk_rows:
