@@ -73,7 +73,7 @@ class DeferredLogits(torch.Tensor):
                 logits.register_hook(_refuse_gradient)
         # `_sample`, zero rows that went through all steps, tells dtype and width of the result without any rule of ours.
         logits._head, logits._hidden, logits._sample, logits._steps = head, hidden_LH, sample_0V, steps
-        logits._mode = mode
+        logits._mode, logits._hidden_version = mode, _version(hidden_LH)
         logits._value = None  # the logits in full, once somebody needed them
         logits._view = None  # where this is a view: of which deferred logits, and by which operation
         logits._aliases = _Aliases()
@@ -91,8 +91,17 @@ class DeferredLogits(torch.Tensor):
                     base, view = self._view
                     self._value = view(base.materialize())
                 else:
-                    self._value = self._run_steps(self._head.logits(self._hidden))
+                    self._value = self._run_steps(self._head.logits(self.hidden()))
         return self._value
+
+    def hidden(self) -> Tensor:
+        """The head's input, as it was when the model called its head."""
+        if _version(self._hidden) != self._hidden_version:
+            raise RuntimeError(
+                "the hidden states were written to between the LM head and the loss, which deferred logits cannot follow. "
+                'Set "loss": false in the mini-sequence configuration'
+            )
+        return self._hidden
 
     def _is_known(self) -> bool:
         """Whether these logits, or others that stand for the same memory, were computed in full."""
@@ -107,17 +116,15 @@ class DeferredLogits(torch.Tensor):
         """What `step` makes of these logits; None if it is not a function of each row."""
         with torch.no_grad():
             sample = step(self._sample)
-        if (
-            sample is self._sample
-        ):  # nothing to do, such as a cast to the dtype they have: torch gives the tensor itself
+        if sample is self._sample:  # a cast to the dtype they have: torch gives the tensor itself
             return self
         if sample.shape != self._sample.shape:
             return None
-        return DeferredLogits(self._head, self._hidden, sample, (*self._steps, step), self._mode)
+        return DeferredLogits(self._head, self.hidden(), sample, (*self._steps, step), self._mode)
 
     def _with_rows(self, view: Callable[[Tensor], Tensor], rearrange: Callable[[Tensor], Tensor]) -> DeferredLogits:
         """`view` on logits is, as it leaves the vocabulary alone, `rearrange` on the hidden states."""
-        result = DeferredLogits(self._head, rearrange(self._hidden), self._sample, self._steps, self._mode)
+        result = DeferredLogits(self._head, rearrange(self.hidden()), self._sample, self._steps, self._mode)
         result._view, result._aliases = (self, view), self._aliases
         self._aliases.add(result)
         return result
@@ -371,7 +378,7 @@ def _cross_entropy(
             reduction="none", label_smoothing=label_smoothing,
         )  # fmt: skip
 
-    losses_R = logits._head.tile(losses, logits._hidden, logits._sample.shape[-1], target)
+    losses_R = logits._head.tile(losses, logits.hidden(), logits._sample.shape[-1], target)
     if reduction == "none":
         return losses_R.to(dtype)
     if reduction == "sum":
