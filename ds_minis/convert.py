@@ -168,7 +168,7 @@ def _decided(candidate: Candidate, config: MiniSequenceConfig, module_filter) ->
             reason = "in exclude"
         elif module_filter is not None and not module_filter(candidate.module, candidate.fqn):
             reason = "left out by module_filter"
-    return Candidate(candidate.fqn, candidate.module, candidate.role, reason)
+    return dataclasses.replace(candidate, reason=reason)
 
 
 def _require_matches(candidates: list[Candidate], config: MiniSequenceConfig, door: str) -> None:

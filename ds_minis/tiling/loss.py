@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ds_minis.ranks import is_main_process
 from ds_minis.tiling.chunking import Chunking
 from ds_minis.tiling.deferred import DeferredLogits, defer, materialized
+from ds_minis.tiling.recompute import AutocastState, forwards_set
 from ds_minis.tiling.rows import tile_rows
 
 logger = logging.getLogger("ds_minis")
@@ -92,9 +93,9 @@ class _Head:
     def sample(self, hidden_LH: Tensor) -> Tensor:
         """Logits of zero rows, `(0, V)`: of the dtype and width that the head gives."""
         self.deferred = True
-        width, device = getattr(self._module, "out_features", None), hidden_LH.device.type
+        width = getattr(self._module, "out_features", None)
         if isinstance(width, int):  # a linear layer, quantized or adapted ones included: no need to gather its weight
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_LH.dtype
+            dtype = AutocastState(hidden_LH.device).dtype() or hidden_LH.dtype
             return hidden_LH.new_empty((0, width), dtype=dtype)
         with torch.no_grad():
             return self.logits(hidden_LH.reshape(-1, hidden_LH.shape[-1])[:0])
@@ -116,15 +117,8 @@ class _Head:
 
     def _call(self, forward: Callable[..., Tensor], hidden: Tensor) -> Tensor:
         """Calls the module with `forward` in the place of its own, so that its hooks run once around all chunks."""
-        own = self._module.__dict__.get("forward")
-        self._module.__dict__["forward"] = forward
-        try:
+        with forwards_set({self._module: forward}):
             return self._own_call(self._module, hidden)
-        finally:
-            if own is None:
-                del self._module.__dict__["forward"]
-            else:
-                self._module.__dict__["forward"] = own
 
 
 class _Arm:

@@ -119,7 +119,7 @@ class LastLinear:
                 if is_result and calls.count(linear) == 1:
                     self._found = linear
 
-        with _forwards_set({linear: watch(linear) for linear in self._linears}):
+        with forwards_set({linear: watch(linear) for linear in self._linears}):
             yield decide
 
     @contextlib.contextmanager
@@ -135,7 +135,7 @@ class LastLinear:
                 inputs = [None if t is None else t.to(autocast_dtype) for t in inputs]
             return _LinearWithoutForward.apply(*inputs)
 
-        with _forwards_set({linear: forward}):
+        with forwards_set({linear: forward}):
             yield
 
 
@@ -144,11 +144,16 @@ def _base(tensor: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _forwards_set(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
+def forwards_set(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
+    """Each module runs the given forward in the place of its own; hooks around it run as ever."""
+    before = {module: module.__dict__.get("forward") for module in forwards}
     for module, forward in forwards.items():
         module.__dict__["forward"] = forward
     try:
         yield
     finally:
-        for module in forwards:
-            module.__dict__.pop("forward", None)
+        for module, forward in before.items():
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
