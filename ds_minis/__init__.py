@@ -18,6 +18,8 @@ _PUBLIC = {
     "ConversionReport": "ds_minis.convert",
     # engines
     "register": "ds_minis.integrations.autoload",
+    "MiniSequencePlugin": "ds_minis.integrations.accelerate",
+    "MiniSequenceCallback": "ds_minis.integrations.transformers",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

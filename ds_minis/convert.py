@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ds_minis.config import MiniSequenceConfig
+from ds_minis.config import MiniSequenceConfig, Request, agreed
 from ds_minis.detect import Candidate, find_candidates, find_hidden_size, find_models_with_loss
 from ds_minis.ranks import is_main_process
 from ds_minis.tiling.chunking import Chunking
@@ -19,6 +19,10 @@ from ds_minis.tiling.loss import BYPASSED, attach_loss_tiling, detach_loss_tilin
 from ds_minis.tiling.module import TiledModule, tile_module, untile_module, untiled_class
 
 _STATE = "_mini_sequence"
+
+
+class NothingToTile(ValueError):
+    """Nothing in a model can be tiled with the settings given."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,7 @@ def convert(
     config = MiniSequenceConfig.from_value(config, door=door)
     earlier = mini_sequence_report(model)
     if earlier is not None:
-        if earlier.config != config:
-            raise ValueError(
-                f"the model was already converted with other settings:\n  {earlier.door}: {earlier.config.to_dict()}\n"
-                f"  {door}: {config.to_dict()}\nGive the same settings in both places, or call revert_mini_sequence first"
-            )
+        agreed(Request(earlier.config, earlier.door), Request(config, door))
         if config.enabled and not all(loss_is_attached(m) for m in find_models_with_loss(model)):
             raise ValueError(
                 f"{door}: a part of this {type(model).__name__} was converted before ({earlier.door}), without its LM head "
@@ -106,7 +106,7 @@ def convert(
     loss_models = find_models_with_loss(model)
     tiled = [c for c in candidates if not c.reason]
     if not tiled and not (config.loss and loss_models):
-        raise ValueError(_nothing_to_tile(model, candidates, config, door))
+        raise NothingToTile(_nothing_to_tile(model, candidates, config, door))
     for candidate in tiled:
         tile_module(candidate.module, chunking)
     for loss_model in loss_models:

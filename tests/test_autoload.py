@@ -24,14 +24,19 @@ def facts():
     if "accelerate.utils.deepspeed" in sys.modules:
         read = sys.modules["accelerate.utils.deepspeed"].HfDeepSpeedConfig.__init__
         found["config check"] = times_wrapped(read)
+    if "accelerate.commands.config.config_args" in sys.modules:
+        config_class = sys.modules["accelerate.commands.config.config_args"].BaseConfig
+        found["config file"] = times_wrapped(config_class.process_config)
+    if "accelerate.accelerator" in sys.modules:
+        found["prepare"] = times_wrapped(sys.modules["accelerate.accelerator"].Accelerator.prepare)
     if "transformers.trainer" in sys.modules:
         found["prediction step"] = times_wrapped(sys.modules["transformers.trainer"].Trainer.prediction_step)
     return found
 def show(**values):
     print("FACTS", json.dumps(values))
 """
-IMPORT_ALL = "import deepspeed, deepspeed.ops.op_builder.all_ops, accelerate.utils.deepspeed, transformers.trainer\n"
-ALL = ("initialize", "op", "config check", "prediction step")
+IMPORT_ALL = "import deepspeed, deepspeed.ops.op_builder.all_ops, accelerate.commands.launch, transformers.trainer\n"
+ALL = ("initialize", "op", "config check", "config file", "prepare", "prediction step")
 
 
 def run(command: list[str], cwd: Path | str = "/tmp", **env: str) -> subprocess.CompletedProcess:
@@ -104,7 +109,7 @@ def test_engines_are_attached_once_however_often_register_is_called(automatic):
 
 
 def test_engines_have_their_own_specs_and_loaders_after_the_import(automatic):
-    assert automatic["loaders"] == [["ModuleSpec", "SourceFileLoader", "SourceFileLoader"]] * 4
+    assert automatic["loaders"] == [["ModuleSpec", "SourceFileLoader", "SourceFileLoader"]] * len(ALL)
 
 
 def test_builder_loads_an_op_that_converts(automatic):

@@ -206,7 +206,7 @@ def test_second_conversion_with_the_same_settings_changes_and_prints_nothing(cap
 @pytest.mark.parametrize("other", [False, {"chunk_size": 3}, {**CHUNKS, "scope": "mlp"}])
 def test_second_conversion_with_other_settings_shows_both(wrap, other):
     model = wrap(convert_to_mini_sequence(build("llama"), CHUNKS))
-    with pytest.raises(ValueError, match="already converted with other settings") as error:
+    with pytest.raises(ValueError, match="different mini-sequence settings") as error:
         convert_to_mini_sequence(model, other)
     for settings in (CHUNKS, other):
         shown = MiniSequenceConfig.from_value(settings).to_dict()
@@ -224,7 +224,7 @@ def test_switched_off_leaves_everything_alone_and_is_remembered(capsys, off):
     assert capsys.readouterr().out == "" and not tiled_names(model)
     assert after[""][1].pop("_mini_sequence") is report and after == before
     assert report.config == MiniSequenceConfig.from_value(off) and not report.tiled and "off" in report.loss
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match="different mini-sequence settings"):
         convert_to_mini_sequence(model, True)
     assert snapshot(revert_mini_sequence(model)) == before
 

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ds_minis import MiniSequenceConfig, convert_to_mini_sequence, mini_sequence_report
-from ds_minis.integrations.deepspeed import attach_initialize, read_section
+from ds_minis.config import Request, read_section
+from ds_minis.integrations.deepspeed import attach_initialize
 from ds_minis.tiling.module import TiledModule
 
 SETTINGS = {"chunk_size": 6, "loss_chunk_size": 5}
@@ -71,7 +72,9 @@ def clean_accelerate_state(monkeypatch):
     ids=lambda value: str(value)[:40],
 )
 def test_section_is_read(config, expected):
-    assert read_section(config, "a door") == (None if expected is None else MiniSequenceConfig(**expected))
+    assert read_section(config, "a door") == (
+        None if expected is None else Request(MiniSequenceConfig(**expected), "a door")
+    )
 
 
 def test_no_key_that_deepspeed_knows_is_taken_for_a_misspelling():
@@ -137,7 +140,7 @@ def test_section_survives_accelerate_which_fills_in_every_auto(ds_json, section,
     config = {**ENGINE, "mini_sequence": section}
     plugin = DeepSpeedPlugin(hf_ds_config=ds_json(config) if as_file else config)
     plugin.deepspeed_config_process(must_match=True, **{"gradient_clipping": 1.0})
-    assert read_section(plugin.deepspeed_config, "a door") == MiniSequenceConfig.from_value(section)
+    assert read_section(plugin.deepspeed_config, "a door").config == MiniSequenceConfig.from_value(section)
     assert config == {**ENGINE, "mini_sequence": section}
 
 
@@ -145,7 +148,7 @@ def test_section_survives_training_arguments(tmp_path, ds_json):
     path = ds_json({**ENGINE, "mini_sequence": {"chunk_size": "auto", "loss": False}})
     arguments = TrainingArguments(str(tmp_path), deepspeed=path, use_cpu=True, report_to=[])
     config = arguments.deepspeed_plugin.deepspeed_config
-    assert read_section(config, "a door") == MiniSequenceConfig(loss=False)
+    assert read_section(config, "a door").config == MiniSequenceConfig(loss=False)
 
 
 def test_configs_without_a_section_stay_as_they_are():
@@ -267,7 +270,7 @@ def test_a_missing_model_is_left_to_deepspeed(config):
 def test_other_settings_in_python_and_in_the_file_are_shown_with_both_doors(ds_json):
     engine, model = Engine(), convert_to_mini_sequence(build("llama"), SETTINGS)
     path = ds_json({"mini_sequence": {"chunk_size": 7}})
-    with pytest.raises(ValueError, match="already converted with other settings") as error:
+    with pytest.raises(ValueError, match="different mini-sequence settings") as error:
         engine.initialize(model=model, config=path)
     assert f"convert_to_mini_sequence: {MiniSequenceConfig(**SETTINGS).to_dict()}" in str(error.value)
     assert f"DeepSpeed config {path}: {MiniSequenceConfig(chunk_size=7).to_dict()}" in str(error.value)

@@ -19,6 +19,8 @@ _ATTACH = {
     "deepspeed": "ds_minis.integrations.deepspeed:attach_initialize",
     "deepspeed.ops.op_builder.all_ops": "ds_minis.integrations.deepspeed:attach_op_builder",
     "accelerate.utils.deepspeed": "ds_minis.integrations.deepspeed:attach_config_check",
+    "accelerate.commands.config.config_args": "ds_minis.integrations.accelerate:attach_config_file",
+    "accelerate.accelerator": "ds_minis.integrations.accelerate:attach_accelerator",
     "transformers.trainer": "ds_minis.integrations.transformers:attach_prediction_step",
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import os
@@ -10,11 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from ds_minis.config import MiniSequenceConfig
+from ds_minis.config import SECTION, agreed, read_section, requested_by_environment
 from ds_minis.convert import convert, convert_to_mini_sequence, revert_mini_sequence, tiled_modules
 from ds_minis.tiling.rows import tile_rows
-
-SECTION = "mini_sequence"
 
 
 class MiniSequenceOp:
@@ -33,12 +30,12 @@ def attach_initialize(deepspeed) -> None:
     @functools.wraps(initialize)
     def initialize_with_mini_sequence(*args, **kwargs):
         arguments = signature.bind_partial(*args, **kwargs).arguments
-        config, door = _ds_config(arguments)
-        mini_sequence = read_section(config, door)
+        section = read_section(*_ds_config(arguments))
+        request = agreed(section, requested_by_environment(section))
         model = arguments.get("model")
         if isinstance(model, nn.Module):  # DeepSpeed has its own words for what is no model
-            if mini_sequence is not None:
-                convert(model, mini_sequence, door=door)
+            if request is not None:
+                convert(model, request.config, door=request.door)
             mark_leaf_modules(model)
         return initialize(*args, **kwargs)
 
@@ -83,29 +80,13 @@ def attach_config_check(accelerate_deepspeed) -> None:
     @functools.wraps(read)
     def read_and_check(self, config_file_or_dict):
         read(self, config_file_or_dict)
-        mini_sequence = read_section(self.config, _door(config_file_or_dict))
-        if mini_sequence is not None:
+        section = read_section(self.config, _door(config_file_or_dict))
+        agreed(section, requested_by_environment(section))
+        if section is not None:
             # Without defaults, as accelerate takes every "auto" in the JSON for a blank that it must fill in.
-            self.config[SECTION] = mini_sequence.to_dict(defaults=False)
+            self.config[SECTION] = section.config.to_dict(defaults=False)
 
     config_class.__init__ = read_and_check
-
-
-def read_section(config: dict[str, Any], door: str) -> MiniSequenceConfig | None:
-    """The mini-sequence settings of a DeepSpeed configuration; None if it has none.
-
-    Raises:
-        ValueError: the section is wrong, or a key beside it looks like a misspelling of its name.
-    """
-    for key in config:
-        if key != SECTION and difflib.get_close_matches(str(key).lower(), [SECTION], cutoff=0.7):
-            raise ValueError(
-                f'{door}: unknown key {key!r} (value {config[key]!r}); did you mean "{SECTION}"? Allowed there: true, false '
-                f"or a mapping of {', '.join(MiniSequenceConfig().to_dict())}"
-            )
-    if SECTION not in config:
-        return None
-    return MiniSequenceConfig.from_value(config[SECTION], door=f'{door}, "{SECTION}"')
 
 
 def mark_leaf_modules(model: nn.Module) -> None:

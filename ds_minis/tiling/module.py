@@ -58,8 +58,12 @@ class TiledModule(nn.Module):
 
 @functools.cache
 def tiled_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The tiled subclass of a module class; the same one each time."""
-    return type(f"MiniSequence{base.__name__}", (TiledModule, base), {"__module__": base.__module__})
+    """The tiled subclass of a module class; the same one each time.
+
+    It has its base's name: FSDP's wrapping policies and others look for modules by the names of their classes.
+    """
+    own = {"__module__": base.__module__, "__qualname__": f"MiniSequence[{base.__qualname__}]"}
+    return type(base.__name__, (TiledModule, base), own)
 
 
 def untiled_class(cls: type[nn.Module]) -> type[nn.Module]:

@@ -1,0 +1,168 @@
+"""accelerate: a `mini_sequence:` section in its configuration files, a plugin, and conversion in `Accelerator.prepare`.
+
+`accelerate launch` reads the file and hands the section to its ranks in the environment; there `Accelerator.prepare`
+converts the model before it wraps it.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import inspect
+import logging
+from typing import Any
+
+from accelerate.utils import KwargsHandler
+from torch import nn
+
+from ds_minis.config import (
+    SECTION,
+    MiniSequenceConfig,
+    Request,
+    agreed,
+    hand_to_ranks,
+    read_section,
+    requested_by_environment,
+)
+from ds_minis.convert import NothingToTile, convert
+from ds_minis.integrations.autoload import register
+from ds_minis.ranks import is_main_process
+
+logger = logging.getLogger("ds_minis")
+
+_REQUEST = "_mini_sequence_request"
+_reading: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("ds_minis_reading", default=None)
+
+
+class MiniSequencePlugin(MiniSequenceConfig, KwargsHandler):
+    """Mini-sequences for a script with an `Accelerator`: `Accelerator(kwargs_handlers=[MiniSequencePlugin()])`.
+
+    `Accelerator(mini_sequence_plugin=MiniSequencePlugin())` is the same. Takes the settings of `MiniSequenceConfig`, with
+    the same errors. Models are converted in `prepare`, before DDP, FSDP or DeepSpeed wrap them. A plugin that disagrees
+    with the configuration file is a ValueError.
+    """
+
+    def __post_init__(self):
+        super().__post_init__()
+        register()  # who makes one wants it to work, whatever DS_MINIS_AUTOLOAD says
+
+
+def attach_config_file(config_args) -> None:
+    """Has accelerate's configuration files, YAML and JSON, take a `mini_sequence` section."""
+    base = config_args.BaseConfig
+    process_config, to_dict = base.process_config, base.to_dict
+
+    @functools.wraps(process_config)
+    def process_config_and_section(config_dict):
+        reading = _reading.get()
+        request = read_section(config_dict, f"accelerate config {reading['file']}" if reading else "accelerate config")
+        config_dict.pop(SECTION, None)
+        hand_to_ranks(request)
+        if reading is not None:
+            reading["request"] = request
+        return process_config(config_dict)
+
+    @functools.wraps(to_dict)
+    def to_dict_with_section(self):
+        result = to_dict(self)
+        request = result.pop(_REQUEST, None)
+        if request is not None:  # or `accelerate config update` would lose it
+            result[SECTION] = request.config.to_dict(defaults=False) or True
+        return result
+
+    base.process_config, base.to_dict = staticmethod(process_config_and_section), to_dict_with_section
+    for name in ("from_json_file", "from_yaml_file"):
+        setattr(base, name, classmethod(_remembering(getattr(base, name).__func__)))
+
+
+def _remembering(read):
+    """Wraps one of accelerate's functions that read a file: errors can name the file, and the result keeps the section."""
+
+    @functools.wraps(read)
+    def read_and_remember(cls, *args, **kwargs):
+        reading = {"file": next(iter((*args, *kwargs.values())), None) or "(default)", "request": None}
+        token = _reading.set(reading)
+        try:
+            config = read(cls, *args, **kwargs)
+        finally:
+            _reading.reset(token)
+        if reading["request"] is not None:
+            config.__dict__[_REQUEST] = reading["request"]
+        return config
+
+    return read_and_remember
+
+
+def attach_accelerator(accelerator_module) -> None:
+    """Has `Accelerator` take the plugin, and convert models before it wraps them."""
+    accelerator_class = accelerator_module.Accelerator
+    init, prepare, prepare_model = (
+        accelerator_class.__init__,
+        accelerator_class.prepare,
+        accelerator_class.prepare_model,
+    )
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def init_with_plugin(self, *args, mini_sequence_plugin=None, **kwargs):
+        bound = signature.bind(self, *args, **kwargs)
+        handlers = bound.arguments.get("kwargs_handlers") or []
+        plugins = [handler for handler in handlers if isinstance(handler, MiniSequencePlugin)]
+        if plugins:
+            bound.arguments["kwargs_handlers"] = [handler for handler in handlers if handler not in plugins]
+        if mini_sequence_plugin is not None:
+            plugins.append(mini_sequence_plugin)
+        by_code = [
+            Request(MiniSequenceConfig.from_value(p, door="MiniSequencePlugin"), "MiniSequencePlugin") for p in plugins
+        ]
+        agreed(*by_code, requested_by_environment(*by_code))  # before any process group is made
+        init(*bound.args, **bound.kwargs)
+        section = _deepspeed_section(self)
+        setattr(self, _REQUEST, agreed(*by_code, section, requested_by_environment(*by_code, section)))
+
+    @functools.wraps(prepare)
+    def prepare_converted(self, *args, **kwargs):
+        _convert(self, [arg for arg in args if isinstance(arg, nn.Module)])
+        return prepare(self, *args, **kwargs)
+
+    @functools.wraps(prepare_model)
+    def prepare_converted_model(self, model, *args, **kwargs):
+        _convert(self, [model])
+        return prepare_model(self, model, *args, **kwargs)
+
+    init_with_plugin.__signature__ = signature.replace(parameters=[*signature.parameters.values(), _PLUGIN_PARAMETER])
+    accelerator_class.__init__ = init_with_plugin
+    accelerator_class.prepare, accelerator_class.prepare_model = prepare_converted, prepare_converted_model
+
+
+_PLUGIN_PARAMETER = inspect.Parameter("mini_sequence_plugin", inspect.Parameter.KEYWORD_ONLY, default=None)
+
+
+def _deepspeed_section(accelerator) -> Request | None:
+    """What the DeepSpeed JSON of an accelerator asks for, if it runs DeepSpeed."""
+    plugin = accelerator.state.deepspeed_plugin
+    return None if plugin is None else read_section(plugin.deepspeed_config, "DeepSpeed config")
+
+
+def _convert(accelerator, models: list[nn.Module]) -> None:
+    """Converts what was given to `prepare`.
+
+    Raises:
+        NothingToTile: none of the models can be tiled, and none was before (a script may prepare a small critic beside
+            its language model; that is only reported).
+    """
+    request: Request | None = getattr(accelerator, _REQUEST, None)
+    if request is None:
+        return
+    failures = []
+    for model in models:
+        try:
+            convert(model, request.config, door=request.door)
+            accelerator._mini_sequence_converted = True
+        except NothingToTile as error:
+            failures.append(error)
+    if failures and not getattr(accelerator, "_mini_sequence_converted", False):
+        raise failures[0]
+    for failure in failures:
+        if is_main_process():
+            logger.warning("left as it is: %s", failure)
