@@ -316,3 +316,54 @@ def test_nobody_sees_deferred_logits():
     loss, *rest = model(**batch(23), return_dict=False)
     assert loss.dim() == 0 and not any(isinstance(t, DeferredLogits) for t in tree_leaves(rest))
     assert isinstance(seen[0], ModelOutput) and list(seen[0].keys()) == ["loss"]
+
+
+PER_TOKEN = {
+    "log-probability": lambda x, y: -F.log_softmax(x, dim=-1).gather(-1, y[..., None])[..., 0],
+    "third dimension": lambda x, y: -torch.log_softmax(x, 2).gather(2, y.unsqueeze(2)).squeeze(2),
+    "in another dtype": lambda x, y: (
+        -x.log_softmax(dim=2, dtype=torch.float64).gather(-1, y[..., None])[..., 0].float()
+    ),
+    "z-loss": lambda x, y: x.logsumexp(-1) ** 2 + torch.logsumexp(x, dim=-1, keepdim=True)[..., 0],
+    "two losses": lambda x, y: F.cross_entropy(x.flatten(0, 1), y.flatten()) + 1e-2 * x.logsumexp(-1).pow(2),
+    "accuracy": lambda x, y: (x.logsumexp(-1) * (x.argmax(-1) == y)) + x.argmax(dim=2, keepdim=True)[..., 0],
+}
+
+
+@pytest.mark.parametrize("name", PER_TOKEN)
+def test_what_makes_one_number_per_token_runs_by_chunks(name):
+    class Own(Model):
+        def forward(self, input_ids, labels=None):
+            logits = self.lm_head(self.embed(input_ids))
+            return Output(loss=PER_TOKEN[name](logits, labels.clamp(min=0)).mean())
+
+    model, reference = convert_to_mini_sequence(Own(), LOSS_ONLY), Own()
+    assert_same_loss(model, reference, data())
+    with LargestTensor(V) as largest:
+        model(**data()).loss.backward()
+    assert largest.rows <= max(CHUNK, H)
+
+
+@pytest.mark.parametrize(
+    "consume",
+    [
+        lambda x: x.argmax(0),
+        lambda x: x.argmax(),
+        lambda x: torch.softmax(x, dim=1).sum(),
+        lambda x: x.logsumexp((1, 2)),
+        lambda x: x.gather(1, torch.zeros(x.shape[0], 2, V, dtype=torch.long)),
+        lambda x: x.gather(-1, torch.zeros(x.shape[0], 2, 3, dtype=torch.long)),
+    ],
+)
+def test_results_across_tokens_are_computed_in_full(consume):
+    found = []
+
+    class Own(Model):
+        def forward(self, input_ids, labels=None):
+            logits = self.lm_head(self.embed(input_ids))
+            found.append(consume(logits))
+            return Output(loss=F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+
+    model, reference = convert_to_mini_sequence(Own(), LOSS_ONLY), Own()
+    assert_same_loss(model, reference, data())
+    torch.testing.assert_close(found[0], found[1])

@@ -137,3 +137,80 @@ def test_training_after_an_evaluation_with_metrics_has_no_logits(tmp_path, pair,
     rows_of_logits.clear()
     trainer_of(pair[0], tmp_path, max_steps=1).train()
     assert max(rows_of_logits) == CHUNKS["loss_chunk_size"]
+
+
+def accuracy(prediction) -> dict:
+    tokens, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
+    return {"accuracy": (tokens == labels)[labels != -100].mean(), "shape": list(prediction.predictions.shape)}
+
+
+PREPROCESS = {
+    "argmax": lambda logits, labels: logits.argmax(dim=-1),
+    "function": lambda logits, labels: torch.argmax(logits, -1),
+    "run_clm.py": lambda logits, labels: (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1),
+    "softmax first": lambda logits, labels: torch.softmax(logits.float(), dim=-1).argmax(-1),
+}
+
+
+@pytest.mark.parametrize("name", PREPROCESS)
+def test_token_accuracy_holds_a_chunk_of_logits_at_a_time(tmp_path, pair, rows_of_logits, name):
+    found = []
+    for model in pair:
+        trainer = trainer_of(model, tmp_path, accuracy)
+        trainer.preprocess_logits_for_metrics = PREPROCESS[name]
+        rows_of_logits.clear()
+        metrics = trainer.evaluate()
+        found.append((metrics["eval_loss"], metrics["eval_accuracy"], metrics["eval_shape"], max(rows_of_logits)))
+        assert trainer.preprocess_logits_for_metrics is PREPROCESS[name]
+    (loss, *ours, rows), (expected_loss, *expected, plain_rows) = found
+    assert loss == pytest.approx(expected_loss, rel=1e-5) and ours == expected and expected[1] == [5, LENGTH]
+    assert (rows, plain_rows) == (CHUNKS["loss_chunk_size"], MICRO_BATCH * LENGTH)
+
+
+def label_log_probs(logits, labels):
+    shifted = torch.log_softmax(logits[:, :-1], dim=-1)
+    return shifted.gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
+
+
+def top_three(logits, labels):  # not recorded: computed in full
+    return logits.topk(3, dim=-1).indices
+
+
+@pytest.mark.parametrize(("preprocess", "by_chunks"), [(label_log_probs, True), (top_three, False)])
+def test_what_preprocess_makes_of_the_logits_is_that_of_the_unconverted_model(
+    tmp_path, pair, rows_of_logits, preprocess, by_chunks
+):
+    found = []
+    for model in pair:
+        rows_of_logits.clear()
+        trainer = trainer_of(model, tmp_path)
+        trainer.preprocess_logits_for_metrics = preprocess
+        found.append(trainer.predict(Texts(5)).predictions)
+        found.append(max(rows_of_logits) == CHUNKS["loss_chunk_size"])
+    np.testing.assert_allclose(found[0], found[2], rtol=1e-4, atol=1e-5)
+    assert (found[1], found[3]) == (by_chunks, False)
+
+
+def test_preprocess_gets_all_outputs_of_a_model_that_gives_more_than_logits(tmp_path, pair):
+    found = []
+    for model in pair:
+        model.config.output_hidden_states = True
+        seen = []
+        trainer = trainer_of(model, tmp_path)
+        trainer.preprocess_logits_for_metrics = lambda outputs, labels, seen=seen: (
+            seen.append((len(outputs), len(outputs[1]), tuple(outputs[0].shape))) or outputs[0].argmax(-1)
+        )
+        found.append((seen, trainer.predict(Texts(5)).predictions.tolist()))
+    assert found[0] == found[1] and found[0][0][0] == (2, 3, (MICRO_BATCH, LENGTH, VOCAB_SIZE))
+
+
+def test_preprocess_is_called_where_a_trainer_has_a_prediction_step_of_its_own(tmp_path, pair):
+    class Own(Trainer):
+        def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+            return None, inputs["input_ids"].float(), inputs["labels"]
+
+    trainer = trainer_of(pair[0], tmp_path, accuracy)
+    trainer.__class__ = Own
+    trainer.preprocess_logits_for_metrics = lambda logits, labels: logits + 1
+    expected = torch.stack([Texts(5)[i]["input_ids"] for i in range(5)]).numpy() + 1
+    np.testing.assert_array_equal(trainer.predict(Texts(5)).predictions, expected)

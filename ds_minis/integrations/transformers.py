@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import contextvars
 import functools
 from typing import Any
 
@@ -48,14 +48,65 @@ class MiniSequenceCallback(TrainerCallback):
             )
 
 
-def attach_prediction_step(trainer_module) -> None:
-    """Has `Trainer.prediction_step` ask for logits, unless it evaluates for the loss alone."""
+def attach_evaluation(trainer_module) -> None:
+    """Has `Trainer` evaluations get what they need of the logits, and hold no more of them than that.
+
+    For the loss alone: none. With `preprocess_logits_for_metrics`: its result, made from chunks of logits where it takes
+    the predicted tokens, say. With `compute_metrics` alone, or in `predict`: all, as these are given all.
+    """
     trainer_class = trainer_module.Trainer
-    prediction_step = trainer_class.prediction_step
+    evaluation_loop, prediction_step = trainer_class.evaluation_loop, trainer_class.prediction_step
+
+    @functools.wraps(evaluation_loop)
+    def evaluation_loop_by_chunks(self, *args, **kwargs):
+        preprocess = self.preprocess_logits_for_metrics
+        if preprocess is None:
+            return evaluation_loop(self, *args, **kwargs)
+        evaluation = _Evaluation(preprocess)
+        token = _EVALUATION.set(evaluation)
+        self.preprocess_logits_for_metrics = evaluation.preprocess_once
+        try:
+            return evaluation_loop(self, *args, **kwargs)
+        finally:
+            self.preprocess_logits_for_metrics = preprocess
+            _EVALUATION.reset(token)
 
     @functools.wraps(prediction_step)
     def prediction_step_with_logits(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        with contextlib.nullcontext() if prediction_loss_only else returning_logits():
+        if prediction_loss_only:
             return prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+        evaluation, transform, ignored = _EVALUATION.get(), None, ignore_keys
+        if evaluation is not None:
+            labels = tuple(self._prepare_input(inputs.get(name)) for name in self.label_names)
+            transform = functools.partial(evaluation.preprocess, labels=labels[0] if len(labels) == 1 else labels)
+        if ignored is None:
+            ignored = getattr(getattr(self.model, "config", None), "keys_to_ignore_at_inference", ["past_key_values"])
+        with returning_logits(transform, ignored) as wanted:
+            result = prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+        if evaluation is not None:
+            evaluation.done = wanted.transformed
+        return result
 
-    trainer_class.prediction_step = prediction_step_with_logits
+    trainer_class.evaluation_loop, trainer_class.prediction_step = (
+        evaluation_loop_by_chunks,
+        prediction_step_with_logits,
+    )
+
+
+class _Evaluation:
+    """One evaluation loop whose logits are made smaller by the user's function."""
+
+    def __init__(self, preprocess):
+        self._preprocess = preprocess
+        self.done = False  # whether the logits of the last prediction step are the result already
+
+    def preprocess(self, logits, labels):
+        return self._preprocess(logits, labels)
+
+    def preprocess_once(self, logits, labels):
+        """What the loop calls, with the logits of each prediction step."""
+        done, self.done = self.done, False
+        return logits if done else self._preprocess(logits, labels)
+
+
+_EVALUATION: contextvars.ContextVar[_Evaluation | None] = contextvars.ContextVar("ds_minis_evaluation", default=None)

@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ds_minis.ranks import is_main_process
+from ds_minis.tiling.consumers import CONSUMERS
 from ds_minis.tiling.recompute import AutocastState
 
 Step = Callable[[Tensor], Tensor]
@@ -106,6 +106,14 @@ class DeferredLogits(torch.Tensor):
     def _is_known(self) -> bool:
         """Whether these logits, or others that stand for the same memory, were computed in full."""
         return any(alias._value is not None for alias in self._aliases.alive())
+
+    def by_chunks(self, function: Callable[..., Tensor], *aligned_R: Tensor) -> Tensor:
+        """`function(logits_CV, *aligned_C)` of each chunk of rows, put together: `(R, ...)`, one result per row."""
+
+        def rows(logits_CV: Tensor, *aligned_C: Tensor) -> Tensor:
+            return function(self._run_steps(logits_CV), *aligned_C)
+
+        return self._head.tile(rows, self.hidden(), self._sample.shape[-1], *aligned_R)
 
     def _run_steps(self, logits: Tensor) -> Tensor:
         for step in self._steps:
@@ -240,10 +248,12 @@ def _handle(func, name: str, logits: DeferredLogits, args: tuple, kwargs: dict):
         return _write(name, logits, args, kwargs)
     if logits._is_known() or not logits._mode.is_on():
         return NotImplemented
-    if name == "cross_entropy":
-        return _cross_entropy(logits, *args, **kwargs)
+    if name in CONSUMERS:
+        return CONSUMERS[name](logits, *args, **kwargs)
     if name in _ELEMENTWISE:
         return _elementwise(func, logits, args, kwargs)
+    if name in ("softmax", "log_softmax"):
+        return _along_vocabulary(func, logits, args, kwargs)
     if name in _ROW_VIEWS:
         return _ROW_VIEWS[name](lambda rows: func(rows, *args, **kwargs), logits, args, kwargs)
     return NotImplemented
@@ -281,6 +291,14 @@ def _elementwise(func, logits: DeferredLogits, args: tuple, kwargs: dict):
 
     result = logits._with_step(step)
     return NotImplemented if result is None else result
+
+
+def _along_vocabulary(func, logits: DeferredLogits, args: tuple, kwargs: dict):
+    """Records a softmax: a function of each row, if it runs along the vocabulary."""
+    dim, *args = (kwargs.get("dim"),) if "dim" in kwargs else args
+    if dim not in (-1, logits.dim() - 1):
+        return NotImplemented
+    return _elementwise(func, logits, (-1, *args), {key: value for key, value in kwargs.items() if key != "dim"})
 
 
 def _reshape(view, logits: DeferredLogits, args: tuple, kwargs: dict):
@@ -335,54 +353,3 @@ _ROW_VIEWS = {
     "__getitem__": _getitem,
     "contiguous": _contiguous,
 }
-
-
-def _cross_entropy(
-    logits: DeferredLogits,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-):
-    """`F.cross_entropy` of `(R, V)` logits and `(R,)` class indices, by chunks; same arguments, same result.
-
-    One result differs on purpose: the mean over no token at all (every label is `ignore_index`) is 0 with zero
-    gradients, where torch gives NaN.
-    """
-    if (
-        logits.dim() != 2
-        or target.dim() != 1
-        or target.is_floating_point()
-        or (size_average, reduce) != (None, None)
-        or reduction not in ("none", "mean", "sum")
-        or (weight is not None and weight.requires_grad)
-    ):
-        return NotImplemented
-    if target.shape[0] != logits.shape[0]:
-        raise ValueError(
-            f"Expected input batch_size ({logits.shape[0]}) to match target batch_size ({target.shape[0]})."
-        )
-    dtype = None
-
-    def losses(logits_CV: Tensor, target_C: Tensor) -> Tensor:
-        nonlocal dtype
-        rows = logits._run_steps(logits_CV)
-        if dtype is None:  # what torch gives for these logits: bfloat16 stays bfloat16, but for autocast
-            dtype = F.cross_entropy(rows[:0], target_C[:0], weight, reduction="none").dtype
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        return F.cross_entropy(
-            rows, target_C, weight if weight is None else weight.to(rows.dtype), ignore_index=ignore_index,
-            reduction="none", label_smoothing=label_smoothing,
-        )  # fmt: skip
-
-    losses_R = logits._head.tile(losses, logits.hidden(), logits._sample.shape[-1], target)
-    if reduction == "none":
-        return losses_R.to(dtype)
-    if reduction == "sum":
-        return losses_R.sum().to(dtype)
-    counted = target != ignore_index
-    total_weight = counted.sum() if weight is None else (weight[target.masked_fill(~counted, 0)] * counted).sum()
-    return (losses_R.sum() / total_weight.masked_fill(total_weight == 0, 1)).to(dtype)

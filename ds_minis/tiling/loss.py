@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -35,17 +35,51 @@ BYPASSED = (
 )
 _ENGINES = "torch.distributed.", "torch.nn.utils.", "torch.utils.", "deepspeed.", "accelerate."
 _NO_ENGINES = "torch.distributed.tensor"
-_RETURN_LOGITS: contextvars.ContextVar[bool] = contextvars.ContextVar("ds_minis_return_logits", default=False)
+
+
+class WantedLogits:
+    """What an evaluation wants of the logits of forward passes with labels.
+
+    Attributes:
+        transform: makes something smaller of them, such as the predicted tokens; called with deferred logits while the
+            engines still hold the weights. None: the logits themselves are wanted.
+        ignored: keys of the output that the evaluation does not look at.
+        transformed: whether the last output had the result of `transform` in the place of its logits.
+    """
+
+    def __init__(self, transform: Callable[[Tensor], Any] | None, ignored: Collection[str]):
+        self.transform, self.ignored, self.transformed = transform, ignored, False
+
+    def applied_to(self, output: Any) -> Any:
+        """A model's output with what is wanted in the place of its deferred logits."""
+        logits = output.get("logits") if isinstance(output, dict) else None
+        if not isinstance(logits, DeferredLogits):
+            return materialized(output)
+        looked_at = {key for key, value in output.items() if value is not None} - {"loss", *self.ignored}
+        if self.transform is None or looked_at != {"logits"}:
+            output["logits"] = logits.materialize()
+        else:
+            # Engines cast what mixed precision gives to float32 before the evaluation sees it.
+            mixed_precision = AutocastState(logits.device).dtype() is not None
+            output["logits"] = materialized(self.transform(logits.float() if mixed_precision else logits))
+            self.transformed = True
+        return output
+
+
+_WANTED: contextvars.ContextVar[WantedLogits | None] = contextvars.ContextVar("ds_minis_wanted_logits", default=None)
 
 
 @contextlib.contextmanager
-def returning_logits() -> Iterator[None]:
-    """Inside, forward passes with labels give the model's logits too, as with `return_logits=True`."""
-    token = _RETURN_LOGITS.set(True)
+def returning_logits(
+    transform: Callable[[Tensor], Any] | None = None, ignored: Collection[str] = ()
+) -> Iterator[WantedLogits]:
+    """Inside, forward passes with labels give what is wanted of their logits (see `WantedLogits`), by default all."""
+    wanted = WantedLogits(transform, ignored)
+    token = _WANTED.set(wanted)
     try:
-        yield
+        yield wanted
     finally:
-        _RETURN_LOGITS.reset(token)
+        _WANTED.reset(token)
 
 
 class _DeferringHead(nn.Module):
@@ -132,7 +166,9 @@ class _Arm:
         config, scope, head = self.chunking.config, contextlib.ExitStack(), None
         if _argument(model, "labels", args, kwargs) is not None:
             module = model.get_output_embeddings()
-            if module is not None and config.loss and not config.return_logits and not _RETURN_LOGITS.get():
+            wanted = _WANTED.get()
+            all_logits = config.return_logits or (wanted is not None and wanted.transform is None)
+            if module is not None and config.loss and not all_logits:
                 head = module.__dict__.get(_HEAD)  # there already, when a model around this one was given labels too
                 if head is None and _hooks_allow_deferring(module):
                     head = _Head(module, self.chunking)
@@ -187,7 +223,8 @@ class _Disarm:
                 logger.warning("the loss is not tiled by ds_minis: %s", BYPASSED)
             self.bypassed = True
             return output
-        return _without_deferred(output)
+        wanted = _WANTED.get()
+        return _without_deferred(output if wanted is None else wanted.applied_to(output))
 
 
 def attach_loss_tiling(model: nn.Module, chunking: Chunking) -> None:

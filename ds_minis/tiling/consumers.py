@@ -1,0 +1,107 @@
+"""What makes one result per token of deferred logits, chunk by chunk: cross entropy, and what evaluations ask for.
+
+Shapes: leading dimensions `*L` (R rows when flattened), C rows of one chunk, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Deferred(Protocol):
+    """The part of `DeferredLogits` that is needed here."""
+
+    shape: torch.Size
+
+    def dim(self) -> int:
+        """Number of dimensions."""
+
+    def by_chunks(self, function: Callable[..., Tensor], *aligned_R: Tensor) -> Tensor:
+        """`function(logits_CV, *aligned_C)` of each chunk of rows, put together."""
+
+
+def _cross_entropy(
+    logits: Deferred,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+):
+    """`F.cross_entropy` of `(R, V)` logits and `(R,)` class indices, by chunks; same arguments, same result.
+
+    One result differs on purpose: the mean over no token at all (every label is `ignore_index`) is 0 with zero
+    gradients, where torch gives NaN.
+    """
+    if (
+        logits.dim() != 2
+        or target.dim() != 1
+        or target.is_floating_point()
+        or (size_average, reduce) != (None, None)
+        or reduction not in ("none", "mean", "sum")
+        or (weight is not None and weight.requires_grad)
+    ):
+        return NotImplemented
+    if target.shape[0] != logits.shape[0]:
+        raise ValueError(
+            f"Expected input batch_size ({logits.shape[0]}) to match target batch_size ({target.shape[0]})."
+        )
+    dtype = None
+
+    def losses(logits_CV: Tensor, target_C: Tensor) -> Tensor:
+        nonlocal dtype
+        if dtype is None:  # what torch gives for these logits: bfloat16 stays bfloat16, but for autocast
+            dtype = F.cross_entropy(logits_CV[:0], target_C[:0], weight, reduction="none").dtype
+        rows = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+        return F.cross_entropy(
+            rows, target_C, weight if weight is None else weight.to(rows.dtype), ignore_index=ignore_index,
+            reduction="none", label_smoothing=label_smoothing,
+        )  # fmt: skip
+
+    losses_R = logits.by_chunks(losses, target)
+    if reduction == "none":
+        return losses_R.to(dtype)
+    if reduction == "sum":
+        return losses_R.sum().to(dtype)
+    counted = target != ignore_index
+    total_weight = counted.sum() if weight is None else (weight[target.masked_fill(~counted, 0)] * counted).sum()
+    return (losses_R.sum() / total_weight.masked_fill(total_weight == 0, 1)).to(dtype)
+
+
+def _argmax(logits: Deferred, dim: int | None = None, keepdim: bool = False):
+    """`logits.argmax(-1)`: the predicted tokens."""
+    if dim not in (-1, logits.dim() - 1):
+        return NotImplemented
+    with torch.no_grad():  # whole numbers
+        tokens_R = logits.by_chunks(lambda logits_CV: logits_CV.argmax(-1))
+    return _unflattened(tokens_R, logits, keepdim)
+
+
+def _logsumexp(logits: Deferred, dim: int, keepdim: bool = False):
+    """`logits.logsumexp(-1)`: the normalizer of each token, with its gradient (z-loss)."""
+    if dim not in (-1, logits.dim() - 1):
+        return NotImplemented
+    return _unflattened(logits.by_chunks(lambda logits_CV: logits_CV.logsumexp(-1)), logits, keepdim)
+
+
+def _gather(logits: Deferred, dim: int, index: Tensor):
+    """`logits.gather(-1, index)`: some tokens' logits, or log-probabilities after `log_softmax`."""
+    if dim not in (-1, logits.dim() - 1) or index.shape[:-1] != logits.shape[:-1]:
+        return NotImplemented
+    gathered = logits.by_chunks(lambda logits_CV, index_C: logits_CV.gather(-1, index_C), index.flatten(0, -2))
+    return gathered.view(index.shape)
+
+
+def _unflattened(result_R: Tensor, logits: Deferred, keepdim: bool) -> Tensor:
+    return result_R.view(*logits.shape[:-1], *([1] if keepdim else []))
+
+
+# Keyed by name, as the function `torch.argmax` and the method `Tensor.argmax` are different objects for one operation.
+CONSUMERS = {"cross_entropy": _cross_entropy, "argmax": _argmax, "logsumexp": _logsumexp, "gather": _gather}
