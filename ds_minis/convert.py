@@ -102,8 +102,9 @@ def convert(
 
     chunking = Chunking(config, find_hidden_size(model))
     candidates = [_decided(c, config, module_filter) for c in find_candidates(model)]
-    _require_matches(candidates, config, door)
     loss_models = find_models_with_loss(model)
+    if candidates or loss_models:  # else there is nothing for a pattern to match
+        _require_matches(candidates, config, door)
     tiled = [c for c in candidates if not c.reason]
     if not tiled and not (config.loss and loss_models):
         raise NothingToTile(_nothing_to_tile(model, candidates, config, door))

@@ -28,6 +28,7 @@ class Texts(torch.utils.data.Dataset):
 
 
 def trainer_of(model, folder, compute_metrics=None, **settings) -> Trainer:
+    trainer = {key: settings.pop(key) for key in ("callbacks", "model_init") if key in settings}
     arguments = TrainingArguments(
         str(folder),
         per_device_train_batch_size=MICRO_BATCH,
@@ -38,7 +39,9 @@ def trainer_of(model, folder, compute_metrics=None, **settings) -> Trainer:
         save_strategy="no",
         **settings,
     )
-    return Trainer(model, arguments, train_dataset=Texts(12), eval_dataset=Texts(5), compute_metrics=compute_metrics)
+    return Trainer(
+        model, arguments, train_dataset=Texts(12), eval_dataset=Texts(5), compute_metrics=compute_metrics, **trainer
+    )
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import contextvars
 import functools
 import inspect
 import logging
+import weakref
 from typing import Any
 
 from accelerate.utils import KwargsHandler
@@ -118,20 +119,21 @@ def attach_accelerator(accelerator_module) -> None:
         agreed(*by_code, requested_by_environment(*by_code))  # before any process group is made
         init(*bound.args, **bound.kwargs)
         section = _deepspeed_section(self)
-        setattr(self, _REQUEST, agreed(*by_code, section, requested_by_environment(*by_code, section)))
+        self._mini_sequence = _Models(agreed(*by_code, section, requested_by_environment(*by_code, section)))
 
     @functools.wraps(prepare)
     def prepare_converted(self, *args, **kwargs):
-        _convert(self, [arg for arg in args if isinstance(arg, nn.Module)])
+        self._mini_sequence.convert([arg for arg in args if isinstance(arg, nn.Module)])
         return prepare(self, *args, **kwargs)
 
     @functools.wraps(prepare_model)
     def prepare_converted_model(self, model, *args, **kwargs):
-        _convert(self, [model])
+        self._mini_sequence.convert([model])
         return prepare_model(self, model, *args, **kwargs)
 
     init_with_plugin.__signature__ = signature.replace(parameters=[*signature.parameters.values(), _PLUGIN_PARAMETER])
     accelerator_class.__init__ = init_with_plugin
+    accelerator_class._mini_sequence = _Models(None)  # of accelerators that were made before
     accelerator_class.prepare, accelerator_class.prepare_model = prepare_converted, prepare_converted_model
 
 
@@ -144,25 +146,33 @@ def _deepspeed_section(accelerator) -> Request | None:
     return None if plugin is None else read_section(plugin.deepspeed_config, "DeepSpeed config")
 
 
-def _convert(accelerator, models: list[nn.Module]) -> None:
-    """Converts what was given to `prepare`.
+class _Models:
+    """What an accelerator was asked for, and what became of the models that it was given."""
 
-    Raises:
-        NothingToTile: none of the models can be tiled, and none was before (a script may prepare a small critic beside
-            its language model; that is only reported).
-    """
-    request: Request | None = getattr(accelerator, _REQUEST, None)
-    if request is None:
-        return
-    failures = []
-    for model in models:
-        try:
-            convert(model, request.config, door=request.door)
-            accelerator._mini_sequence_converted = True
-        except NothingToTile as error:
-            failures.append(error)
-    if failures and not getattr(accelerator, "_mini_sequence_converted", False):
-        raise failures[0]
-    for failure in failures:
-        if is_main_process():
-            logger.warning("left as it is: %s", failure)
+    def __init__(self, request: Request | None):
+        self._request = request
+        self._converted = False
+        self._left: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    def convert(self, models: list[nn.Module]) -> None:
+        """Converts what was given to `prepare`.
+
+        Raises:
+            NothingToTile: none of the models can be tiled, and none before could (a script may prepare a small critic
+                beside its language model; that is only reported).
+        """
+        if self._request is None:
+            return
+        failures = []
+        for model in models:
+            try:
+                convert(model, self._request.config, door=self._request.door)
+                self._converted = True
+            except NothingToTile as error:
+                failures.append((model, error))
+        for model, error in failures:
+            if not self._converted:
+                raise error
+            if model not in self._left and is_main_process():  # `prepare` calls `prepare_model` for each
+                logger.warning("left as it is: %s", error)
+            self._left.add(model)
