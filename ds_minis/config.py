@@ -1,11 +1,9 @@
-"""The one configuration of ds_minis, and the only place that reads environment variables. Standard library only."""
+"""The one configuration of ds_minis. Standard library only."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -146,107 +144,3 @@ def nearest(key: Any, allowed: list[str]) -> str:
     """`'; did you mean "x"?'` for the nearest of the allowed keys (an empty string when nothing is near)."""
     matches = difflib.get_close_matches(str(key).lower(), allowed, n=1, cutoff=0.5)
     return f'; did you mean "{matches[0]}"?' if matches else ""
-
-
-SECTION = "mini_sequence"
-
-
-@dataclass(frozen=True)
-class Request:
-    """Settings, and the door through which they came (a file, a variable, a function), for messages."""
-
-    config: MiniSequenceConfig
-    door: str
-
-
-def read_section(mapping: Mapping[str, Any], door: str) -> Request | None:
-    """What an engine's configuration asks for under `"mini_sequence"`; None if it has no such section.
-
-    Raises:
-        ValueError: the section is wrong, or a key beside it looks like a misspelling of its name.
-    """
-    for key in mapping:
-        if key != SECTION and difflib.get_close_matches(str(key).lower(), [SECTION], cutoff=0.7):
-            raise ValueError(
-                f'{door}: unknown key {key!r} (value {mapping[key]!r}); did you mean "{SECTION}"? Allowed there: true, false '
-                f"or a mapping of {', '.join(MiniSequenceConfig().to_dict())}"
-            )
-    if SECTION not in mapping:
-        return None
-    return Request(MiniSequenceConfig.from_value(mapping[SECTION], door=f'{door}, "{SECTION}"'), door)
-
-
-def agreed(*requests: Request | None) -> Request | None:
-    """The one thing that all doors ask for (the first of equal requests); None if none asks for anything.
-
-    Raises:
-        ValueError: two of them disagree.
-    """
-    given = [request for request in requests if request is not None]
-    for request in given[1:]:
-        if request.config != given[0].config:
-            raise ValueError(
-                f"two places ask for different mini-sequence settings:\n  {given[0].door}: {given[0].config.to_dict()}\n"
-                f"  {request.door}: {request.config.to_dict()}\nGive the same settings in both, or in one of them only "
-                "(on a model that is converted already: after revert_mini_sequence)"
-            )
-    return given[0] if given else None
-
-
-_VARIABLE, _VARIABLE_DOOR, _BY_RUN = "DS_MINIS_CONFIG", "DS_MINIS_CONFIG_DOOR", "DS_MINIS_RUN"
-
-
-def requested_by_environment(*others: Request | None) -> Request | None:
-    """What the environment asks for: `DS_MINIS_CONFIG` (`true`, `false` or a JSON mapping).
-
-    Without it, a script started by `python -m ds_minis.run` asks for all defaults, unless one of the `others` asks for
-    something.
-
-    Raises:
-        ValueError: the variable is not JSON, or its settings are wrong.
-    """
-    text = os.environ.get(_VARIABLE, "")
-    if not text:
-        by_run = _BY_RUN in os.environ and not any(others)
-        return Request(MiniSequenceConfig(), "python -m ds_minis.run") if by_run else None
-    door = os.environ.get(_VARIABLE_DOOR) or f"environment variable {_VARIABLE}"
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{door}: true, false or a JSON mapping of settings is allowed, got {text!r} ({error})"
-        ) from None
-    return Request(MiniSequenceConfig.from_value(value, door=door), door)
-
-
-def hand_to_ranks(request: Request | None) -> None:
-    """Puts a launcher's request into the environment, which its ranks inherit; None takes an earlier one out again.
-
-    Raises:
-        ValueError: `DS_MINIS_CONFIG` was set by the user, to something else.
-    """
-    if _VARIABLE_DOOR in os.environ:  # an earlier call's, not the user's
-        del os.environ[_VARIABLE], os.environ[_VARIABLE_DOOR]
-    by_user = requested_by_environment(request)
-    agreed(by_user, request)
-    if by_user is None and request is not None:
-        text = json.dumps(request.config.to_dict(), separators=(",", ":"))
-        for forbidden in " ;<>":  # accelerate passes no variable with these to other machines
-            text = text.replace(forbidden, f"\\u{ord(forbidden):04x}")
-        os.environ[_VARIABLE], os.environ[_VARIABLE_DOOR] = text, request.door
-
-
-def mark_run() -> None:
-    """Notes for this process and its children that `python -m ds_minis.run` started them."""
-    os.environ[_BY_RUN] = "1"
-
-
-def autoload_enabled() -> bool:
-    """Whether `import torch` may attach ds_minis to the engines: `DS_MINIS_AUTOLOAD` is not "0", "false" or "off"."""
-    return os.environ.get("DS_MINIS_AUTOLOAD", "1").lower() not in ("0", "false", "off")
-
-
-def process_rank() -> int:
-    """This process's rank as its launcher set it (`RANK`), 0 when there was none."""
-    rank = os.environ.get("RANK", "0")
-    return int(rank) if rank.isdigit() else 0

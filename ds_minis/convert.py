@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from ds_minis.config import MiniSequenceConfig, Request, agreed
+from ds_minis.config import MiniSequenceConfig
 from ds_minis.detect import Candidate, find_candidates, find_hidden_size, find_models_with_loss
+from ds_minis.doors import Request, agreed
 from ds_minis.ranks import is_main_process
 from ds_minis.tiling.chunking import Chunking
 from ds_minis.tiling.loss import BYPASSED, attach_loss_tiling, detach_loss_tiling, loss_is_attached, loss_is_bypassed

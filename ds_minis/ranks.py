@@ -2,7 +2,7 @@
 
 import torch.distributed
 
-from ds_minis.config import process_rank
+from ds_minis.environment import process_rank
 
 
 def is_main_process() -> bool:

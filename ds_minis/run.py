@@ -12,7 +12,8 @@ import os
 import runpy
 import sys
 
-from ds_minis.config import mark_run, requested_by_environment
+from ds_minis.doors import requested_by_environment
+from ds_minis.environment import mark_run
 from ds_minis.integrations.autoload import register
 
 

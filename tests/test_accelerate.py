@@ -26,7 +26,7 @@ from ds_minis import (
     convert_to_mini_sequence,
     mini_sequence_report,
 )
-from ds_minis.config import hand_to_ranks, requested_by_environment
+from ds_minis.doors import hand_to_ranks, requested_by_environment
 
 SETTINGS = {"chunk_size": 6, "loss_chunk_size": 5, "exclude": ["*.layers.0.mlp"]}
 CONFIG = MiniSequenceConfig(**SETTINGS)

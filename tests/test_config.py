@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from ds_minis import MiniSequenceConfig
-from ds_minis.config import autoload_enabled, process_rank
+from ds_minis.environment import autoload_enabled, process_rank
 
 DEFAULTS = {
     "enabled": True,

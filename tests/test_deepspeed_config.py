@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ds_minis import MiniSequenceConfig, convert_to_mini_sequence, mini_sequence_report
-from ds_minis.config import Request, read_section
+from ds_minis.doors import Request, read_section
 from ds_minis.integrations.deepspeed import attach_initialize
 from ds_minis.tiling.module import TiledModule
 

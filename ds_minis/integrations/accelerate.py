@@ -16,16 +16,9 @@ from typing import Any
 from accelerate.utils import KwargsHandler
 from torch import nn
 
-from ds_minis.config import (
-    SECTION,
-    MiniSequenceConfig,
-    Request,
-    agreed,
-    hand_to_ranks,
-    read_section,
-    requested_by_environment,
-)
+from ds_minis.config import MiniSequenceConfig
 from ds_minis.convert import NothingToTile, convert
+from ds_minis.doors import SECTION, Request, agreed, hand_to_ranks, read_section, requested_by_environment
 from ds_minis.integrations.autoload import register
 from ds_minis.ranks import is_main_process
 

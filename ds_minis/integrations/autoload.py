@@ -12,7 +12,7 @@ import importlib.machinery
 import sys
 import warnings
 
-from ds_minis.config import autoload_enabled
+from ds_minis.environment import autoload_enabled
 
 # module of an engine -> the function that attaches ds_minis to it, called with that module right after its import
 _ATTACH = {

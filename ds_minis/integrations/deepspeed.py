@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ds_minis.config import SECTION, agreed, read_section, requested_by_environment
 from ds_minis.convert import convert, convert_to_mini_sequence, revert_mini_sequence, tiled_modules
+from ds_minis.doors import SECTION, agreed, read_section, requested_by_environment
 from ds_minis.tiling.rows import tile_rows
 
 

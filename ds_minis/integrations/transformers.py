@@ -8,8 +8,9 @@ from typing import Any
 
 from transformers.trainer_callback import TrainerCallback
 
-from ds_minis.config import MiniSequenceConfig, Request, agreed, requested_by_environment
+from ds_minis.config import MiniSequenceConfig
 from ds_minis.convert import convert, mini_sequence_report
+from ds_minis.doors import Request, agreed, requested_by_environment
 from ds_minis.tiling.loss import returning_logits
 
 _DOOR = "MiniSequenceCallback"

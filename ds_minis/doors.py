@@ -1,0 +1,94 @@
+"""The doors through which settings come: an engine's configuration, the environment, code. They must agree."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ds_minis import environment
+from ds_minis.config import MiniSequenceConfig
+
+SECTION = "mini_sequence"
+
+
+@dataclass(frozen=True)
+class Request:
+    """Settings, and the door through which they came (a file, a variable, a function), for messages."""
+
+    config: MiniSequenceConfig
+    door: str
+
+
+def read_section(mapping: Mapping[str, Any], door: str) -> Request | None:
+    """What an engine's configuration asks for under `"mini_sequence"`; None if it has no such section.
+
+    Raises:
+        ValueError: the section is wrong, or a key beside it looks like a misspelling of its name.
+    """
+    for key in mapping:
+        if key != SECTION and difflib.get_close_matches(str(key).lower(), [SECTION], cutoff=0.7):
+            raise ValueError(
+                f'{door}: unknown key {key!r} (value {mapping[key]!r}); did you mean "{SECTION}"? Allowed there: true, false '
+                f"or a mapping of {', '.join(MiniSequenceConfig().to_dict())}"
+            )
+    if SECTION not in mapping:
+        return None
+    return Request(MiniSequenceConfig.from_value(mapping[SECTION], door=f'{door}, "{SECTION}"'), door)
+
+
+def agreed(*requests: Request | None) -> Request | None:
+    """The one thing that all doors ask for (the first of equal requests); None if none asks for anything.
+
+    Raises:
+        ValueError: two of them disagree.
+    """
+    given = [request for request in requests if request is not None]
+    for request in given[1:]:
+        if request.config != given[0].config:
+            raise ValueError(
+                f"two places ask for different mini-sequence settings:\n  {given[0].door}: {given[0].config.to_dict()}\n"
+                f"  {request.door}: {request.config.to_dict()}\nGive the same settings in both, or in one of them only "
+                "(on a model that is converted already: after revert_mini_sequence)"
+            )
+    return given[0] if given else None
+
+
+def requested_by_environment(*others: Request | None) -> Request | None:
+    """What the environment asks for: `DS_MINIS_CONFIG` (`true`, `false` or a JSON mapping).
+
+    Without it, a script started by `python -m ds_minis.run` asks for all defaults, unless one of the `others` asks for
+    something.
+
+    Raises:
+        ValueError: the variable is not JSON, or its settings are wrong.
+    """
+    text, door = environment.config_text()
+    if not text:
+        by_run = environment.started_by_run() and not any(others)
+        return Request(MiniSequenceConfig(), "python -m ds_minis.run") if by_run else None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{door}: true, false or a JSON mapping of settings is allowed, got {text!r} ({error})"
+        ) from None
+    return Request(MiniSequenceConfig.from_value(value, door=door), door)
+
+
+def hand_to_ranks(request: Request | None) -> None:
+    """Puts a launcher's request into the environment, which its ranks inherit; None takes an earlier one out again.
+
+    Raises:
+        ValueError: `DS_MINIS_CONFIG` was set by the user, to something else.
+    """
+    environment.forget_config_text()
+    by_user = requested_by_environment(request)
+    agreed(by_user, request)
+    if by_user is None and request is not None:
+        text = json.dumps(request.config.to_dict(), separators=(",", ":"))
+        for forbidden in " ;<>":  # accelerate passes no variable with these to other machines
+            text = text.replace(forbidden, f"\\u{ord(forbidden):04x}")
+        environment.set_config_text(text, request.door)

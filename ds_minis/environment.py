@@ -1,0 +1,51 @@
+"""The only place that touches environment variables. Light, as `import torch` imports it.
+
+DS_MINIS_AUTOLOAD   "0", "false" or "off": `import torch` attaches nothing
+DS_MINIS_CONFIG     settings, as JSON (a launcher hands them to its ranks in it); DS_MINIS_CONFIG_DOOR where they came from
+DS_MINIS_RUN        set where `python -m ds_minis.run` started this process
+RANK                the launcher's
+"""
+
+from __future__ import annotations
+
+import os
+
+CONFIG = "DS_MINIS_CONFIG"
+_CONFIG_DOOR, _RUN = "DS_MINIS_CONFIG_DOOR", "DS_MINIS_RUN"
+
+
+def autoload_enabled() -> bool:
+    """Whether `import torch` may attach ds_minis to the engines: `DS_MINIS_AUTOLOAD` is not "0", "false" or "off"."""
+    return os.environ.get("DS_MINIS_AUTOLOAD", "1").lower() not in ("0", "false", "off")
+
+
+def process_rank() -> int:
+    """This process's rank as its launcher set it (`RANK`), 0 when there was none."""
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdigit() else 0
+
+
+def config_text() -> tuple[str, str]:
+    """The settings in `DS_MINIS_CONFIG` (an empty string if there are none), and where they came from."""
+    return os.environ.get(CONFIG, ""), os.environ.get(_CONFIG_DOOR) or f"environment variable {CONFIG}"
+
+
+def set_config_text(text: str, door: str) -> None:
+    """Hands settings to the processes that this one starts."""
+    os.environ[CONFIG], os.environ[_CONFIG_DOOR] = text, door
+
+
+def forget_config_text() -> None:
+    """Takes out what `set_config_text` put in; what the user set stays."""
+    if _CONFIG_DOOR in os.environ:
+        del os.environ[CONFIG], os.environ[_CONFIG_DOOR]
+
+
+def started_by_run() -> bool:
+    """Whether `python -m ds_minis.run` started this process (or one that it comes from)."""
+    return _RUN in os.environ
+
+
+def mark_run() -> None:
+    """Notes that `python -m ds_minis.run` started this process."""
+    os.environ[_RUN] = "1"

@@ -1,0 +1,43 @@
+"""Measures what an installed ds_minis adds to `import torch`.
+
+python scripts/import_time.py               # 20 fresh processes, minimum and median
+
+torch loads the entry points of the group `torch.backends` at the end of its import. Each process imports torch without
+that, and then times the loading and calling of ds_minis's: nothing else about the import differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+
+MEASURE = """
+import time, importlib.metadata, torch
+(entry,) = importlib.metadata.entry_points(group="torch.backends", name="ds_minis")
+start = time.perf_counter()
+entry.load()()
+print(1e3 * (time.perf_counter() - start))
+"""
+
+
+def milliseconds(processes: int) -> list[float]:
+    """The cost in each of so many fresh processes."""
+    environment = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    command = [sys.executable, "-c", MEASURE]
+    return [float(subprocess.check_output(command, env=environment, text=True)) for _ in range(processes)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=20)
+    found = milliseconds(parser.parse_args().processes)
+    print(
+        f"import torch costs {statistics.median(found):.2f} ms more (minimum {min(found):.2f}, {len(found)} processes)"
+    )
+
+
+if __name__ == "__main__":
+    main()
