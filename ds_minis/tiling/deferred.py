@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_minis.ranks import is_main_process
+from ds_minis.tiling.compiling import outside_of_graphs
 from ds_minis.tiling.recompute import AutocastState
 
 Step = Callable[[Tensor], Tensor]
@@ -134,6 +135,7 @@ class DeferredLogits(torch.Tensor):
         raise RuntimeError(f"deferred logits reached {func} without passing __torch_function__; please report this")
 
     @classmethod
+    @outside_of_graphs
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")

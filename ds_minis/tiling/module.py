@@ -7,10 +7,13 @@ as they were, and one assignment undoes it.
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from ds_minis.tiling.chunking import Chunking
+from ds_minis.tiling.compiling import outside_of_graphs
 from ds_minis.tiling.rows import tile_rows
 
 
@@ -30,30 +33,34 @@ class TiledModule(nn.Module):
         if not one_tensor or chunking is None or chunking.suspended:
             return forward(*args, **kwargs)
         (x,) = inputs
-        width = x.shape[-1]
-        x_RH = x.reshape(-1, width)
-        chunk_rows = chunking.module_rows(x_RH.shape[0], width)
-        if x_RH.shape[0] <= chunk_rows:
+        num_rows = math.prod(x.shape[:-1])
+        chunk_rows = chunking.module_rows(num_rows, x.shape[-1])
+        if num_rows <= chunk_rows:
             return forward(*args, **kwargs)
-        _require_weights(self)
-        chunk_shape = [1] * (x.dim() - 2)
-
-        def run(x_CH: Tensor) -> Tensor:
-            y = forward(x_CH.view(*chunk_shape, *x_CH.shape))
-            if not isinstance(y, Tensor):
-                raise TypeError(
-                    f"{type(self).__name__} gives a {type(y).__name__}, and only modules that give one tensor can be tiled: "
-                    'leave it out with "exclude" in the mini-sequence configuration'
-                )
-            return y.flatten(0, -2)
-
-        y = tile_rows(run, self, [x_RH], chunk_rows)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return _forward_tiled(self, forward, x, chunk_rows)
 
     def __reduce_ex__(self, protocol):
         # The class is made at run time, so copies and pickles name the class it was made from.
         _, _, *state = super().__reduce_ex__(protocol)
         return _new_tiled, (untiled_class(type(self)),), *state
+
+
+@outside_of_graphs
+def _forward_tiled(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, chunk_rows: int) -> Tensor:
+    _require_weights(module)
+    chunk_shape = [1] * (x.dim() - 2)
+
+    def run(x_CH: Tensor) -> Tensor:
+        y = forward(x_CH.view(*chunk_shape, *x_CH.shape))
+        if not isinstance(y, Tensor):
+            raise TypeError(
+                f"{type(module).__name__} gives a {type(y).__name__}, and only modules that give one tensor can be tiled: "
+                'leave it out with "exclude" in the mini-sequence configuration'
+            )
+        return y.flatten(0, -2)
+
+    y = tile_rows(run, module, [x.reshape(-1, x.shape[-1])], chunk_rows)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 @functools.cache
