@@ -96,7 +96,9 @@ class _Head:
         """Logits of zero rows, `(0, V)`: of the dtype and width that the head gives."""
         self.deferred = True
         width = getattr(self._module, "out_features", None)
-        if isinstance(width, int):  # a linear layer, quantized or adapted ones included: no need to gather its weight
+        # A linear layer, quantized or adapted ones included: no need to gather its weight. But accelerate's hooks
+        # (`device_map`), on the instance, may move the hidden states to another device.
+        if isinstance(width, int) and "forward" not in self._module.__dict__:
             dtype = AutocastState(hidden_LH.device).dtype() or hidden_LH.dtype
             return hidden_LH.new_empty((0, width), dtype=dtype)
         with torch.no_grad():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import types
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ def untiled_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 def tile_module(module: nn.Module, chunking: Chunking) -> None:
     """Makes a module run over chunks from now on. `module` must be token-wise."""
-    module.__class__ = tiled_class(type(module))
+    _swap_class(module, tiled_class(type(module)))
     module.mini_sequence_chunking = chunking
 
 
@@ -92,8 +93,36 @@ def untile_module(module: nn.Module) -> None:
             f"cannot revert a {cls.__name__}: an engine (FSDP2 wraps by class too) was applied after the conversion. "
             "Revert before the engine wraps the model"
         )
-    module.__class__ = untiled_class(cls)
+    _swap_class(module, untiled_class(cls))
     del module.mini_sequence_chunking
+
+
+def replaced_forward(module: nn.Module) -> str:
+    """What stands on the instance in front of its class's forward, and would go on running after a class swap.
+
+    Empty where nothing does, and where it is known to call the class's forward: accelerate's hooks (`device_map`), and
+    the bound method that they leave behind when they are removed.
+    """
+    name = _forward_attribute(module)
+    value = module.__dict__.get(name)
+    if value is None or (getattr(value, "__self__", None) is module and value.__func__ is type(module).forward):
+        return ""
+    return getattr(value, "__qualname__", None) or repr(value)
+
+
+def _forward_attribute(module: nn.Module) -> str:
+    """Where an instance holds its class's forward, if it holds it: accelerate's hooks keep it aside, and call it."""
+    hooked = getattr(getattr(module.__dict__.get("forward"), "func", None), "__module__", "")
+    return "_old_forward" if hooked == "accelerate.hooks" else "forward"
+
+
+def _swap_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Gives the module another class, and that class's forward wherever the instance holds the one it had."""
+    name = _forward_attribute(module)
+    holds_forward = name in module.__dict__ and not replaced_forward(module)
+    module.__class__ = cls
+    if holds_forward:
+        module.__dict__[name] = types.MethodType(cls.forward, module)
 
 
 def _new_tiled(base: type[nn.Module]) -> nn.Module:
