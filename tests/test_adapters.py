@@ -11,25 +11,11 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from ds_minis import convert_to_mini_sequence
-from ds_minis.tiling import rows
 from ds_minis.tiling.module import TiledModule
 
 CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
 INPUTS = batch(23, prompt=2, padding=3)
 SETTINGS = {"all-linear": {}, "adapted head": {"target_modules": ["lm_head", "down_proj", "q_proj"]}}
-
-
-@pytest.fixture
-def tiled_calls(monkeypatch) -> list[str]:
-    """The class of each module that ran over chunks."""
-    calls, forward = [], rows._TiledCall.forward
-
-    def counted(self, *args, **kwargs):
-        calls.append(type(self._module).__name__)
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(rows._TiledCall, "forward", counted)
-    return calls
 
 
 @pytest.fixture(params=SETTINGS)

@@ -29,7 +29,7 @@ WAYS = {
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("way", WAYS)
-def test_generate_between_forward_and_backward(way, mode):
+def test_generate_between_forward_and_backward(way, mode, tiled_calls):
     model, reference = twins("llama")
     convert_to_mini_sequence(model, CHUNKS)
     tokens, grads = [], []
@@ -38,7 +38,9 @@ def test_generate_between_forward_and_backward(way, mode):
         found = []
         for step in range(2):
             found.append(generate(getattr(m, mode)(), **WAYS[way]))
+            tiled_calls.clear()
             loss = m.train()(**batch(23, seed=step)).loss
+            assert len(tiled_calls) == (8 if m is model else 0)
             found.append(generate(getattr(m, mode)(), 23, **WAYS[way]))
             assert m.training == (mode == "train")
             m.train()
