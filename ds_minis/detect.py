@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ds_minis.tiling.loss import takes_labels
-from ds_minis.tiling.module import TiledModule, untiled_class
+from ds_minis.tiling.module import TiledModule, replaced_forward, untiled_class
 
 _FEED_FORWARD = re.compile(r"mlp|feed_?forward|ffn", re.IGNORECASE)
 _MIXER = re.compile(r"attention|attn", re.IGNORECASE)
@@ -98,6 +98,9 @@ def _why_not_feed_forward(module: nn.Module) -> str:
 
 
 def _why_not_one_tensor(module: nn.Module) -> str:
+    replaced = replaced_forward(module)
+    if replaced:
+        return f"its forward was replaced on the instance, by {replaced}"
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     if len(parameters) == 1 or isinstance(module, TiledModule):
         return ""

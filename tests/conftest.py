@@ -1,8 +1,10 @@
-"""Skips, with the reason, what this machine cannot run."""
+"""Skips, with the reason, what this machine cannot run; and what several tests look at."""
 
 import psutil
 import pytest
 import torch
+
+from ds_minis.tiling import rows
 
 LARGE_GIB = 19
 
@@ -14,3 +16,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=f"needs {LARGE_GIB} GiB of memory, {available:.0f} are free"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def tiled_calls(monkeypatch) -> list[tuple[str, int]]:
+    """Class of the module and number of rows of each call that ran over chunks."""
+    calls, forward = [], rows._TiledCall.forward
+
+    def counted(self, inputs, **kwargs):
+        calls.append((type(self._module).__name__.removeprefix("MiniSequence"), len(inputs[0])))
+        return forward(self, inputs, **kwargs)
+
+    monkeypatch.setattr(rows._TiledCall, "forward", counted)
+    return calls

@@ -251,6 +251,21 @@ def test_head_outside_of_autocast_with_the_model_inside():
     torch.testing.assert_close(losses[1], losses[3], rtol=1e-4, atol=1e-7)
 
 
+def test_a_cast_after_autocast_computes_nothing():
+    """accelerate casts a model's output to float32 when the autocast around its forward has ended."""
+
+    class Cast(Model):
+        def forward(self, input_ids, labels=None):
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = self.lm_head(self.embed(input_ids))
+                loss = flat(logits, labels)
+            return Output(loss=loss, logits=logits.float())
+
+    with LargestTensor(V) as largest:
+        output = convert_to_mini_sequence(Cast(), LOSS_ONLY)(**data())
+    assert largest.rows <= H and set(output) == {"loss"}  # the transposed weight has H rows
+
+
 def test_dtype_of_logits_under_autocast():
     seen = []
     model, _ = pair(process=lambda x: seen.append(x.dtype) or x)

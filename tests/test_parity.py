@@ -1,5 +1,7 @@
 """Converted models train as unconverted ones do: the loss and every gradient, in float32."""
 
+import copy
+
 import pytest
 import torch
 from models import CONFIGS, add_lora, assert_same_training, batch, checkpointed, loss_and_grads, twins
@@ -54,11 +56,49 @@ def test_reentrant_checkpointing():
     assert_same_training(model, reference, batch(23))
 
 
-def test_checkpointing_enabled_after_conversion():
-    model, reference = twins("llama")
-    convert_to_mini_sequence(model, CHUNKS)
-    checkpointed(model), checkpointed(reference)
-    assert_same_training(model, reference, batch(23))
+def flops_of_a_step(model) -> int:
+    with FlopCounterMode(display=False) as counter:
+        loss_and_grads(model, batch(23))
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_turned_on_before_or_after_conversion_and_off_again(reentrant, lora):
+    first, reference = twins("llama")
+    last = copy.deepcopy(first)
+    if lora:
+        first, last, reference = map(add_lora, (first, last, reference))
+    models = first, last, reference
+    convert_to_mini_sequence(last, CHUNKS)
+    for model in models:
+        checkpointed(model, use_reentrant=reentrant).enable_input_require_grads()
+    convert_to_mini_sequence(first, CHUNKS)
+    actions = [
+        lambda m: None,
+        lambda m: m.gradient_checkpointing_disable(),
+        lambda m: checkpointed(m, use_reentrant=not reentrant),
+    ]
+    for action in actions:
+        for model in models:
+            action(model)
+        for model in (first, last):
+            assert_same_training(model, reference, batch(23))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_costs_the_same_whichever_came_first(reentrant):
+    first, last = twins("llama")
+    settings = {"chunk_size": 10, "loss": False}
+    convert_to_mini_sequence(last, settings)
+    without = flops_of_a_step(last)
+    for model in (first, last):
+        checkpointed(model, use_reentrant=reentrant).enable_input_require_grads()
+    convert_to_mini_sequence(first, settings)
+    assert flops_of_a_step(first) == flops_of_a_step(last) > without
+    for model in (first, last):
+        model.gradient_checkpointing_disable()
+    assert flops_of_a_step(first) == flops_of_a_step(last) == without
 
 
 def test_accumulated_gradients_with_num_items_in_batch():
@@ -114,11 +154,7 @@ def test_no_matmul_more_than_checkpointing_alone(family):
     model, reference = twins(family)
     checkpointed(model), checkpointed(reference)
     convert_to_mini_sequence(model, {"chunk_size": 10, "loss": False})
-    flops = []
-    for m in (model, reference):
-        with FlopCounterMode(display=False) as counter:
-            loss_and_grads(m, batch(23))
-        flops.append(counter.get_total_flops())
+    flops = [flops_of_a_step(m) for m in (model, reference)]
     # Gemma-2 has a norm behind the MLP, so that checkpointing itself must run the whole MLP again before ours does: two
     # projections of 46 tokens in 2 layers.
     extra = 2 * 2 * (2 * 46 * 32 * 48) if family == "gemma2" else 0

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ds_minis.ranks import is_main_process
+from ds_minis.tiling.compiling import outside_of_graphs
 from ds_minis.tiling.consumers import CONSUMERS
 from ds_minis.tiling.recompute import AutocastState
 
@@ -38,13 +39,15 @@ class Head(Protocol):
         """`function(logits_CV, *aligned_C)` of each chunk of rows, put together: one result per row."""
 
 
+# Casts: the same whatever autocast does.
+_CASTS = frozenset("float half bfloat16 double to type_as".split())
 # Functions that act on each element alone: they are recorded. Keyed by name, as the function `torch.tanh` and the method
 # `Tensor.tanh` are different objects for one operation.
 _ELEMENTWISE = frozenset(
-    "float half bfloat16 double to type_as tanh sigmoid neg __neg__ abs exp log square sqrt clamp nan_to_num "
+    "tanh sigmoid neg __neg__ abs exp log square sqrt clamp nan_to_num "
     "add sub mul div true_divide multiply divide subtract rsub pow __add__ __sub__ __mul__ __truediv__ __radd__ __rsub__ "
     "__rmul__ __rtruediv__ __pow__".split()
-)
+).union(_CASTS)
 # The same, writing into the logits: the tensor itself goes on standing for the result.
 _IN_PLACE = {
     "add_": "add", "sub_": "sub", "mul_": "mul", "div_": "div", "tanh_": "tanh", "clamp_": "clamp",
@@ -142,6 +145,7 @@ class DeferredLogits(torch.Tensor):
         raise RuntimeError(f"deferred logits reached {func} without passing __torch_function__; please report this")
 
     @classmethod
+    @outside_of_graphs
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
@@ -181,8 +185,10 @@ class _Mode:
         self._device = device
         self._autocast = AutocastState(device)
 
-    def is_on(self) -> bool:
-        return self.grad == torch.is_grad_enabled() and self._autocast == AutocastState(self._device)
+    def is_on(self, name: str = "") -> bool:
+        """Whether the function of that name would do now what it does in this mode."""
+        same_autocast = name in _CASTS or self._autocast == AutocastState(self._device)
+        return self.grad == torch.is_grad_enabled() and same_autocast
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
@@ -246,7 +252,7 @@ def _handle(func, name: str, logits: DeferredLogits, args: tuple, kwargs: dict):
         )
     if name == "__setitem__" or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")):
         return _write(name, logits, args, kwargs)
-    if logits._is_known() or not logits._mode.is_on():
+    if logits._is_known() or not logits._mode.is_on(name):
         return NotImplemented
     if name in CONSUMERS:
         return CONSUMERS[name](logits, *args, **kwargs)

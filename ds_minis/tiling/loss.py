@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ds_minis.ranks import is_main_process
 from ds_minis.tiling.chunking import Chunking
+from ds_minis.tiling.compiling import outside_of_graphs
 from ds_minis.tiling.deferred import DeferredLogits, defer, materialized
 from ds_minis.tiling.recompute import AutocastState, forwards_set
 from ds_minis.tiling.rows import tile_rows
@@ -89,6 +90,7 @@ class _DeferringHead(nn.Module):
     so when the logits are computed, once for all chunks, and not here where they are deferred.
     """
 
+    @outside_of_graphs
     def __call__(self, *args, **kwargs):
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
             return super().__call__(*args, **kwargs)
@@ -128,7 +130,9 @@ class _Head:
         """Logits of zero rows, `(0, V)`: of the dtype and width that the head gives."""
         self.deferred = True
         width = getattr(self._module, "out_features", None)
-        if isinstance(width, int):  # a linear layer, quantized or adapted ones included: no need to gather its weight
+        # A linear layer, quantized or adapted ones included: no need to gather its weight. But accelerate's hooks
+        # (`device_map`), on the instance, may move the hidden states to another device.
+        if isinstance(width, int) and "forward" not in self._module.__dict__:
             dtype = AutocastState(hidden_LH.device).dtype() or hidden_LH.dtype
             return hidden_LH.new_empty((0, width), dtype=dtype)
         with torch.no_grad():
@@ -161,6 +165,7 @@ class _Arm:
     def __init__(self, chunking: Chunking):
         self.chunking = chunking
 
+    @outside_of_graphs
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         _disarm(model)  # a forward pass ended by KeyboardInterrupt runs no hooks
         config, scope, head = self.chunking.config, contextlib.ExitStack(), None
@@ -214,6 +219,7 @@ class _Disarm:
     def __init__(self):
         self.bypassed = False
 
+    @outside_of_graphs
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         head = _disarm(model)
         if head is None or output is None:

@@ -7,10 +7,14 @@ as they were, and one assignment undoes it.
 from __future__ import annotations
 
 import functools
+import math
+import types
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from ds_minis.tiling.chunking import Chunking
+from ds_minis.tiling.compiling import outside_of_graphs
 from ds_minis.tiling.rows import tile_rows
 
 
@@ -30,30 +34,34 @@ class TiledModule(nn.Module):
         if not one_tensor or chunking is None or chunking.suspended:
             return forward(*args, **kwargs)
         (x,) = inputs
-        width = x.shape[-1]
-        x_RH = x.reshape(-1, width)
-        chunk_rows = chunking.module_rows(x_RH.shape[0], width)
-        if x_RH.shape[0] <= chunk_rows:
+        num_rows = math.prod(x.shape[:-1])
+        chunk_rows = chunking.module_rows(num_rows, x.shape[-1])
+        if num_rows <= chunk_rows:
             return forward(*args, **kwargs)
-        _require_weights(self)
-        chunk_shape = [1] * (x.dim() - 2)
-
-        def run(x_CH: Tensor) -> Tensor:
-            y = forward(x_CH.view(*chunk_shape, *x_CH.shape))
-            if not isinstance(y, Tensor):
-                raise TypeError(
-                    f"{type(self).__name__} gives a {type(y).__name__}, and only modules that give one tensor can be tiled: "
-                    'leave it out with "exclude" in the mini-sequence configuration'
-                )
-            return y.flatten(0, -2)
-
-        y = tile_rows(run, self, [x_RH], chunk_rows)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return _forward_tiled(self, forward, x, chunk_rows)
 
     def __reduce_ex__(self, protocol):
         # The class is made at run time, so copies and pickles name the class it was made from.
         _, _, *state = super().__reduce_ex__(protocol)
         return _new_tiled, (untiled_class(type(self)),), *state
+
+
+@outside_of_graphs
+def _forward_tiled(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, chunk_rows: int) -> Tensor:
+    _require_weights(module)
+    chunk_shape = [1] * (x.dim() - 2)
+
+    def run(x_CH: Tensor) -> Tensor:
+        y = forward(x_CH.view(*chunk_shape, *x_CH.shape))
+        if not isinstance(y, Tensor):
+            raise TypeError(
+                f"{type(module).__name__} gives a {type(y).__name__}, and only modules that give one tensor can be tiled: "
+                'leave it out with "exclude" in the mini-sequence configuration'
+            )
+        return y.flatten(0, -2)
+
+    y = tile_rows(run, module, [x.reshape(-1, x.shape[-1])], chunk_rows)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 @functools.cache
@@ -73,7 +81,7 @@ def untiled_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 def tile_module(module: nn.Module, chunking: Chunking) -> None:
     """Makes a module run over chunks from now on. `module` must be token-wise."""
-    module.__class__ = tiled_class(type(module))
+    _swap_class(module, tiled_class(type(module)))
     module.mini_sequence_chunking = chunking
 
 
@@ -89,8 +97,36 @@ def untile_module(module: nn.Module) -> None:
             f"cannot revert a {cls.__name__}: an engine (FSDP2 wraps by class too) was applied after the conversion. "
             "Revert before the engine wraps the model"
         )
-    module.__class__ = untiled_class(cls)
+    _swap_class(module, untiled_class(cls))
     del module.mini_sequence_chunking
+
+
+def replaced_forward(module: nn.Module) -> str:
+    """What stands on the instance in front of its class's forward, and would go on running after a class swap.
+
+    Empty where nothing does, and where it is known to call the class's forward: accelerate's hooks (`device_map`), and
+    the bound method that they leave behind when they are removed.
+    """
+    name = _forward_attribute(module)
+    value = module.__dict__.get(name)
+    if value is None or (getattr(value, "__self__", None) is module and value.__func__ is type(module).forward):
+        return ""
+    return getattr(value, "__qualname__", None) or repr(value)
+
+
+def _forward_attribute(module: nn.Module) -> str:
+    """Where an instance holds its class's forward, if it holds it: accelerate's hooks keep it aside, and call it."""
+    hooked = getattr(getattr(module.__dict__.get("forward"), "func", None), "__module__", "")
+    return "_old_forward" if hooked == "accelerate.hooks" else "forward"
+
+
+def _swap_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Gives the module another class, and that class's forward wherever the instance holds the one it had."""
+    name = _forward_attribute(module)
+    holds_forward = name in module.__dict__ and not replaced_forward(module)
+    module.__class__ = cls
+    if holds_forward:
+        module.__dict__[name] = types.MethodType(cls.forward, module)
 
 
 def _new_tiled(base: type[nn.Module]) -> nn.Module:

@@ -1,0 +1,131 @@
+"""Adapters of a converted model: merged, unloaded, switched off, added and switched, it equals the unconverted twin."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from models import VOCAB_SIZE, add_lora, assert_same_training, batch, twins
+from peft import LoraConfig
+from safetensors.torch import load_file
+
+from ds_minis import convert_to_mini_sequence
+from ds_minis.tiling.module import TiledModule
+
+CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
+INPUTS = batch(23, prompt=2, padding=3)
+SETTINGS = {"all-linear": {}, "adapted head": {"target_modules": ["lm_head", "down_proj", "q_proj"]}}
+
+
+@pytest.fixture(params=SETTINGS)
+def pair(request, tiled_calls):
+    """A converted adapted model, and its unconverted twin."""
+    model, reference = (add_lora(m, **SETTINGS[request.param]) for m in twins("llama"))
+    yield convert_to_mini_sequence(model, CHUNKS), reference
+    # 7 modules and the loss, in every forward pass that was compared last
+    assert len(tiled_calls) >= 8 and sum(isinstance(m, TiledModule) for m in model.modules()) == 7
+
+
+def assert_same(model, reference):
+    assert_same_training(model, reference, INPUTS)
+    weights, expected = model.state_dict(), reference.state_dict()
+    assert list(weights) == list(expected)
+    for name, weight in expected.items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=0, msg=name)
+
+
+def both(models, action):
+    return [action(m) for m in models]
+
+
+def test_merge_and_unmerge_in_place(pair):
+    assert_same(*pair)
+    both(pair, lambda m: m.merge_adapter())
+    assert_same_training(*both(pair, lambda m: m.requires_grad_(True)), INPUTS)
+    both(pair, lambda m: m.unmerge_adapter())
+    assert_same(*pair)
+
+
+def test_unloaded_without_merging(pair):
+    model, reference = both(pair, lambda m: m.unload())
+    both((model, reference), lambda m: m.requires_grad_(True))
+    assert_same(model, reference)
+
+
+def test_switched_off_for_a_while(pair):
+    with pair[0].disable_adapter(), pair[1].disable_adapter():
+        losses = [m(**INPUTS).loss for m in pair]
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    assert_same(*pair)
+    assert abs(losses[0] - pair[0](**INPUTS).loss) > 1e-3
+
+
+def test_a_second_adapter_is_added_switched_to_and_deleted(pair):
+    def add(model):
+        torch.manual_seed(2)
+        model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+        model.set_adapter("second")
+
+    losses = [pair[0](**INPUTS).loss]
+    both(pair, add)
+    assert_same(*pair)
+    losses.append(pair[0](**INPUTS).loss)
+    both(pair, lambda m: m.set_adapter("default"))
+    assert_same(*pair)
+    losses.append(pair[0](**INPUTS).loss)
+    both(pair, lambda m: m.base_model.set_adapter(["default", "second"]))
+    assert_same(*pair)
+    both(pair, lambda m: m.base_model.set_adapter("default"))
+    both(pair, lambda m: m.delete_adapter("second"))
+    assert_same(*pair)
+    assert abs(losses[0] - losses[1]) > 1e-3 and losses[0] == losses[2]
+
+
+LOAD = """
+import sys
+assert "ds_minis" not in sys.modules
+sys.modules["ds_minis"] = None  # an import of it fails
+import torch
+from transformers import AutoModelForCausalLM
+model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], attn_implementation="eager", output_loading_info=True)
+assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
+torch.save(model(torch.arange(1, 24)[None]).logits.detach(), sys.argv[2])
+"""
+
+
+def test_merged_it_is_tiled_trains_and_loads_in_plain_transformers(pair, tiled_calls, tmp_path):
+    assert_same(*pair)
+    model, reference = both(pair, lambda m: m.merge_and_unload())
+    both((model, reference), lambda m: m.requires_grad_(True))
+    tiled_calls.clear()
+    assert_same(model, reference)
+    assert len(tiled_calls) == 8
+    for m in (model, reference):
+        with torch.no_grad():
+            for param in m.parameters():
+                param.sub_(0.01 * param.grad)
+    model.save_pretrained(tmp_path / "ours"), reference.save_pretrained(tmp_path / "plain")
+    ours, plain = (load_file(tmp_path / kind / "model.safetensors") for kind in ("ours", "plain"))
+    assert ours.keys() == plain.keys()
+    script, logits = tmp_path / "load.py", tmp_path / "logits.pt"
+    script.write_text(LOAD)
+    subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "ours"), str(logits)],
+        env=os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}, check=True, timeout=300,
+    )  # fmt: skip
+    expected = reference.eval()(torch.arange(1, 24)[None]).logits
+    assert expected.shape == (1, 23, VOCAB_SIZE)
+    torch.testing.assert_close(torch.load(logits), expected.detach(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(torch.load(logits), model.eval()(torch.arange(1, 24)[None]).logits)
+
+
+def test_adapter_files_are_those_of_the_unconverted_model(pair, tmp_path):
+    assert_same(*pair)
+    for model, kind in zip(pair, ("ours", "plain"), strict=True):
+        model.save_pretrained(tmp_path / kind)
+    assert {f.name for f in (tmp_path / "ours").iterdir()} == {f.name for f in (tmp_path / "plain").iterdir()}
+    ours, plain = (load_file(tmp_path / kind / "adapter_model.safetensors") for kind in ("ours", "plain"))
+    assert ours.keys() == plain.keys() and all(torch.equal(ours[key], plain[key]) for key in plain)
+    config = [(tmp_path / kind / "adapter_config.json").read_text() for kind in ("ours", "plain")]
+    assert config[0] == config[1]
