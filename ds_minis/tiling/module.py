@@ -11,7 +11,7 @@ import functools
 from torch import Tensor, nn
 
 from ds_minis.tiling.chunking import Chunking
-from ds_minis.tiling.rows import tile_rows
+from ds_minis.tiling.rows import runs_whole, tile_rows
 
 
 class TiledModule(nn.Module):
@@ -33,7 +33,7 @@ class TiledModule(nn.Module):
         width = x.shape[-1]
         x_RH = x.reshape(-1, width)
         chunk_rows = chunking.module_rows(x_RH.shape[0], width)
-        if x_RH.shape[0] <= chunk_rows:
+        if runs_whole(x_RH.shape[0], chunk_rows):
             return forward(*args, **kwargs)
         _require_weights(self)
         chunk_shape = [1] * (x.dim() - 2)
