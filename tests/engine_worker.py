@@ -42,14 +42,13 @@ def train_deepspeed(case: Case, *, converted: bool, seed: int | None = None) -> 
     model = make_model(case, seed)
     optimizer = torch.optim.SGD(trainable(model), lr=LEARNING_RATE)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    losses, norms = [], []
+    losses = []
     for step in range(STEPS):
         for micro in range(case.accumulation):
             loss = engine(**micro_batch(case, rank, step, micro)).loss
             engine.backward(loss)
             engine.step()
             losses.append(loss.detach().float().item())
-        norms.append(float(engine.get_global_grad_norm() or 0))
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         params = {n: p.detach().float().clone() for n, p in model.named_parameters() if p.requires_grad}
     return {
@@ -58,7 +57,6 @@ def train_deepspeed(case: Case, *, converted: bool, seed: int | None = None) -> 
         "offload": bool(engine.zero_cpu_offload()),
         "tiled": count_tiled(model),
         "losses": losses,
-        "norms": norms,
         "params": params,
     }
 
@@ -86,13 +84,12 @@ def wrapped(case: Case, model):
     return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=original, device_id=device)
 
 
-def clipped(engine, norm: float) -> float:
-    """Clips the gradients as each engine wants it done; gives the norm before."""
+def clip(engine, norm: float) -> float:
+    """Clips the gradients as the engine wants it done; gives the norm before."""
     if not norm:
         return 0.0
-    clip = getattr(engine, "clip_grad_norm_", None)
-    total = clip(norm) if clip else torch.nn.utils.clip_grad_norm_(engine.parameters(), norm)
-    return getattr(total, "full_tensor", lambda: total)().item()
+    own_clip = getattr(engine, "clip_grad_norm_", None)
+    return float(own_clip(norm) if own_clip else torch.nn.utils.clip_grad_norm_(engine.parameters(), norm))
 
 
 def train_torch(case: Case, *, converted: bool, seed: int | None = None) -> dict:
@@ -102,13 +99,13 @@ def train_torch(case: Case, *, converted: bool, seed: int | None = None) -> dict
         convert_to_mini_sequence(model, mini_sequence(case, rank))
     engine = wrapped(case, model)
     optimizer = torch.optim.SGD(trainable(engine), lr=LEARNING_RATE)
-    losses, norms = [], []
+    losses = []
     for step in range(STEPS):
         for micro in range(case.accumulation):
             loss = engine(**micro_batch(case, rank, step, micro)).loss
             (loss / case.accumulation).backward()
             losses.append(loss.item())
-        norms.append(clipped(engine, case.clip))
+        clip(engine, case.clip)
         optimizer.step()
         optimizer.zero_grad()
     names = [name for name, param in make_model(case).named_parameters() if param.requires_grad]
@@ -121,7 +118,6 @@ def train_torch(case: Case, *, converted: bool, seed: int | None = None) -> dict
         "offload": False,
         "tiled": count_tiled(model),
         "losses": losses,
-        "norms": norms,
         "params": params,
     }
 
@@ -147,7 +143,7 @@ def train_alone(case: Case, *, converted: bool = False, seed: int | None = None)
                 loss = model(**micro_batch(case, rank, step, micro)).loss
                 (loss / (case.accumulation * RANKS)).backward()
                 losses.append(loss.item())
-        norms.append(clipped(model, case.clip))
+        norms.append(clip(model, case.clip))
         optimizer.step()
         optimizer.zero_grad()
     return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 
 import torch
 from transformers import (
@@ -85,12 +84,14 @@ def quantized(model: PreTrainedModel) -> PreTrainedModel:
         bnb_4bit_compute_dtype=torch.float32,
         bnb_4bit_quant_storage=torch.float32,
     )
-    attention = model.config._attn_implementation
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        model = type(model).from_pretrained(
-            folder, quantization_config=config, dtype=torch.float32, attn_implementation=attention
-        )
+    model = type(model).from_pretrained(
+        None,
+        config=model.config,
+        state_dict=model.state_dict(),
+        quantization_config=config,
+        dtype=torch.float32,
+        attn_implementation=model.config._attn_implementation,
+    )
     model.config.use_cache = False
     return model.train()
 
