@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from ds_minis.tiling.chunking import Chunking
 from ds_minis.tiling.rows import runs_whole, tile_rows
 
+_FSDP = {"FSDPModule": "fully_shard", "FullyShardedDataParallel": "FullyShardedDataParallel"}
+
 
 class TiledModule(nn.Module):
     """Mixed into a token-wise module's class by `tiled_class`; runs that class's own forward over chunks.
@@ -35,7 +37,7 @@ class TiledModule(nn.Module):
         chunk_rows = chunking.module_rows(x_RH.shape[0], width)
         if runs_whole(x_RH.shape[0], chunk_rows):
             return forward(*args, **kwargs)
-        _require_weights(self)
+        require_weights(self)
         chunk_shape = [1] * (x.dim() - 2)
 
         def run(x_CH: Tensor) -> Tensor:
@@ -94,14 +96,16 @@ def _new_tiled(base: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _require_weights(module: nn.Module) -> None:
+def require_weights(module: nn.Module) -> None:
     """Refuses weights that an engine would gather inside, once per chunk: ranks that differ in length would hang."""
     for name, child in module.named_modules():
-        if child is not module and any(cls.__name__ == "FSDPModule" for cls in type(child).__mro__):
+        wrapper = next((_FSDP[cls.__name__] for cls in type(child).__mro__ if cls.__name__ in _FSDP), None)
+        if child is not module and wrapper:
             raise RuntimeError(
-                f"fully_shard was applied to {name} inside of a tiled {type(module).__name__}, so every chunk would gather "
+                f"{wrapper} was applied to {name} inside of a tiled {type(module).__name__}, so every chunk would gather "
                 "its weights on its own (and hang where ranks differ in length). Apply it to the decoder layer, or to the "
-                'whole module, or leave the module out with "exclude" in the mini-sequence configuration'
+                "whole module (FSDP1 takes a layer with frozen and trainable weights with use_orig_params=True), or leave "
+                'the module out with "exclude" (the LM head: "loss": false) in the mini-sequence configuration'
             )
     for name, param in module.named_parameters():
         if param.numel() == 0 and hasattr(param, "ds_shape"):
