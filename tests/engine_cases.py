@@ -19,8 +19,8 @@ class Case:
     """One training run.
 
     Attributes:
-        engine: "deepspeed", "ddp", "fsdp2", "fsdp1", "fsdp1_flat" (FSDP1 with use_orig_params=False), or "none" (one
-            process, on the data of all ranks).
+        engine: "deepspeed", "ddp", "fsdp2", "fsdp1", "fsdp1_flat" (FSDP1 with use_orig_params=False), "fsdp1_peft"
+            (the same, every adapter wrapped by PEFT's policy), or "none" (one process, on the data of all ranks).
         zero_stage: DeepSpeed's ZeRO stage.
         offload: keep the optimizer on the CPU, and in stage 3 the parameters too.
         lora: train adapters only.

@@ -63,6 +63,7 @@ def train_deepspeed(case: Case, *, converted: bool, seed: int | None = None) -> 
 
 def wrapped(case: Case, model):
     """The model in one of torch's own engines: a decoder layer is the unit of FSDP, and so is the LM head of FSDP2."""
+    from peft.utils.other import fsdp_auto_wrap_policy
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -78,7 +79,7 @@ def wrapped(case: Case, model):
         for module in (*layers, *head, model):
             fully_shard(module, mesh=mesh)
         return model
-    policy = ModuleWrapPolicy({type(layers[0])})
+    policy = fsdp_auto_wrap_policy(model) if case.engine == "fsdp1_peft" else ModuleWrapPolicy({type(layers[0])})
     original = case.engine == "fsdp1"
     device = torch.device("cpu")
     return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=original, device_id=device)
