@@ -24,22 +24,23 @@ PAGE = ROOT / "docs" / "parity_matrix.md"
 PACKAGES = "torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes"
 EXPLANATION = """\
 Rows are engines, columns are ways to train. In every cell a small Llama is trained for 4 steps with SGD, converted and
-unconverted, from the same weights and on the same data: in 2 processes over gloo (the first row: in one), with other sequence
-lengths and other numbers of chunks on each rank, prompts masked, one sequence padded.
+unconverted, from the same weights and on the same data: in 2 processes over gloo (the first row: in one), with other
+sequence lengths and other numbers of chunks on each rank, prompts masked, one sequence padded.
 
 - **exact**: the parameters after these steps are the unconverted model's under the same engine, *and* those of one process
-  without an engine on the data of both ranks. The figure is the largest difference in a tensor, relative to its largest entry;
-  allowed is 1e-5.
-- bf16: the difference from the unconverted bf16 run (allowed: 2e-2, since bf16 rounds to 4e-3 and chunks round in another order)
-  and, in brackets, how much further the converted run is from float32 than the unconverted one (allowed: 1.1x).
-- dropout: chunks draw other random numbers, so {seeds} runs of each kind are compared: the distance of the mean parameters from
-  what dividing the same runs by lot gives, and the difference of the runs' spread, in standard errors (allowed: {errors:.0f}).
-  `tests/test_matrix.py` shows that dropout left out, applied twice or scaled wrongly, or another mask in backward than in
-  forward, is found.
+  without an engine on the data of both ranks. The figure is the largest difference in a tensor, relative to its largest
+  entry; allowed is 1e-5.
+- bf16: the difference from the unconverted bf16 run (allowed: 2e-2, since bf16 rounds to 4e-3 and chunks round in another
+  order) and, in brackets, how far from float32 the converted run is, of the unconverted one's distance (allowed: 1.1x).
+- dropout: chunks draw other random numbers, so {seeds} runs of each kind are compared: the distance of the mean parameters
+  beside that of the same runs divided by lot, and the difference of the runs' spread, in standard errors (allowed:
+  {errors:.0f}). `tests/test_matrix.py` shows that this finds dropout left out, applied twice or scaled wrongly, and another
+  mask in backward than in forward.
 - **refused**: the engine refuses the unconverted model too, with the same words.
 
-Columns: uneven lengths are 5 tokens on one rank and 100 on the other; QLoRA is 4-bit NF4 with double quantization; gradient
-clipping is to half of what the norm is or less; checkpointing is on and non-reentrant but where the column says otherwise.
+Columns: uneven lengths are 5 tokens on one rank and 100 on the other; QLoRA is 4-bit NF4 with double quantization; gradients
+are clipped to a sixth of their norm; dropout is in the MLPs; checkpointing is on and non-reentrant but where the column says
+otherwise. The engines are torch's and DeepSpeed's own, with a decoder layer as the unit of FSDP.
 """
 
 
@@ -113,7 +114,8 @@ def as_page(judgements: dict, rows: list[str], columns: list[str], seconds: floa
         *table,
         "",
         *numbered,
-        f"{', '.join(f'{count} {kind}' for kind, count in counts.items() if count)}. {versions()}, in {seconds / 60:.0f} minutes.",
+        ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+        + f", in {seconds / 60:.0f} minutes. {versions()}.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -48,7 +48,6 @@ COLUMNS: dict[str, dict] = {
     "no checkpointing": {"checkpointing": False},
     "gradient clipping": {"clip": 0.5},
     "dropout 0.1": {"dropout": 0.1, "seeds": SEEDS},
-    "LoRA dropout 0.1": {"lora": True, "dropout": 0.1, "seeds": SEEDS},
 }
 ENGINE_CLASSES = {
     "none": ("LlamaForCausalLM", "PeftModel"),
@@ -63,8 +62,8 @@ ENGINE_CLASSES = {
 # What engines do not do, whoever asks: a part of the engine's own words, and the same for its user.
 REFUSALS = {
     "FSDP does not support wrapping such modules when use_orig_params=False": (
-        "torch refuses frozen and trainable weights in one flat parameter: set `use_orig_params=True`. (PEFT's auto-wrap policy "
-        "gets around it by wrapping every adapter; ds_minis refuses that with the same advice)"
+        "torch refuses frozen and trainable weights in one flat parameter: set `use_orig_params=True`. (PEFT's auto-wrap "
+        "policy gets around it by wrapping every adapter; ds_minis refuses that with the same advice)"
     ),
 }
 
