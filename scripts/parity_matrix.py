@@ -3,6 +3,7 @@
     python scripts/parity_matrix.py                                  # all cells: real engines in 2 processes, on the CPU
     python scripts/parity_matrix.py --rows ZeRO-3 --columns full bf16
     python scripts/parity_matrix.py --write                          # and docs/parity_matrix.md with it
+    python scripts/parity_matrix.py --write --resume matrix.json     # goes on after the rows that the file has
 
 Its exit status is 0 when every cell is exact, or refused by the engine for the unconverted model too.
 """
@@ -10,8 +11,10 @@ Its exit status is 0 when every cell is exact, or refused by the engine for the 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import sys
@@ -64,21 +67,36 @@ def main() -> int:
     parser.add_argument(
         "--write", action="store_true", help="write docs/parity_matrix.md; only with all rows and columns"
     )
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        help="a JSON file: keeps each row that is done, and skips what it has of today and of these versions",
+    )
     args = parser.parse_args()
     if args.write and (args.rows != list(ROWS) or args.columns != list(COLUMNS)):
         parser.error("--write is for the whole matrix: leave --rows and --columns out")
 
     from engines import run_cases
+    from parity import Judgement
 
-    start = time.monotonic()
-    judgements = {}
+    done = json.loads(args.resume.read_text(encoding="utf-8")) if args.resume and args.resume.exists() else {}
     for row in args.rows:
+        earlier = done.get(row, {"cells": {}, "versions": None})
+        if set(args.columns) <= set(earlier["cells"]) and earlier["versions"] == versions():
+            continue
+        start = time.monotonic()
         cases = {column: make_case(row, column) for column in args.columns}
         results = run_cases(list(cases.values()))
-        for column, case in cases.items():
-            judgement = judgements[row, column] = judge(case, results[case.name])
-            print(f"{row} | {column} | {judgement.kind} {judgement.text}", file=sys.stderr, flush=True)
-    page = as_page(judgements, args.rows, args.columns, time.monotonic() - start)
+        cells = {column: dataclasses.asdict(judge(case, results[case.name])) for column, case in cases.items()}
+        for column, judgement in cells.items():
+            print(f"{row} | {column} | {judgement['kind']} {judgement['text']}", file=sys.stderr, flush=True)
+        done[row] = {"cells": cells, "versions": versions(), "seconds": time.monotonic() - start}
+        if args.resume:
+            args.resume.write_text(json.dumps(done, indent=2), encoding="utf-8")
+    judgements = {
+        (row, column): Judgement(**done[row]["cells"][column]) for row in args.rows for column in args.columns
+    }
+    page = as_page(judgements, args.rows, args.columns, sum(done[row]["seconds"] for row in args.rows))
     print(page)
     if args.write:
         PAGE.parent.mkdir(exist_ok=True)
