@@ -1,4 +1,4 @@
-"""Which process this is."""
+"""Which process this is, and whether there are others."""
 
 import torch.distributed
 
@@ -10,3 +10,9 @@ def is_main_process() -> bool:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank() == 0
     return process_rank() == 0
+
+
+def has_other_ranks() -> bool:
+    """Whether this process trains together with others."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return distributed and torch.distributed.get_world_size() > 1

@@ -1,99 +1,50 @@
 """One process of a distributed run: trains every case of a list with a real engine and saves what came out.
 
-Started by `torch.distributed.run` with two processes (see `engines.py`). Each case is trained twice, converted and
-unconverted, from the same weights and the same data; rank 0 saves parameters, losses, engine class and process count.
+Started by `torch.distributed.run` (see `engines.py`). Each case is trained twice, unconverted and converted, from the
+same weights and the same data; rank 0 saves parameters, losses, engine class and process count, or the error. After an
+error the process ends, as an engine that failed half-way must not touch the next case: `engines.py` starts another.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import datetime
 import json
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from models import add_lora, batch, build, checkpointed
+from engine_cases import LEARNING_RATE, RANKS, STEPS, Case, deepspeed_config, make_model, micro_batch, mini_sequence
 
 from ds_minis import convert_to_mini_sequence
 from ds_minis.tiling.module import TiledModule
 
-STEPS, ACCUMULATION = 4, 2
-LEARNING_RATE = 0.2
-CHUNKS = ({"chunk_size": 10, "loss_chunk_size": 9}, {"chunk_size": 7, "loss_chunk_size": 5})  # of rank 0, of rank 1
-
-
-@dataclass(frozen=True)
-class Case:
-    """One training run.
-
-    Attributes:
-        engine: "deepspeed", "ddp", "fsdp2", "fsdp1", or "fsdp1_flat" (FSDP1 with use_orig_params=False).
-        zero_stage: DeepSpeed's ZeRO stage.
-        lora: train adapters only.
-        lora_head: put an adapter on the LM head too.
-        masked_rank: the rank whose labels are all masked, if any.
-    """
-
-    family: str = "llama"
-    engine: str = "deepspeed"
-    zero_stage: int | None = None
-    lora: bool = False
-    lora_head: bool = False
-    checkpointing: bool = True
-    masked_rank: int | None = None
-    dtype: str = "float32"
-
-    @property
-    def name(self) -> str:
-        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        return "-".join(f"{k}={v}" for k, v in settings.items() if v != defaults[k])
-
-
-def micro_batch(case: Case, rank: int, step: int, micro: int) -> dict:
-    """Another length on each rank and at each step, prompts masked, one sequence padded."""
-    length = 21 + 11 * rank + 5 * step + micro
-    prompt = length if case.masked_rank == rank else 6 + rank
-    return batch(length, seed=1000 * rank + 10 * step + micro, prompt=prompt, padding=3)
-
-
-def make_model(case: Case):
-    model = build(case.family)
-    if case.lora:
-        model = add_lora(model, **({"target_modules": ["lm_head", "q_proj", "up_proj"]} if case.lora_head else {}))
-    if case.checkpointing:
-        checkpointed(model)
-    return model.to(getattr(torch, case.dtype))
+COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=100)  # of ranks that wait for each other: an error, not a hang
 
 
 def trainable(model) -> list[torch.nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def train_deepspeed(case: Case, *, converted: bool) -> dict:
+def count_tiled(model) -> int:
+    return sum(isinstance(m, TiledModule) for m in model.modules())
+
+
+def train_deepspeed(case: Case, *, converted: bool, seed: int | None = None) -> dict:
     import deepspeed
 
     rank = dist.get_rank()
-    config = {
-        "train_micro_batch_size_per_gpu": 2,
-        "gradient_accumulation_steps": ACCUMULATION,
-        "gradient_clipping": 0.0,  # the default is 1.0
-        "zero_optimization": {"stage": case.zero_stage, "stage3_param_persistence_threshold": 0},
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": case.dtype == "bfloat16"},
-    }
+    config = deepspeed_config(case)
     if converted:
-        config["mini_sequence"] = CHUNKS[rank]
-    model = make_model(case)
+        config["mini_sequence"] = mini_sequence(case, rank)
+    model = make_model(case, seed)
     optimizer = torch.optim.SGD(trainable(model), lr=LEARNING_RATE)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     losses = []
     for step in range(STEPS):
-        for micro in range(ACCUMULATION):
+        for micro in range(case.accumulation):
             loss = engine(**micro_batch(case, rank, step, micro)).loss
             engine.backward(loss)
             engine.step()
@@ -103,8 +54,8 @@ def train_deepspeed(case: Case, *, converted: bool) -> dict:
     return {
         "engine": type(engine).__name__,
         "zero_stage": engine.zero_optimization_stage(),
-        "processes": dist.get_world_size(),
-        "tiled": sum(isinstance(m, TiledModule) for m in model.modules()),
+        "offload": bool(engine.zero_cpu_offload()),
+        "tiled": count_tiled(model),
         "losses": losses,
         "params": params,
     }
@@ -112,6 +63,7 @@ def train_deepspeed(case: Case, *, converted: bool) -> dict:
 
 def wrapped(case: Case, model):
     """The model in one of torch's own engines: a decoder layer is the unit of FSDP, and so is the LM head of FSDP2."""
+    from peft.utils.other import fsdp_auto_wrap_policy
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -122,39 +74,50 @@ def wrapped(case: Case, model):
         return DistributedDataParallel(model)
     if case.engine == "fsdp2":
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        for module in (*layers, model.get_output_embeddings(), model):
+        # A weight that is tied must be in one unit with both of its users: the model's.
+        head = [] if model.config.tie_word_embeddings else [model.get_output_embeddings()]
+        for module in (*layers, *head, model):
             fully_shard(module, mesh=mesh)
         return model
-    policy = ModuleWrapPolicy({type(layers[0])})
+    policy = fsdp_auto_wrap_policy(model) if case.engine == "fsdp1_peft" else ModuleWrapPolicy({type(layers[0])})
     original = case.engine == "fsdp1"
     device = torch.device("cpu")
     return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=original, device_id=device)
 
 
-def train_torch(case: Case, *, converted: bool) -> dict:
+def clip(engine, norm: float) -> float:
+    """Clips the gradients as the engine wants it done; gives the norm before."""
+    if not norm:
+        return 0.0
+    own_clip = getattr(engine, "clip_grad_norm_", None)
+    return float(own_clip(norm) if own_clip else torch.nn.utils.clip_grad_norm_(engine.parameters(), norm))
+
+
+def train_torch(case: Case, *, converted: bool, seed: int | None = None) -> dict:
     rank = dist.get_rank()
-    model = make_model(case)
+    model = make_model(case, seed)
     if converted:
-        convert_to_mini_sequence(model, CHUNKS[rank])
+        convert_to_mini_sequence(model, mini_sequence(case, rank))
     engine = wrapped(case, model)
     optimizer = torch.optim.SGD(trainable(engine), lr=LEARNING_RATE)
     losses = []
     for step in range(STEPS):
-        for micro in range(ACCUMULATION):
+        for micro in range(case.accumulation):
             loss = engine(**micro_batch(case, rank, step, micro)).loss
-            (loss / ACCUMULATION).backward()
+            (loss / case.accumulation).backward()
             losses.append(loss.item())
+        clip(engine, case.clip)
         optimizer.step()
         optimizer.zero_grad()
     names = [name for name, param in make_model(case).named_parameters() if param.requires_grad]
     with full_params(engine):
         params = {name.replace("_fsdp_wrapped_module.", ""): param for name, param in model.named_parameters()}
-        params = {name: getattr(params[name], "full_tensor", params[name].clone)().detach() for name in names}
+        params = {name: getattr(params[name], "full_tensor", params[name].clone)().detach().float() for name in names}
     return {
         "engine": type(engine).__name__,
         "zero_stage": None,
-        "processes": dist.get_world_size(),
-        "tiled": sum(isinstance(m, TiledModule) for m in model.modules()),
+        "offload": False,
+        "tiled": count_tiled(model),
         "losses": losses,
         "params": params,
     }
@@ -168,18 +131,44 @@ def full_params(engine):
     return contextlib.nullcontext()
 
 
-def train_alone(case: Case, num_ranks: int) -> dict:
-    """The unconverted model in one process, on the data of all ranks: what the engines must arrive at."""
-    model = make_model(case)
+def train_alone(case: Case, *, converted: bool = False, seed: int | None = None) -> dict:
+    """One process without an engine, on the data of all ranks: what the engines must arrive at."""
+    model = make_model(case, seed)
+    if converted:
+        convert_to_mini_sequence(model, mini_sequence(case, 0))
     optimizer = torch.optim.SGD(trainable(model), lr=LEARNING_RATE)
+    losses, norms = [], []
     for step in range(STEPS):
-        for micro in range(ACCUMULATION):
-            for rank in set(range(num_ranks)) - {case.masked_rank}:  # no label: no loss, no gradient
+        for micro in range(case.accumulation):
+            for rank in range(RANKS):
                 loss = model(**micro_batch(case, rank, step, micro)).loss
-                (loss / (ACCUMULATION * num_ranks)).backward()
+                (loss / (case.accumulation * RANKS)).backward()
+                losses.append(loss.item())
+        norms.append(clip(model, case.clip))
         optimizer.step()
         optimizer.zero_grad()
-    return {"params": {n: p.detach().float() for n, p in model.named_parameters() if p.requires_grad}}
+    return {
+        "engine": type(model).__name__,
+        "zero_stage": None,
+        "offload": False,
+        "tiled": count_tiled(model),
+        "losses": losses,
+        "norms": norms,
+        "params": {n: p.detach().float() for n, p in model.named_parameters() if p.requires_grad},
+    }
+
+
+def train(case: Case, *, converted: bool) -> dict:
+    """One run, or, where the case asks for many seeds, all of them; their parameters are then stacked."""
+    train_once = {"deepspeed": train_deepspeed, "none": train_alone}.get(case.engine, train_torch)
+    if not case.seeds:
+        return train_once(case, converted=converted)
+    runs = []
+    for seed in range(case.seeds):
+        # Other numbers on each rank, and for the two kinds of run, which are compared as independent samples.
+        runs.append(train_once(case, converted=converted, seed=4 * seed + 2 * converted + dist.get_rank()))
+    params = {name: torch.stack([run["params"][name] for run in runs]) for name in runs[0]["params"]}
+    return runs[0] | {"params": params}
 
 
 def main() -> None:
@@ -189,15 +178,34 @@ def main() -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a C++ build of 90 s that gloo does without
-    deepspeed.init_distributed(dist_backend="gloo")
+    deepspeed.init_distributed(dist_backend="gloo", timeout=COLLECTIVE_TIMEOUT)
     for case in cases:
-        train = train_deepspeed if case.engine == "deepspeed" else train_torch
-        results = {kind: train(case, converted=kind == "converted") for kind in ("converted", "plain")}
-        if dist.get_rank() == 0:
-            torch.save(results, output / f"{case.name}.pt")
+        if not run(case, output):
+            break
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # gloo sometimes aborts at teardown after success (pytorch#190489)
+
+
+def run(case: Case, output: Path) -> bool:
+    """Saves both runs of a case; whether both came to their end on all ranks."""
+    results, rank = {}, dist.get_rank()
+    for kind in ("plain", "converted"):
+        error = None
+        try:
+            results[kind] = train(case, converted=kind == "converted")
+        except Exception as e:
+            error = f"{type(e).__name__}: {e}"
+            (output / f"{case.name}.rank{rank}.error").write_text(f"{kind}: {error}", encoding="utf-8")
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        if any(errors):
+            results[kind] = {"error": next(filter(None, errors)), "ranks_with_error": sum(map(bool, errors))}
+        results[kind]["processes"] = dist.get_world_size()
+    if rank == 0:
+        torch.save(results, output / "unfinished")
+        (output / "unfinished").rename(output / f"{case.name}.pt")
+    return not any("error" in result for result in results.values())
 
 
 if __name__ == "__main__":

@@ -66,6 +66,36 @@ def add_lora(model: PreTrainedModel, **settings):
     return model
 
 
+def with_dropout(model: PreTrainedModel, probability: float) -> PreTrainedModel:
+    """Dropout behind the activation of every MLP, inside of what is tiled."""
+    for layer in model.model.layers:
+        layer.mlp.act_fn = torch.nn.Sequential(layer.mlp.act_fn, torch.nn.Dropout(probability))
+    return model
+
+
+def quantized(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with its linear layers in 4-bit NF4, stored as float32 numbers as FSDP and ZeRO-3 need it."""
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_quant_storage=torch.float32,
+    )
+    model = type(model).from_pretrained(
+        None,
+        config=model.config,
+        state_dict=model.state_dict(),
+        quantization_config=config,
+        dtype=torch.float32,
+        attn_implementation=model.config._attn_implementation,
+    )
+    model.config.use_cache = False
+    return model.train()
+
+
 def checkpointed(model, use_reentrant: bool = False):
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     if hasattr(model, "peft_config"):
@@ -101,12 +131,19 @@ def assert_same_training(model, reference, inputs: dict, *, rtol: float = 1e-5, 
 
 
 def assert_same_tensors(tensors: dict, expected: dict, *, rtol: float = 1e-5) -> None:
+    for name, error in relative_errors(tensors, expected).items():
+        assert error <= rtol, f"{name}: relative error {error:.2e}"
+
+
+def relative_errors(tensors: dict, expected: dict) -> dict[str, float]:
+    """Each tensor's largest error, relative to its largest entry (floor: 1% of the largest of all tensors)."""
     assert tensors.keys() == expected.keys() and expected
     largest = max(t.abs().max().item() for t in expected.values())
+    errors = {}
     for name, tensor in expected.items():
         scale = max(tensor.abs().max().item(), 0.01 * largest)
-        error = (tensors[name] - tensor).abs().max().item() / scale
-        assert error <= rtol, f"{name}: relative error {error:.2e}"
+        errors[name] = (tensors[name] - tensor).abs().max().item() / scale
+    return errors
 
 
 def twins(family: str, **kwargs) -> tuple[PreTrainedModel, PreTrainedModel]:

@@ -6,17 +6,31 @@ import sys
 from pathlib import Path
 
 import pytest
+from parity import COLUMNS, ROWS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
     *(p for p in ROOT.glob("*.md")),
     *(p for p in ROOT.glob("*/README.md")),
+    *(p for p in ROOT.glob("docs/*.md")),
     *(p for p in ROOT.glob("examples/**/README.md")),
 ]
 
 
 def test_table_of_settings_is_up_to_date():
     subprocess.run([sys.executable, ROOT / "scripts" / "settings_table.py", "--check"], check=True)
+
+
+def test_the_matrix_has_all_cells_and_none_failed():
+    table = [
+        line.split(" | ") for line in (ROOT / "docs" / "parity_matrix.md").read_text().splitlines() if line[:2] == "| "
+    ]
+    assert table[0] == ["|", *COLUMNS][:-1] + [f"{list(COLUMNS)[-1]} |"]
+    assert [line[0].removeprefix("| ") for line in table[1:]] == list(ROWS)
+    for line in table[1:]:
+        assert len(line) == len(COLUMNS) + 1 and all(text.startswith(("exact ", "refused [")) for text in line[1:]), (
+            line
+        )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -1,103 +1,77 @@
 """Engines for real, two gloo processes: parameters after 4 steps equal the unconverted run's and a one-process run's.
 
-Each rank has other lengths and another number of chunks; labels of prompts are masked; gradients accumulate twice.
+A part of the matrix of `scripts/parity_matrix.py`, and cases beside it. Each rank has other lengths and another number of
+chunks; labels of prompts are masked.
 """
 
-import dataclasses
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from engine_worker import Case, train_alone
+from engine_cases import RANKS, Case, make_model
+from engines import launch, run_cases
 from models import assert_same_tensors
+from parity import COLUMNS, ROWS, cell, judge
 
 pytestmark = pytest.mark.engine
-PROCESSES = 2
-CASES = [
-    *(Case(zero_stage=stage, lora=lora) for stage in (0, 1, 2, 3) for lora in (False, True)),
-    Case(zero_stage=3, checkpointing=False),
-    Case(zero_stage=2, masked_rank=1),
-    Case(zero_stage=3, masked_rank=0),
-    Case(family="gemma2", zero_stage=3),
-    Case(family="llama-tied-bias", zero_stage=2),
-    Case(family="llama-tied-bias", zero_stage=3),
-    Case(zero_stage=3, lora=True, lora_head=True),
-    Case(zero_stage=2, dtype="bfloat16"),
-    *(Case(engine=engine, lora=lora) for engine in ("ddp", "fsdp2", "fsdp1") for lora in (False, True)),
-    Case(engine="fsdp1_flat"),  # torch itself refuses frozen and trainable weights in one flat parameter
-    Case(engine="ddp", checkpointing=False),
-    Case(engine="fsdp2", checkpointing=False, family="qwen3"),
+CELLS = [  # every row and every column of the matrix, and what once was wrong under one engine only
+    *((row, "full") for row in ROWS),
+    *((row, "LoRA") for row in ROWS),
+    *(("ZeRO-3", column) for column in COLUMNS if not column.startswith("dropout")),
+    *(("ZeRO-2", column) for column in ("uneven lengths", "one rank masked", "tied embeddings", "bf16")),
+    *(("FSDP2", column) for column in ("LoRA, LM head saved", "tied embeddings", "QLoRA", "no checkpointing")),
+    *(("FSDP1, use_orig_params=True", column) for column in ("LoRA on LM head", "uneven lengths")),
+    *(("DDP", column) for column in ("reentrant checkpointing", "dropout 0.1")),
+    ("FSDP1, use_orig_params=False", "gradient clipping"),
+    ("ZeRO-2, optimizer offloaded", "accumulation 4"),
+    ("ZeRO-3, all offloaded", "gradient clipping"),
+    ("ZeRO-0", "gradient clipping"),
 ]
-ENGINES = {
-    "deepspeed": "DeepSpeedEngine",
-    "ddp": "DistributedDataParallel",
-    "fsdp2": "FSDP",
-    "fsdp1": "FullyShardedDataParallel",
-    "fsdp1_flat": "FullyShardedDataParallel",
+PEFT_POLICY = Case(engine="fsdp1_peft", lora=True)
+CASES = {
+    **{f"{row}: {column}": cell(row, column) for row, column in dict.fromkeys(CELLS)},
+    "gemma2": Case(family="gemma2", zero_stage=3),
+    "qwen3": Case(engine="fsdp2", checkpointing=False, family="qwen3"),
+    "what TRL makes of ZeRO-3 with PEFT": Case(zero_stage=3, lora=True, reentrant=True),
+    "accumulation and a rank that is masked": Case(zero_stage=3, masked_rank=0),
+    "LoRA dropout": Case(engine="ddp", lora=True, dropout=0.1, accumulation=1, seeds=24),
 }
-
-
-def launch(script: Path, *args: str, timeout: float = 600, **env: str) -> str:
-    """Runs a script in two processes on the CPU and gives what it printed; fails with that if it failed."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={PROCESSES}", f"--master_port={port}"]
-    done = subprocess.run(
-        [*command, str(script), *args],
-        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | env,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-5000:]
-    return done.stdout
+REFUSED = ["FSDP1, use_orig_params=False: LoRA"]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict[str, dict]:
-    """What every case came to, from one launch (most of a launch's time are imports)."""
-    output = tmp_path_factory.mktemp("engines")
-    cases = json.dumps([dataclasses.asdict(case) for case in CASES])
-    launch(Path(__file__).with_name("engine_worker.py"), cases, str(output))
-    return {case.name: torch.load(output / f"{case.name}.pt") for case in CASES}
+def results() -> dict[str, dict]:
+    """What every case came to, from as few launches as can be (most of a launch's time are imports)."""
+    return run_cases(
+        sorted([*CASES.values(), PEFT_POLICY], key=lambda case: (case.engine.startswith("fsdp1_"), case.lora))
+    )
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_engine_that_was_asked_for_ran(results, case):
-    for kind, result in results[case.name].items():
-        assert result["engine"].startswith(ENGINES[case.engine])
-        assert result["zero_stage"] == case.zero_stage
-        assert result["processes"] == PROCESSES
-        assert result["tiled"] == ({"gemma2": 11, "qwen3": 11}.get(case.family, 7) if kind == "converted" else 0)
+@pytest.mark.parametrize("name", CASES)
+def test_the_unconverted_models_parameters_or_its_refusal(results, name):
+    judgement = judge(CASES[name], results[CASES[name].name])
+    assert judgement.kind == ("refused" if name in REFUSED else "exact"), judgement.text
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_parameters_equal_those_of_the_unconverted_run(results, case):
-    converted, plain = results[case.name]["converted"], results[case.name]["plain"]
-    exact = case.dtype == "float32"
-    if case.masked_rank is None:
-        rtol = 1e-5 if exact else 1e-2
-        torch.testing.assert_close(torch.tensor(converted["losses"]), torch.tensor(plain["losses"]), rtol=rtol, atol=0)
-    assert all(loss == loss for loss in converted["losses"])
-    assert_same_tensors(converted["params"], plain["params"], rtol=1e-5 if exact else 2e-2)
+def test_every_row_and_every_column_is_tested():
+    assert {row for row, _ in CELLS} == set(ROWS) and {column for _, column in CELLS} == set(COLUMNS)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.dtype == "float32"], ids=lambda case: case.name)
-def test_parameters_equal_those_of_one_process(results, case):
-    alone = train_alone(case, PROCESSES)["params"]
-    assert_same_tensors(results[case.name]["converted"]["params"], alone)
+def test_adapters_that_fsdp1_wraps_one_by_one_are_refused_with_the_reason(results):
+    """By PEFT's own policy; each chunk would gather them. The unconverted model trains."""
+    result = results[PEFT_POLICY.name]
+    assert all(loss == loss for loss in result["plain"]["losses"])
+    assert result["converted"]["ranks_with_error"] == RANKS
+    assert "FullyShardedDataParallel was applied to gate_proj.lora_A.default" in result["converted"]["error"]
+    assert "use_orig_params=True" in result["converted"]["error"]
 
 
 def test_training_changed_the_parameters(results):
     """Or all of the above would hold for an engine that does nothing."""
-    from engine_worker import make_model
-
-    before = {n: p.detach() for n, p in make_model(CASES[0]).named_parameters()}
-    after = results[CASES[0].name]["converted"]["params"]
+    case = CASES["DDP: full"]
+    before = {n: p.detach() for n, p in make_model(case).named_parameters()}
+    after = results[case.name]["converted"]["params"]
     assert all((after[n] - before[n]).abs().max() > 1e-3 for n in before)
 
 
@@ -118,7 +92,7 @@ def test_bare_accelerator_loop_with_a_section_in_its_json(tmp_path):
         results.append(torch.load(tmp_path / "result.pt"))
     for result, tiled in zip(results, (7, 0), strict=True):
         assert result["engine"] == "DeepSpeedEngine" and result["type"] == "DEEPSPEED"
-        assert result["processes"] == PROCESSES and result["tiled"] == tiled
+        assert result["processes"] == RANKS and result["tiled"] == tiled
     torch.testing.assert_close(
         torch.tensor(results[0]["losses"]), torch.tensor(results[1]["losses"]), rtol=1e-5, atol=0
     )

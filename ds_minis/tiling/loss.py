@@ -24,6 +24,7 @@ from ds_minis.ranks import is_main_process
 from ds_minis.tiling.chunking import Chunking
 from ds_minis.tiling.compiling import outside_of_graphs
 from ds_minis.tiling.deferred import DeferredLogits, defer, materialized
+from ds_minis.tiling.module import require_weights
 from ds_minis.tiling.recompute import AutocastState, forwards_set
 from ds_minis.tiling.rows import tile_rows
 
@@ -148,6 +149,7 @@ class _Head:
             return function(forward(hidden_CH), *aligned_C)
 
         def all_losses(hidden_RH: Tensor) -> Tensor:
+            require_weights(self._module)
             chunk_rows = self._chunking.loss_rows(hidden_RH.shape[0], vocab_size)
             return tile_rows(losses, self._module, [hidden_RH, *aligned_R], chunk_rows)
 

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from ds_minis.tiling.chunking import Chunking
 from ds_minis.tiling.compiling import outside_of_graphs
-from ds_minis.tiling.rows import tile_rows
+from ds_minis.tiling.rows import runs_whole, tile_rows
+
+_FSDP = {"FSDPModule": "fully_shard", "FullyShardedDataParallel": "FullyShardedDataParallel"}
 
 
 class TiledModule(nn.Module):
@@ -36,7 +38,7 @@ class TiledModule(nn.Module):
         (x,) = inputs
         num_rows = math.prod(x.shape[:-1])
         chunk_rows = chunking.module_rows(num_rows, x.shape[-1])
-        if num_rows <= chunk_rows:
+        if runs_whole(num_rows, chunk_rows):
             return forward(*args, **kwargs)
         return _forward_tiled(self, forward, x, chunk_rows)
 
@@ -48,7 +50,7 @@ class TiledModule(nn.Module):
 
 @outside_of_graphs
 def _forward_tiled(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, chunk_rows: int) -> Tensor:
-    _require_weights(module)
+    require_weights(module)
     chunk_shape = [1] * (x.dim() - 2)
 
     def run(x_CH: Tensor) -> Tensor:
@@ -134,14 +136,16 @@ def _new_tiled(base: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _require_weights(module: nn.Module) -> None:
+def require_weights(module: nn.Module) -> None:
     """Refuses weights that an engine would gather inside, once per chunk: ranks that differ in length would hang."""
     for name, child in module.named_modules():
-        if child is not module and any(cls.__name__ == "FSDPModule" for cls in type(child).__mro__):
+        wrapper = next((_FSDP[cls.__name__] for cls in type(child).__mro__ if cls.__name__ in _FSDP), None)
+        if child is not module and wrapper:
             raise RuntimeError(
-                f"fully_shard was applied to {name} inside of a tiled {type(module).__name__}, so every chunk would gather "
+                f"{wrapper} was applied to {name} inside of a tiled {type(module).__name__}, so every chunk would gather "
                 "its weights on its own (and hang where ranks differ in length). Apply it to the decoder layer, or to the "
-                'whole module, or leave the module out with "exclude" in the mini-sequence configuration'
+                "whole module (FSDP1 takes a layer with frozen and trainable weights with use_orig_params=True), or leave "
+                'the module out with "exclude" (the LM head: "loss": false) in the mini-sequence configuration'
             )
     for name, param in module.named_parameters():
         if param.numel() == 0 and hasattr(param, "ds_shape"):

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from ds_minis.ranks import has_other_ranks
 from ds_minis.tiling.recompute import LastLinear, Replay
 
 
@@ -73,7 +74,7 @@ class _TiledCall:
         self.grad_output: Tensor | None = None
         self._function = function
         self._module = module
-        self._bounds = [(i, min(i + chunk_rows, num_rows)) for i in range(0, num_rows, chunk_rows)]
+        self._bounds = [(i, min(i + chunk_rows, num_rows)) for i in range(0, max(num_rows, 1), chunk_rows)]
 
     def forward(self, rows: Sequence[Tensor], *, with_backward: bool) -> Tensor:
         """The result of all chunks, computed without a graph."""
@@ -182,6 +183,16 @@ class _Compute(torch.autograd.Function):
         return None, grad_output.new_zeros(()), *[None] * (len(ctx.needs_input_grad) - 2)
 
 
+def runs_whole(num_rows: int, chunk_rows: int) -> bool:
+    """Whether a row function is run on all rows at once, without recomputation.
+
+    Not where other ranks may have more rows: a tiled call hands over its parameters' gradients together, and an untiled one
+    each as it is computed. ZeRO-2 adds the ranks' gradients up in the order in which they come, so one rank that differs
+    would have its gradients added to other parameters' without an error.
+    """
+    return num_rows <= chunk_rows and not (torch.is_grad_enabled() and has_other_ranks())
+
+
 def tile_rows(function: Callable[..., Tensor], module: nn.Module, rows: Sequence[Tensor], chunk_rows: int) -> Tensor:
     """Runs `function(*rows)` over chunks of rows, with the gradients of the whole.
 
@@ -189,13 +200,13 @@ def tile_rows(function: Callable[..., Tensor], module: nn.Module, rows: Sequence
         function: takes C rows of each input, gives a tensor of C rows; row i of it depends on row i of the inputs alone.
         module: holds every trainable tensor that `function` uses. Frozen ones get no gradient work.
         rows: inputs of R rows each, `(R, ...)`.
-        chunk_rows: C, at least 1. Inputs that fit into one chunk are run as they are, without recomputation.
+        chunk_rows: C, at least 1. What fits into one chunk may be run as it is, see `runs_whole`.
 
     Returns:
         The result of all R rows. A gradient of its gradient is refused (`create_graph=True`).
     """
     num_rows = rows[0].shape[0]
-    if num_rows <= chunk_rows:
+    if runs_whole(num_rows, chunk_rows):
         return function(*rows)
     call = _TiledCall(function, module, chunk_rows, num_rows)
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in (*rows, *call.slots.tensors)):

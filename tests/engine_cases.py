@@ -1,0 +1,116 @@
+"""What is trained under the engines: settings, data and model of one training run."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from models import add_lora, batch, build, checkpointed, quantized, with_dropout
+
+STEPS, RANKS = 4, 2
+LEARNING_RATE = 0.2
+CHUNKS = ({"chunk_size": 10, "loss_chunk_size": 9}, {"chunk_size": 7, "loss_chunk_size": 5})  # of rank 0, of rank 1
+COPIES = 8  # of each sequence where dropout is on: more masks in a step, less noise in its mean
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training run.
+
+    Attributes:
+        engine: "deepspeed", "ddp", "fsdp2", "fsdp1", "fsdp1_flat" (FSDP1 with use_orig_params=False), "fsdp1_peft"
+            (the same, every adapter wrapped by PEFT's policy), or "none" (one process, on the data of all ranks).
+        zero_stage: DeepSpeed's ZeRO stage.
+        offload: keep the optimizer on the CPU, and in stage 3 the parameters too.
+        lora: train adapters only.
+        lora_head: put an adapter on the LM head too.
+        save_head: train the whole LM head beside the adapters (PEFT's `modules_to_save`).
+        quantized: adapters on 4-bit weights (QLoRA).
+        reentrant: the older kind of activation checkpointing.
+        masked_rank: the rank whose labels are all masked, if any.
+        accumulation: micro batches per step.
+        uneven: sequences of rank 0 that fit into one chunk, and long ones on rank 1.
+        clip: the norm that gradients are clipped to; 0 for none.
+        dropout: its probability, in the MLPs or (with `lora`) in the adapters.
+        seeds: train that often, with other random numbers each time.
+    """
+
+    family: str = "llama"
+    engine: str = "deepspeed"
+    zero_stage: int | None = None
+    offload: bool = False
+    lora: bool = False
+    lora_head: bool = False
+    save_head: bool = False
+    quantized: bool = False
+    checkpointing: bool = True
+    reentrant: bool = False
+    masked_rank: int | None = None
+    dtype: str = "float32"
+    accumulation: int = 2
+    uneven: bool = False
+    clip: float = 0.0
+    dropout: float = 0.0
+    seeds: int = 0
+
+    @property
+    def name(self) -> str:
+        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        return "-".join(f"{k}={v}" for k, v in settings.items() if v != defaults[k])
+
+
+def micro_batch(case: Case, rank: int, step: int, micro: int) -> dict:
+    """Another length on each rank and at each step, prompts masked, one sequence padded."""
+    length = 21 + 11 * rank + 5 * step + micro
+    if case.uneven:
+        length = 100 - 7 * step if rank else 5 - step
+    prompt = length if case.masked_rank == rank else min(6 + rank, length - 2)
+    padding = min(3, length - prompt - 1) if case.uneven else 3
+    inputs = batch(length, seed=1000 * rank + 10 * step + micro, prompt=prompt, padding=padding)
+    return {key: value.repeat(COPIES, 1) for key, value in inputs.items()} if case.dropout else inputs
+
+
+def mini_sequence(case: Case, rank: int) -> dict:
+    return {key: size * COPIES if case.dropout else size for key, size in CHUNKS[rank].items()}
+
+
+def make_model(case: Case, seed: int | None = None):
+    """The model; `seed` is for the random numbers of its training, the weights are always the same."""
+    model = build(case.family)
+    if case.quantized:
+        model = quantized(model)
+    if case.lora:
+        settings = {"lora_dropout": case.dropout}
+        if case.lora_head:
+            settings["target_modules"] = ["lm_head", "q_proj", "up_proj"]
+        if case.save_head:
+            settings["modules_to_save"] = ["lm_head"]
+        model = add_lora(model, **settings)
+    elif case.dropout:
+        with_dropout(model, case.dropout)
+    if case.checkpointing:
+        checkpointed(model, use_reentrant=case.reentrant)
+    if not case.quantized:
+        model.to(getattr(torch, case.dtype))
+    if seed is not None:
+        torch.manual_seed(seed)
+    return model
+
+
+def deepspeed_config(case: Case) -> dict:
+    zero = {"stage": case.zero_stage, "stage3_param_persistence_threshold": 0}
+    if case.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if case.zero_stage == 3:
+            zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": case.accumulation,
+        "gradient_clipping": case.clip,  # the default is 1.0
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own would be compiled first
+        "bf16": {"enabled": case.dtype == "bfloat16"},
+    }
