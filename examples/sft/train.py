@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed
 from accelerate import DistributedType
 from arguments import deepspeed_launched, parse_arguments
+from checkpoints import begin_checkpoint, checkpoint_to_resume
 from data import load_splits
 from modeling import load_model, load_tokenizer, lora_config
 from summary import summarize
 from transformers import Trainer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from ds_minis import convert_to_mini_sequence
@@ -42,6 +44,11 @@ class MiniSequenceSFTTrainer(SFTTrainer):
         step = Trainer.prediction_step if self.model_loss else SFTTrainer.prediction_step
         return step(self, model, inputs, prediction_loss_only, ignore_keys)
 
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        begin_checkpoint(folder, self.state, self.args)
+        super()._save_checkpoint(model, trial)
+
     def log(self, logs, start_time=None):
         now, tokens = time.perf_counter(), self.state.num_input_tokens_seen
         if "loss" in logs and hasattr(self, "_last_log"):
@@ -56,6 +63,8 @@ def main() -> None:
     model_args, data_args, training_args = parse_arguments()
     mini_sequence = model_args.mini_sequence_settings()
     require_engine(training_args)
+    require_output_folder(training_args)
+    training_args.resume_from_checkpoint = checkpoint_to_resume(training_args)
     set_seed(training_args.seed)
 
     train_dataset, eval_dataset = load_splits(data_args)
@@ -105,13 +114,22 @@ def require_engine(training_args: SFTConfig) -> None:
         )
 
 
+def require_output_folder(training_args: SFTConfig) -> None:
+    """Stops before the model is loaded, and not after hours of training, where nothing can be saved."""
+    try:
+        os.makedirs(training_args.output_dir, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=training_args.output_dir, prefix=".writable-") as probe:
+            probe.write(b"x" * 4096)
+            probe.flush()
+    except OSError as error:
+        raise ValueError(
+            f"--output_dir {training_args.output_dir}: cannot write there ({error.strerror}). Give a folder that this "
+            "user may write to, on a disk with room"
+        ) from error
+
+
 def train_and_save(trainer: SFTTrainer, training_args: SFTConfig) -> None:
-    resume = training_args.resume_from_checkpoint
-    if resume in ("True", "true", "last"):
-        resume = get_last_checkpoint(training_args.output_dir)
-        if resume is None:
-            raise ValueError(f"--resume_from_checkpoint last: there is no checkpoint-* in {training_args.output_dir}")
-    result = trainer.train(resume_from_checkpoint=resume)
+    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     metrics = dict(result.metrics)
     if trainer.eval_dataset is not None:
         metrics |= trainer.evaluate()
