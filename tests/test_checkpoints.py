@@ -153,8 +153,8 @@ def test_what_an_earlier_run_left_is_gone_before_a_checkpoint_is_begun(trained, 
     folder = tmp_path / "checkpoint-4"
     shutil.copytree(trained(ONE) / "checkpoint-4", folder)
     state = TrainerState(stateful_callbacks={})
-    checkpoints.begin_checkpoint(folder, state, arguments(tmp_path, "last", world_size=3))
-    assert not folder.exists()
+    with checkpoints.writing(folder, state, arguments(tmp_path, "last", world_size=3)):
+        assert not folder.exists()
     assert state.stateful_callbacks["saved_by"]["attributes"] == {"ranks": [0, 1, 2]}
 
 

@@ -9,6 +9,7 @@ machine may cut any of them short: the Trainer itself continues without a word w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -67,10 +68,13 @@ def checkpoint_to_resume(args: SFTConfig) -> str | None:
     return os.path.join(args.output_dir, complete[0])
 
 
-def begin_checkpoint(folder: Path, state: TrainerState, args: SFTConfig) -> None:
-    """Before the Trainer writes into `folder`: what an earlier run left there must not complete it.
+@contextlib.contextmanager
+def writing(folder: Path, state: TrainerState, args: SFTConfig) -> Iterator[None]:
+    """Inside, the Trainer writes a checkpoint.
 
-    Also notes, in what becomes `trainer_state.json`, how many processes write.
+    What an earlier run left in the folder is removed first, as it must not complete what is written now. The ranks that
+    write are noted in what becomes `trainer_state.json`. An error says what is left and what to do: torch's own words for
+    a full disk are "unexpected pos".
     """
     if args.should_save and folder.is_dir():
         shutil.rmtree(folder)
@@ -78,6 +82,14 @@ def begin_checkpoint(folder: Path, state: TrainerState, args: SFTConfig) -> None
         torch.distributed.barrier()
     ranks = [args.process_index] if args.save_on_each_node else list(range(args.world_size))
     state.stateful_callbacks[SAVED_BY] = {"args": {}, "attributes": {"ranks": ranks}}
+    try:
+        yield
+    except Exception as error:
+        error.add_note(
+            f"{folder} was not written to its end ({shutil.disk_usage(args.output_dir).free / 2**20:,.0f} MiB are free on its "
+            f"disk) and will not be continued from; {_FLAG} last takes the newest checkpoint that is complete"
+        )
+        raise
 
 
 def find_problem(folder: Path) -> str | None:
@@ -155,7 +167,7 @@ def _safetensors_damage(stream: Any, size: int) -> str | None:
 
 
 def _ranks(folder: Path, state: dict[str, Any]) -> list[int]:
-    """The ranks whose files must be there: as noted by `begin_checkpoint`, else as far as any file's number goes."""
+    """The ranks whose files must be there: as noted by `writing`, else as far as any file's number goes."""
     noted = (state.get("stateful_callbacks") or {}).get(SAVED_BY)
     if noted:
         return noted["attributes"]["ranks"]

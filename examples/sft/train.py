@@ -19,7 +19,7 @@ import torch
 import torch.distributed
 from accelerate import DistributedType
 from arguments import deepspeed_launched, parse_arguments
-from checkpoints import begin_checkpoint, checkpoint_to_resume
+from checkpoints import checkpoint_to_resume, writing
 from data import load_splits
 from modeling import load_model, load_tokenizer, lora_config
 from summary import summarize
@@ -46,8 +46,8 @@ class MiniSequenceSFTTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        begin_checkpoint(folder, self.state, self.args)
-        super()._save_checkpoint(model, trial)
+        with writing(folder, self.state, self.args):
+            super()._save_checkpoint(model, trial)
 
     def log(self, logs, start_time=None):
         now, tokens = time.perf_counter(), self.state.num_input_tokens_seen
