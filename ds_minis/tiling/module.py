@@ -47,7 +47,8 @@ class TiledModule(nn.Module):
                 )
             return y.flatten(0, -2)
 
-        y = tile_rows(run, self, [x_RH], chunk_rows)
+        guard = functools.partial(chunking.guarded, "chunk_size", chunk_rows, x_RH.shape[0])
+        y = tile_rows(run, self, [x_RH], chunk_rows, guard)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def __reduce_ex__(self, protocol):

@@ -86,8 +86,8 @@ def writing(folder: Path, state: TrainerState, args: SFTConfig) -> Iterator[None
         yield
     except Exception as error:
         error.add_note(
-            f"{folder} was not written to its end ({shutil.disk_usage(args.output_dir).free / 2**20:,.0f} MiB are free on its "
-            f"disk) and will not be continued from; {_FLAG} last takes the newest checkpoint that is complete"
+            f"{folder} was not written to its end ({shutil.disk_usage(args.output_dir).free / 2**20:,.0f} MiB are free on "
+            f"its disk) and will not be continued from; {_FLAG} last takes the newest checkpoint that is complete"
         )
         raise
 
