@@ -62,7 +62,7 @@ def engine_of(case: Case, model):
     return engine, engine.backward, engine.step, engine.zero_grad
 
 
-def train(case: Case, *, converted: bool, kind: str | None, backward: bool) -> dict:
+def train(case: Case, *, converted: bool, kind: str | None, backward: bool, rewrap: bool) -> dict:
     rank = dist.get_rank()
     model = make_model(case)
     fault = Fault(model, FAULTS[kind or "RuntimeError"])
@@ -87,6 +87,8 @@ def train(case: Case, *, converted: bool, kind: str | None, backward: bool) -> d
             failed += 1
             loss = None
             zero_grad()
+            if rewrap:
+                engine, backpropagate, step, zero_grad = engine_of(case, model)
             continue
         except Exception as error:  # the engine's own words, when it cannot go on
             return {"cannot": f"{type(error).__name__}: {error}", "failed": failed}
@@ -119,16 +121,15 @@ def main() -> None:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo")
-    for number, (settings, kind, backward) in enumerate(cases):
-        case = Case(**settings)
+    for number, (settings, kind, backward, rewrap) in enumerate(cases):
+        case, how = Case(**settings), {"backward": backward, "rewrap": rewrap}
         results = {
-            "converted": train(case, converted=True, kind=kind, backward=backward),
-            "plain": train(case, converted=False, kind=kind, backward=backward),
-            "clean": train(case, converted=False, kind=None, backward=backward),
+            "converted": train(case, converted=True, kind=kind, **how),
+            "plain": train(case, converted=False, kind=kind, **how),
+            "clean": train(case, converted=False, kind=None, **how),
         }
         if dist.get_rank() == 0:
             torch.save(results, output / f"{number}.pt")
-            print(number, settings, kind, backward, {k: v.get("cannot") for k, v in results.items()}, flush=True)
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)
