@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -21,10 +20,12 @@ from accelerate import DistributedType
 from arguments import deepspeed_launched, parse_arguments
 from checkpoints import checkpoint_to_resume, writing
 from data import load_splits
+from folders import require_input, require_output
 from modeling import load_model, load_tokenizer, lora_config
 from summary import summarize
 from transformers import Trainer, set_seed
 from trl import SFTConfig, SFTTrainer
+from trl.data_utils import is_conversational
 
 from ds_minis import convert_to_mini_sequence
 
@@ -63,12 +64,15 @@ def main() -> None:
     model_args, data_args, training_args = parse_arguments()
     mini_sequence = model_args.mini_sequence_settings()
     require_engine(training_args)
-    require_output_folder(training_args)
+    require_input("--model_name_or_path", model_args.model_name_or_path)
+    require_input("--dataset_name", data_args.dataset_name)
+    require_output("--output_dir", training_args.output_dir)
     training_args.resume_from_checkpoint = checkpoint_to_resume(training_args)
     set_seed(training_args.seed)
 
     train_dataset, eval_dataset = load_splits(data_args)
     tokenizer = load_tokenizer(model_args, training_args)
+    require_chat_template(tokenizer, train_dataset, model_args)
     deepspeed = training_args.distributed_state.distributed_type == DistributedType.DEEPSPEED
     model = load_model(model_args, training_args, tokenizer, deepspeed=deepspeed)
     if mini_sequence is not None:
@@ -114,18 +118,13 @@ def require_engine(training_args: SFTConfig) -> None:
         )
 
 
-def require_output_folder(training_args: SFTConfig) -> None:
-    """Stops before the model is loaded, and not after hours of training, where nothing can be saved."""
-    try:
-        os.makedirs(training_args.output_dir, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=training_args.output_dir, prefix=".writable-") as probe:
-            probe.write(b"x" * 4096)
-            probe.flush()
-    except OSError as error:
+def require_chat_template(tokenizer, dataset, model_args) -> None:
+    """Stops before the model is loaded: every sample would need the template."""
+    if tokenizer.chat_template is None and is_conversational(next(iter(dataset), {})):
         raise ValueError(
-            f"--output_dir {training_args.output_dir}: cannot write there ({error.strerror}). Give a folder that this "
-            "user may write to, on a disk with room"
-        ) from error
+            f"the tokenizer of {model_args.model_name_or_path} has no chat template, and the data set holds conversations: "
+            "give --chat_template_format chatml (or zephyr), or put a chat_template.jinja into the model's folder"
+        )
 
 
 def train_and_save(trainer: SFTTrainer, training_args: SFTConfig) -> None:
