@@ -18,6 +18,7 @@ from ds_minis.ranks import is_main_process
 from ds_minis.tiling.chunking import Chunking
 from ds_minis.tiling.loss import BYPASSED, attach_loss_tiling, detach_loss_tiling, loss_is_attached, loss_is_bypassed
 from ds_minis.tiling.module import TiledModule, tile_module, untile_module, untiled_class
+from ds_minis.versions import warn_of_old_versions
 
 _STATE = "_mini_sequence"
 
@@ -101,6 +102,7 @@ def convert(
         model.__dict__[_STATE] = ConversionReport(config, door, {}, {}, "not tiled (mini-sequences are off)")
         return model
 
+    warn_of_old_versions()
     chunking = Chunking(config, find_hidden_size(model))
     candidates = [_decided(c, config, module_filter) for c in find_candidates(model)]
     loss_models = find_models_with_loss(model)

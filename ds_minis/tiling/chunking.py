@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
 
 from ds_minis.config import AUTO, MiniSequenceConfig
 
@@ -22,11 +26,35 @@ class Chunking:
         config: the user's settings.
         hidden_size: width of the model's hidden states, in elements; what one token is for `chunk_size`.
         suspended: True while the model runs a forward pass that must equal the unconverted model's to the bit.
+        passes: what the end of each forward pass in progress must undo (`ds_minis.tiling.loss`).
     """
 
     config: MiniSequenceConfig
     hidden_size: int
     suspended: bool = False
+    passes: list[contextlib.ExitStack] = field(default_factory=list, repr=False, compare=False)
+
+    @contextlib.contextmanager
+    def guarded(self, setting: str, chunk_rows: int, num_rows: int) -> Iterator[None]:
+        """Around the chunks of one operation: what a fault in there must not leave behind, and should tell.
+
+        An interrupt (Ctrl-C) ends the forward passes in progress, as torch calls no hooks for it. Out of memory gets a note
+        that names the setting; its type and message stay torch's.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            error.add_note(
+                f'ds_minis: out of memory in a chunk of {chunk_rows} of {num_rows} rows. A smaller "{setting}" in the '
+                "mini-sequence configuration needs less here"
+            )
+            raise
+        except Exception:
+            raise
+        except BaseException:
+            while self.passes:
+                self.passes[-1].close()
+            raise
 
     def module_rows(self, num_rows: int, width: int) -> int:
         """Rows per chunk for a module whose input has `num_rows` rows of `width` elements.

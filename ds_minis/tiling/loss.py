@@ -150,8 +150,10 @@ class _Head:
 
         def all_losses(hidden_RH: Tensor) -> Tensor:
             require_weights(self._module)
-            chunk_rows = self._chunking.loss_rows(hidden_RH.shape[0], vocab_size)
-            return tile_rows(losses, self._module, [hidden_RH, *aligned_R], chunk_rows)
+            num_rows = hidden_RH.shape[0]
+            chunk_rows = self._chunking.loss_rows(num_rows, vocab_size)
+            guard = functools.partial(self._chunking.guarded, "loss_chunk_size", chunk_rows, num_rows)
+            return tile_rows(losses, self._module, [hidden_RH, *aligned_R], chunk_rows, guard)
 
         return self._call(all_losses, hidden_LH.reshape(-1, hidden_LH.shape[-1]))
 
@@ -169,8 +171,10 @@ class _Arm:
 
     @outside_of_graphs
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        _disarm(model)  # a forward pass ended by KeyboardInterrupt runs no hooks
+        _disarm(model)  # a forward pass that Ctrl-C ended outside of any chunk has run no hook
         config, scope, head = self.chunking.config, contextlib.ExitStack(), None
+        scope.callback(model.__dict__.pop, _ARMED, None)
+        scope.callback(self.chunking.passes.remove, scope)
         if _argument(model, "labels", args, kwargs) is not None:
             module = model.get_output_embeddings()
             wanted = _WANTED.get()
@@ -183,11 +187,12 @@ class _Arm:
         elif not torch.is_grad_enabled() and not config.tile_inference:
             self.chunking.suspended = True
             scope.callback(setattr, self.chunking, "suspended", False)
+        self.chunking.passes.append(scope)
         model.__dict__[_ARMED] = scope, head
 
 
 def _disarm(model: nn.Module) -> _Head | None:
-    scope, head = model.__dict__.pop(_ARMED, (contextlib.ExitStack(), None))
+    scope, head = model.__dict__.get(_ARMED, (contextlib.ExitStack(), None))
     scope.close()
     return head
 

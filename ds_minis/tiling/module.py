@@ -62,7 +62,9 @@ def _forward_tiled(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Te
             )
         return y.flatten(0, -2)
 
-    y = tile_rows(run, module, [x.reshape(-1, x.shape[-1])], chunk_rows)
+    x_RH = x.reshape(-1, x.shape[-1])
+    guard = functools.partial(module.mini_sequence_chunking.guarded, "chunk_size", chunk_rows, x_RH.shape[0])
+    y = tile_rows(run, module, [x_RH], chunk_rows, guard)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from ds_minis.ranks import has_other_ranks
 from ds_minis.tiling.recompute import LastLinear, Replay
 
+Guard = Callable[[], contextlib.AbstractContextManager]
+
 
 class ParameterSlots:
     """Where a module holds its trainable tensors, and how to put others in their place.
@@ -69,15 +71,26 @@ _NOTHING = object()
 class _TiledCall:
     """One call of a row function over chunks: what its forward and its backward share."""
 
-    def __init__(self, function: Callable[..., Tensor], module: nn.Module, chunk_rows: int, num_rows: int):
+    def __init__(
+        self, function: Callable[..., Tensor], module: nn.Module, chunk_rows: int, num_rows: int, guard: Guard
+    ):
         self.slots = ParameterSlots(module)
         self.grad_output: Tensor | None = None
         self._function = function
         self._module = module
+        self._guard = guard
         self._bounds = [(i, min(i + chunk_rows, num_rows)) for i in range(0, max(num_rows, 1), chunk_rows)]
 
     def forward(self, rows: Sequence[Tensor], *, with_backward: bool) -> Tensor:
         """The result of all chunks, computed without a graph."""
+        try:
+            with self._guard():
+                return self._forward(rows, with_backward)
+        finally:
+            # Weights that autocast cast in here were cast without a graph; a later use with gradients must not find them.
+            torch.clear_autocast_cache()
+
+    def _forward(self, rows: Sequence[Tensor], with_backward: bool) -> Tensor:
         if with_backward:
             self._replay = Replay(rows[0].device)
             self._last_linear = LastLinear(self._module)
@@ -93,12 +106,14 @@ class _TiledCall:
             if output is None:
                 output = y.new_empty((rows[0].shape[0], *y.shape[1:]))
             output[start:stop].copy_(y)
-        # Weights that autocast cast in here were cast without a graph; a later use with gradients must not find them.
-        torch.clear_autocast_cache()
         return output
 
     def backward(self, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
         """Gradients of rows and parameters (in that order) for `self.grad_output`, each chunk run again."""
+        with self._guard():
+            return self._backward(tensors, needs_grad)
+
+    def _backward(self, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
         grad_output, self.grad_output = self.grad_output, None
         num_rows = len(tensors) - len(self.slots.tensors)
         rows, params = tensors[:num_rows], tensors[num_rows:]
@@ -193,7 +208,13 @@ def runs_whole(num_rows: int, chunk_rows: int) -> bool:
     return num_rows <= chunk_rows and not (torch.is_grad_enabled() and has_other_ranks())
 
 
-def tile_rows(function: Callable[..., Tensor], module: nn.Module, rows: Sequence[Tensor], chunk_rows: int) -> Tensor:
+def tile_rows(
+    function: Callable[..., Tensor],
+    module: nn.Module,
+    rows: Sequence[Tensor],
+    chunk_rows: int,
+    guard: Guard = contextlib.nullcontext,
+) -> Tensor:
     """Runs `function(*rows)` over chunks of rows, with the gradients of the whole.
 
     Args:
@@ -201,6 +222,7 @@ def tile_rows(function: Callable[..., Tensor], module: nn.Module, rows: Sequence
         module: holds every trainable tensor that `function` uses. Frozen ones get no gradient work.
         rows: inputs of R rows each, `(R, ...)`.
         chunk_rows: C, at least 1. What fits into one chunk may be run as it is, see `runs_whole`.
+        guard: makes a context for the chunks of forward, and one for those of backward.
 
     Returns:
         The result of all R rows. A gradient of its gradient is refused (`create_graph=True`).
@@ -208,7 +230,7 @@ def tile_rows(function: Callable[..., Tensor], module: nn.Module, rows: Sequence
     num_rows = rows[0].shape[0]
     if runs_whole(num_rows, chunk_rows):
         return function(*rows)
-    call = _TiledCall(function, module, chunk_rows, num_rows)
+    call = _TiledCall(function, module, chunk_rows, num_rows, guard)
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in (*rows, *call.slots.tensors)):
         with torch.no_grad():
             return call.forward(rows, with_backward=False)

@@ -45,6 +45,7 @@ def load_model(
         attn_implementation="flash_attention_2" if args.use_flash_attn else None,
         quantization_config=_quantization(args),
         device_map=_device_map(args, training_args),
+        use_safetensors=True,  # never a pickle, which could run code
         trust_remote_code=training_args.trust_remote_code,
     )
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:

@@ -12,17 +12,20 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed
 from accelerate import DistributedType
 from arguments import deepspeed_launched, parse_arguments
+from checkpoints import checkpoint_to_resume, writing
 from data import load_splits
+from folders import require_input, require_output
 from modeling import load_model, load_tokenizer, lora_config
 from summary import summarize
 from transformers import Trainer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
+from trl.data_utils import is_conversational
 
 from ds_minis import convert_to_mini_sequence
 
@@ -42,6 +45,11 @@ class MiniSequenceSFTTrainer(SFTTrainer):
         step = Trainer.prediction_step if self.model_loss else SFTTrainer.prediction_step
         return step(self, model, inputs, prediction_loss_only, ignore_keys)
 
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        with writing(folder, self.state, self.args):
+            super()._save_checkpoint(model, trial)
+
     def log(self, logs, start_time=None):
         now, tokens = time.perf_counter(), self.state.num_input_tokens_seen
         if "loss" in logs and hasattr(self, "_last_log"):
@@ -56,10 +64,15 @@ def main() -> None:
     model_args, data_args, training_args = parse_arguments()
     mini_sequence = model_args.mini_sequence_settings()
     require_engine(training_args)
+    require_input("--model_name_or_path", model_args.model_name_or_path)
+    require_input("--dataset_name", data_args.dataset_name)
+    require_output("--output_dir", training_args.output_dir)
+    training_args.resume_from_checkpoint = checkpoint_to_resume(training_args)
     set_seed(training_args.seed)
 
     train_dataset, eval_dataset = load_splits(data_args)
     tokenizer = load_tokenizer(model_args, training_args)
+    require_chat_template(tokenizer, train_dataset, model_args)
     deepspeed = training_args.distributed_state.distributed_type == DistributedType.DEEPSPEED
     model = load_model(model_args, training_args, tokenizer, deepspeed=deepspeed)
     if mini_sequence is not None:
@@ -105,13 +118,17 @@ def require_engine(training_args: SFTConfig) -> None:
         )
 
 
+def require_chat_template(tokenizer, dataset, model_args) -> None:
+    """Stops before the model is loaded: every sample would need the template."""
+    if tokenizer.chat_template is None and is_conversational(next(iter(dataset), {})):
+        raise ValueError(
+            f"the tokenizer of {model_args.model_name_or_path} has no chat template, and the data set holds conversations: "
+            "give --chat_template_format chatml (or zephyr), or put a chat_template.jinja into the model's folder"
+        )
+
+
 def train_and_save(trainer: SFTTrainer, training_args: SFTConfig) -> None:
-    resume = training_args.resume_from_checkpoint
-    if resume in ("True", "true", "last"):
-        resume = get_last_checkpoint(training_args.output_dir)
-        if resume is None:
-            raise ValueError(f"--resume_from_checkpoint last: there is no checkpoint-* in {training_args.output_dir}")
-    result = trainer.train(resume_from_checkpoint=resume)
+    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     metrics = dict(result.metrics)
     if trainer.eval_dataset is not None:
         metrics |= trainer.evaluate()
