@@ -136,7 +136,10 @@ _PLUGIN_PARAMETER = inspect.Parameter("mini_sequence_plugin", inspect.Parameter.
 def _deepspeed_section(accelerator) -> Request | None:
     """What the DeepSpeed JSON of an accelerator asks for, if it runs DeepSpeed."""
     plugin = accelerator.state.deepspeed_plugin
-    return None if plugin is None else read_section(plugin.deepspeed_config, "DeepSpeed config")
+    if plugin is None:
+        return None
+    door = getattr(plugin.hf_ds_config, "_mini_sequence_door", "DeepSpeed config")
+    return read_section(plugin.deepspeed_config, door)
 
 
 class _Models:

@@ -80,7 +80,8 @@ def attach_config_check(accelerate_deepspeed) -> None:
     @functools.wraps(read)
     def read_and_check(self, config_file_or_dict):
         read(self, config_file_or_dict)
-        section = read_section(self.config, _door(config_file_or_dict))
+        self._mini_sequence_door = _door(config_file_or_dict)  # accelerate keeps the content alone
+        section = read_section(self.config, self._mini_sequence_door)
         agreed(section, requested_by_environment(section))
         if section is not None:
             # Without defaults, as accelerate takes every "auto" in the JSON for a blank that it must fill in.

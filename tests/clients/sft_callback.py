@@ -1,0 +1,8 @@
+"""The same fine-tuning with mini-sequences turned on in code, by one line: a callback of TRL's trainer."""
+
+from sft import main
+
+from ds_minis import MiniSequenceCallback
+
+if __name__ == "__main__":
+    main(callbacks=[MiniSequenceCallback(chunk_size=10, loss_chunk_size=9)])
