@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import HfArgumentParser
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTConfig
 
 CHAT_TEMPLATES = ("none", "chatml", "zephyr")
@@ -109,8 +110,39 @@ class DataArguments:
 
 
 def deepspeed_launched() -> bool:
-    """Whether `accelerate launch` was given a configuration with DeepSpeed."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    """Whether DeepSpeed was asked for: by the configuration of `accelerate launch`, or on the command line."""
+    flags = tuple(arg.split("=")[0] for arg in sys.argv[1:])
+    by_flag = "--deepspeed" in flags or "--deepspeed_config" in flags
+    return by_flag or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+
+
+def fsdp_launched() -> bool:
+    """Whether `accelerate launch` was given a configuration with FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+
+
+def check_head(model_args: ModelArguments, training_args: SFTConfig) -> None:
+    """Refuses what would train the LM head wrongly, without a word from the engine.
+
+    TRL's fused LM head reads the head's weight without calling the head. Under ZeRO-3 its gradient is then never reduced
+    (and dropped), under FSDP2 with PEFT's `modules_to_save` it stays that of one process. FSDP1 makes such a head a unit
+    of its own, whose weight is in shards when any loss reads it.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    saved = "lm_head" in (model_args.lora_modules_to_save or "").split(",")
+    if saved and fsdp_launched() and os.environ.get("FSDP_VERSION", "1") == "1":
+        raise ValueError(
+            "--lora_modules_to_save lm_head does not work under FSDP1: use FSDP2 (accelerate_configs/fsdp.yaml)"
+        )
+    trained = saved or not model_args.use_peft_lora
+    wrong = "ZeRO-3" if trained and is_deepspeed_zero3_enabled() else "FSDP2" if saved and fsdp_launched() else None
+    if wrong and not model_args.mini_sequence_loss:
+        raise ValueError(
+            f"{wrong} with a trained LM head: TRL's fused LM head would give it wrong gradients or none. Add "
+            "--mini_sequence_loss True (the model's own loss, tiled by ds_minis), or train adapters alone"
+        )
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, SFTConfig]:

@@ -4,7 +4,8 @@
     accelerate launch --config_file accelerate_configs/zero3.yaml examples/sft/train.py --model_name_or_path ... \
         --dataset_name ... --output_dir ...
 
-Mini-sequences are turned on by the engine's configuration (`"mini_sequence"` in the DeepSpeed JSON) or `--mini_sequence`.
+Mini-sequences are turned on by the engine's configuration (`mini_sequence` in accelerate's YAML or in the DeepSpeed JSON) or
+by `--mini_sequence`.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import os
 import sys
 import time
 
+import cpu
 import torch
 import torch.distributed
 from accelerate import DistributedType
-from arguments import deepspeed_launched, parse_arguments
+from arguments import check_head, deepspeed_launched, fsdp_launched, parse_arguments
 from data import load_splits
 from modeling import load_model, load_tokenizer, lora_config
 from summary import summarize
-from transformers import Trainer, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
@@ -52,10 +54,15 @@ class MiniSequenceSFTTrainer(SFTTrainer):
 
 
 def main() -> None:
-    skip_cpu_op_build()
+    on_cpu = not torch.accelerator.is_available()
+    if on_cpu and deepspeed_launched():
+        cpu.prepare_deepspeed()
     model_args, data_args, training_args = parse_arguments()
     mini_sequence = model_args.mini_sequence_settings()
     require_engine(training_args)
+    if on_cpu and fsdp_launched():
+        cpu.prepare_fsdp(training_args)
+    check_head(model_args, training_args)
     set_seed(training_args.seed)
 
     train_dataset, eval_dataset = load_splits(data_args)
@@ -75,15 +82,8 @@ def main() -> None:
         peft_config=lora_config(model_args),
     )
     trainer.model_loss = model_args.mini_sequence_loss
+    trainer.add_callback(RequireWrapped(trainer))
     train_and_save(trainer, training_args)
-
-
-def skip_cpu_op_build() -> None:
-    """Has DeepSpeed on a CPU do without its shared-memory op: a C++ build of 90 seconds at first use."""
-    if deepspeed_launched() and not torch.accelerator.is_available():
-        import deepspeed
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def require_engine(training_args: SFTConfig) -> None:
@@ -103,6 +103,24 @@ def require_engine(training_args: SFTConfig) -> None:
             f"{processes} processes were started, but each would train alone ({state.distributed_type.value}): on a CPU, "
             "give --use_cpu True"
         )
+
+
+class RequireWrapped(TrainerCallback):
+    """Stops before the first step if the model was not wrapped by the engine that was asked for."""
+
+    def __init__(self, trainer: SFTTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        expected = (
+            "DeepSpeedEngine" if args.deepspeed or deepspeed_launched()
+            else {"1": "FullyShardedDataParallel", "2": "FSDPModule"}[os.environ.get("FSDP_VERSION", "1")] if fsdp_launched()
+            else "DistributedDataParallel" if args.world_size > 1
+            else None
+        )  # fmt: skip
+        wrapped = type(self.trainer.model_wrapped)
+        if expected is not None and expected not in [base.__name__ for base in wrapped.__mro__]:
+            raise RuntimeError(f"{expected} was asked for, but accelerate would train with {wrapped.__name__}")
 
 
 def train_and_save(trainer: SFTTrainer, training_args: SFTConfig) -> None:
