@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+import cpu
 import torch
 from transformers import HfArgumentParser
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -109,11 +110,9 @@ class DataArguments:
     add_special_tokens: bool = field(default=False, metadata={"help": "Accepted for PEFT's scripts; TRL ignores it."})
 
 
-def deepspeed_launched() -> bool:
+def deepspeed_launched(argv: list[str]) -> bool:
     """Whether DeepSpeed was asked for: by the configuration of `accelerate launch`, or on the command line."""
-    flags = tuple(arg.split("=")[0] for arg in sys.argv[1:])
-    by_flag = "--deepspeed" in flags or "--deepspeed_config" in flags
-    return by_flag or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    return "--deepspeed" in argv or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
 
 
 def fsdp_launched() -> bool:
@@ -154,11 +153,15 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
     argv = sys.argv[1:] if argv is None else argv
     # `deepspeed train.py --deepspeed_config ds.json` is how DeepSpeed's own examples write it.
     argv = [arg.replace("--deepspeed_config", "--deepspeed", 1) for arg in argv]
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--deepspeed=") else [arg])]
     parser = HfArgumentParser((ModelArguments, DataArguments, SFTConfig))
     on_cpu = not torch.accelerator.is_available()
+    deepspeed = deepspeed_launched(argv)
+    if on_cpu and deepspeed:
+        argv = cpu.prepare_deepspeed(argv)
     parser.set_defaults(bf16=not on_cpu, dataloader_pin_memory=not on_cpu)
     if on_cpu:
-        parser.set_defaults(**({"ddp_backend": "gloo"} if deepspeed_launched() else {"use_cpu": True}))
+        parser.set_defaults(**({"ddp_backend": "gloo"} if deepspeed else {"use_cpu": True}))
     if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
         parse = parser.parse_json_file if argv[0].endswith(".json") else parser.parse_yaml_file
         model_args, data_args, training_args = parse(os.path.abspath(argv[0]))

@@ -5,16 +5,30 @@ Nothing here runs where there is an accelerator. It lets the example and the tes
 
 from __future__ import annotations
 
+import argparse
+import os
+
 import torch
 from accelerate import DistributedType, PartialState
 from transformers import TrainingArguments
 
 
-def prepare_deepspeed() -> None:
-    """Has DeepSpeed do without its shared-memory op: a C++ build of 90 seconds at first use."""
+def prepare_deepspeed(argv: list[str]) -> list[str]:
+    """Has DeepSpeed run in CPU processes, whichever launcher started them; gives the command line to parse.
+
+    `--deepspeed ds.json` becomes what `accelerate launch` would have put into the environment: given the flag,
+    TrainingArguments forgets its `ddp_backend`, and each process would be a run of one.
+    """
     import deepspeed
 
+    # The shared-memory op is a C++ build of 90 seconds at first use, which gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--deepspeed")
+    known, rest = parser.parse_known_args(argv)
+    if known.deepspeed is not None:
+        os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": known.deepspeed}
+    return rest
 
 
 def prepare_fsdp(training_args: TrainingArguments) -> None:

@@ -54,13 +54,10 @@ class MiniSequenceSFTTrainer(SFTTrainer):
 
 
 def main() -> None:
-    on_cpu = not torch.accelerator.is_available()
-    if on_cpu and deepspeed_launched():
-        cpu.prepare_deepspeed()
     model_args, data_args, training_args = parse_arguments()
     mini_sequence = model_args.mini_sequence_settings()
     require_engine(training_args)
-    if on_cpu and fsdp_launched():
+    if fsdp_launched() and not torch.accelerator.is_available():
         cpu.prepare_fsdp(training_args)
     check_head(model_args, training_args)
     set_seed(training_args.seed)
@@ -92,7 +89,9 @@ def require_engine(training_args: SFTConfig) -> None:
     On a machine without GPUs it falls back silently, to one process or to plain data parallelism.
     """
     state = training_args.distributed_state
-    if (deepspeed_launched() or training_args.deepspeed) and state.distributed_type != DistributedType.DEEPSPEED:
+    if (
+        deepspeed_launched(sys.argv) or training_args.deepspeed
+    ) and state.distributed_type != DistributedType.DEEPSPEED:
         raise RuntimeError(
             f"DeepSpeed was asked for, but accelerate would run {state.distributed_type.value}: leave --use_cpu and "
             "ACCELERATE_USE_CPU out (DeepSpeed on a CPU is DS_ACCELERATOR=cpu)"
@@ -113,7 +112,7 @@ class RequireWrapped(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         expected = (
-            "DeepSpeedEngine" if args.deepspeed or deepspeed_launched()
+            "DeepSpeedEngine" if deepspeed_launched(sys.argv) or args.deepspeed
             else {"1": "FullyShardedDataParallel", "2": "FSDPModule"}[os.environ.get("FSDP_VERSION", "1")] if fsdp_launched()
             else "DistributedDataParallel" if args.world_size > 1
             else None
