@@ -15,19 +15,23 @@ EXAMPLE = ROOT / "examples" / "sft"
 SMALL = {"MAX_LENGTH": "256", "MAX_STEPS": "6", "PER_DEVICE_BATCH_SIZE": "2", "LEARNING_RATE": "3e-3"}
 
 
-def run_script(cwd: Path, *flags: str, **env: str) -> subprocess.CompletedProcess:
+def run_script(
+    cwd: Path, *flags: str, script: str = "run_peft_deepspeed.sh", **env: str
+) -> subprocess.CompletedProcess:
     return subprocess.run(
-        ["sh", str(EXAMPLE / "run_peft_deepspeed.sh"), *flags],
+        ["sh", str(EXAMPLE / script), *flags],
         cwd=cwd, env=os.environ | {"PYTHON": sys.executable} | SMALL | env,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900,
     )  # fmt: skip
 
 
-def trained(cwd: Path, *flags: str, **env: str) -> tuple[dict, list[float], Path, str]:
+def trained(
+    cwd: Path, *flags: str, script: str = "run_peft_deepspeed.sh", **env: str
+) -> tuple[dict, list[float], Path, str]:
     """Summary, losses, output folder and printed text of a run that ended well."""
-    done = run_script(cwd, *flags, **env)
+    done = run_script(cwd, *flags, script=script, **env)
     assert done.returncode == 0, done.stdout[-5000:]
-    folder = cwd / "outputs" / "sft-deepspeed"
+    (folder,) = (cwd / "outputs").iterdir()
     state = json.loads((folder / "trainer_state.json").read_text())
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
     return json.loads((folder / "summary.json").read_text()), losses, folder, done.stdout
