@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -34,9 +35,12 @@ def test_every_engine_has_its_files():
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
 def test_accelerate_reads_the_file(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.delenv("DS_MINIS_CONFIG", raising=False)
+    for variable in ("DS_MINIS_CONFIG", "DS_MINIS_CONFIG_DOOR"):  # a launcher sets them; gone again after the test
+        monkeypatch.setenv(variable, "")
+        monkeypatch.delenv(variable)
     ds_minis.register()
     config = load_config_from_file(str(path))
+    assert ("DS_MINIS_CONFIG" in os.environ) == (config.distributed_type != "DEEPSPEED")  # or else it is in the JSON
     assert config.distributed_type == TYPES.get(path.stem, "DEEPSPEED")
     assert "num_processes" not in path.read_text().partition("compute_environment")[2]
     if config.distributed_type == "DEEPSPEED":
