@@ -189,3 +189,33 @@ def test_missing_split_lists_those_there_are(arguments):
 
     with pytest.raises(ValueError, match="no split 'trian'; allowed: train, test"):
         data.load_splits(data.DataArguments(dataset_name=str(EXAMPLE / "default" / "data"), splits="trian"))
+
+
+TRAINED_HEADS = [
+    (
+        {"use_peft_lora": True, "lora_modules_to_save": "embed_tokens,lm_head"},
+        {"FSDP_VERSION": "2"},
+        "FSDP2 with a trained",
+    ),
+    (
+        {"use_peft_lora": True, "lora_modules_to_save": "lm_head", "mini_sequence_loss": True},
+        {"FSDP_VERSION": "1"},
+        "under FSDP1",
+    ),
+    ({}, {}, "ZeRO-3 with a trained"),
+]
+
+
+@pytest.mark.parametrize(("model_args", "env", "words"), TRAINED_HEADS)
+def test_engines_that_would_train_the_head_wrongly_are_refused(arguments, monkeypatch, model_args, env, words):
+    for name, value in env.items():
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(arguments, "is_deepspeed_zero3_enabled", lambda: not env)
+    with pytest.raises(ValueError, match=words):
+        arguments.check_head(arguments.ModelArguments(model_name_or_path="m", **model_args))
+    if "FSDP1" not in words:
+        right = model_args | {"mini_sequence_loss": True}
+        arguments.check_head(arguments.ModelArguments(model_name_or_path="m", **right))
+    adapters = model_args | {"use_peft_lora": True, "lora_modules_to_save": None}
+    arguments.check_head(arguments.ModelArguments(model_name_or_path="m", **adapters))

@@ -120,7 +120,7 @@ def fsdp_launched() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
 
 
-def check_head(model_args: ModelArguments, training_args: SFTConfig) -> None:
+def check_head(model_args: ModelArguments) -> None:
     """Refuses what would train the LM head wrongly, without a word from the engine.
 
     TRL's fused LM head reads the head's weight without calling the head. Under ZeRO-3 its gradient is then never reduced

@@ -59,7 +59,7 @@ def main() -> None:
     require_engine(training_args)
     if fsdp_launched() and not torch.accelerator.is_available():
         cpu.prepare_fsdp(training_args)
-    check_head(model_args, training_args)
+    check_head(model_args)
     set_seed(training_args.seed)
 
     train_dataset, eval_dataset = load_splits(data_args)
