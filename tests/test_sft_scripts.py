@@ -101,7 +101,7 @@ torch.save(model.state_dict(), sys.argv[2])
 
 def loaded(folder: Path, output: Path) -> dict[str, torch.Tensor]:
     """The weights that plain transformers loads, in a process that cannot import ds_minis."""
-    env = os.environ | {"DS_MINIS_AUTOLOAD": "0"}
+    env = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}  # as if ds_minis were not installed
     subprocess.run([sys.executable, "-c", LOAD, str(folder), str(output)], check=True, env=env)
     return torch.load(output)
 
