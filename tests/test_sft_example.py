@@ -15,19 +15,23 @@ EXAMPLE = ROOT / "examples" / "sft"
 SMALL = {"MAX_LENGTH": "256", "MAX_STEPS": "6", "PER_DEVICE_BATCH_SIZE": "2", "LEARNING_RATE": "3e-3"}
 
 
-def run_script(cwd: Path, *flags: str, **env: str) -> subprocess.CompletedProcess:
+def run_script(
+    cwd: Path, *flags: str, script: str = "run_peft_deepspeed.sh", **env: str
+) -> subprocess.CompletedProcess:
     return subprocess.run(
-        ["sh", str(EXAMPLE / "run_peft_deepspeed.sh"), *flags],
+        ["sh", str(EXAMPLE / script), *flags],
         cwd=cwd, env=os.environ | {"PYTHON": sys.executable} | SMALL | env,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900,
     )  # fmt: skip
 
 
-def trained(cwd: Path, *flags: str, **env: str) -> tuple[dict, list[float], Path, str]:
+def trained(
+    cwd: Path, *flags: str, script: str = "run_peft_deepspeed.sh", **env: str
+) -> tuple[dict, list[float], Path, str]:
     """Summary, losses, output folder and printed text of a run that ended well."""
-    done = run_script(cwd, *flags, **env)
+    done = run_script(cwd, *flags, script=script, **env)
     assert done.returncode == 0, done.stdout[-5000:]
-    folder = cwd / "outputs" / "sft-deepspeed"
+    (folder,) = (cwd / "outputs").iterdir()
     state = json.loads((folder / "trainer_state.json").read_text())
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
     return json.loads((folder / "summary.json").read_text()), losses, folder, done.stdout
@@ -185,3 +189,33 @@ def test_missing_split_lists_those_there_are(arguments):
 
     with pytest.raises(ValueError, match="no split 'trian'; allowed: train, test"):
         data.load_splits(data.DataArguments(dataset_name=str(EXAMPLE / "default" / "data"), splits="trian"))
+
+
+TRAINED_HEADS = [
+    (
+        {"use_peft_lora": True, "lora_modules_to_save": "embed_tokens,lm_head"},
+        {"FSDP_VERSION": "2"},
+        "FSDP2 with a trained",
+    ),
+    (
+        {"use_peft_lora": True, "lora_modules_to_save": "lm_head", "mini_sequence_loss": True},
+        {"FSDP_VERSION": "1"},
+        "under FSDP1",
+    ),
+    ({}, {}, "ZeRO-3 with a trained"),
+]
+
+
+@pytest.mark.parametrize(("model_args", "env", "words"), TRAINED_HEADS)
+def test_engines_that_would_train_the_head_wrongly_are_refused(arguments, monkeypatch, model_args, env, words):
+    for name, value in env.items():
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(arguments, "is_deepspeed_zero3_enabled", lambda: not env)
+    with pytest.raises(ValueError, match=words):
+        arguments.check_head(arguments.ModelArguments(model_name_or_path="m", **model_args))
+    if "FSDP1" not in words:
+        right = model_args | {"mini_sequence_loss": True}
+        arguments.check_head(arguments.ModelArguments(model_name_or_path="m", **right))
+    adapters = model_args | {"use_peft_lora": True, "lora_modules_to_save": None}
+    arguments.check_head(arguments.ModelArguments(model_name_or_path="m", **adapters))

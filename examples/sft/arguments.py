@@ -8,8 +8,10 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+import cpu
 import torch
 from transformers import HfArgumentParser
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTConfig
 
 CHAT_TEMPLATES = ("none", "chatml", "zephyr")
@@ -108,9 +110,38 @@ class DataArguments:
     add_special_tokens: bool = field(default=False, metadata={"help": "Accepted for PEFT's scripts; TRL ignores it."})
 
 
-def deepspeed_launched() -> bool:
-    """Whether `accelerate launch` was given a configuration with DeepSpeed."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+def deepspeed_launched(argv: list[str]) -> bool:
+    """Whether DeepSpeed was asked for: by the configuration of `accelerate launch`, or on the command line."""
+    return "--deepspeed" in argv or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+
+
+def fsdp_launched() -> bool:
+    """Whether `accelerate launch` was given a configuration with FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+
+
+def check_head(model_args: ModelArguments) -> None:
+    """Refuses what would train the LM head wrongly, without a word from the engine.
+
+    TRL's fused LM head reads the head's weight without calling the head. Under ZeRO-3 its gradient is then never reduced
+    (and dropped), under FSDP2 with PEFT's `modules_to_save` it stays that of one process. FSDP1 makes such a head a unit
+    of its own, whose weight is in shards when any loss reads it.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    saved = "lm_head" in (model_args.lora_modules_to_save or "").split(",")
+    if saved and fsdp_launched() and os.environ.get("FSDP_VERSION", "1") == "1":
+        raise ValueError(
+            "--lora_modules_to_save lm_head does not work under FSDP1: use FSDP2 (accelerate_configs/fsdp.yaml)"
+        )
+    trained = saved or not model_args.use_peft_lora
+    wrong = "ZeRO-3" if trained and is_deepspeed_zero3_enabled() else "FSDP2" if saved and fsdp_launched() else None
+    if wrong and not model_args.mini_sequence_loss:
+        raise ValueError(
+            f"{wrong} with a trained LM head: TRL's fused LM head would give it wrong gradients or none. Add "
+            "--mini_sequence_loss True (the model's own loss, tiled by ds_minis), or train adapters alone"
+        )
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, SFTConfig]:
@@ -122,11 +153,15 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
     argv = sys.argv[1:] if argv is None else argv
     # `deepspeed train.py --deepspeed_config ds.json` is how DeepSpeed's own examples write it.
     argv = [arg.replace("--deepspeed_config", "--deepspeed", 1) for arg in argv]
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--deepspeed=") else [arg])]
     parser = HfArgumentParser((ModelArguments, DataArguments, SFTConfig))
     on_cpu = not torch.accelerator.is_available()
+    deepspeed = deepspeed_launched(argv)
+    if on_cpu and deepspeed:
+        argv = cpu.prepare_deepspeed(argv)
     parser.set_defaults(bf16=not on_cpu, dataloader_pin_memory=not on_cpu)
     if on_cpu:
-        parser.set_defaults(**({"ddp_backend": "gloo"} if deepspeed_launched() else {"use_cpu": True}))
+        parser.set_defaults(**({"ddp_backend": "gloo"} if deepspeed else {"use_cpu": True}))
     if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
         parse = parser.parse_json_file if argv[0].endswith(".json") else parser.parse_yaml_file
         model_args, data_args, training_args = parse(os.path.abspath(argv[0]))

@@ -32,6 +32,7 @@ def summarize(trainer: Trainer, metrics: dict[str, Any]) -> None:
         "num_processes": trainer.accelerator.num_processes,
         "mini_sequence": report.config.to_dict() if report else None,
         "tiled_modules": len(report.tiled) if report else 0,
+        "modules_in_4_bits": sum(getattr(m, "quant_state", None) is not None for m in trainer.model.modules()),
         "steps": trainer.state.global_step,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,

@@ -4,7 +4,8 @@
     accelerate launch --config_file accelerate_configs/zero3.yaml examples/sft/train.py --model_name_or_path ... \
         --dataset_name ... --output_dir ...
 
-Mini-sequences are turned on by the engine's configuration (`"mini_sequence"` in the DeepSpeed JSON) or `--mini_sequence`.
+Mini-sequences are turned on by the engine's configuration (`mini_sequence` in accelerate's YAML or in the DeepSpeed JSON) or
+by `--mini_sequence`.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ import sys
 import time
 from pathlib import Path
 
+import cpu
 import torch
 import torch.distributed
 from accelerate import DistributedType
-from arguments import deepspeed_launched, parse_arguments
+from arguments import check_head, deepspeed_launched, fsdp_launched, parse_arguments
 from checkpoints import checkpoint_to_resume, writing
 from data import load_splits
 from folders import require_input, require_output
 from modeling import load_model, load_tokenizer, lora_config
 from summary import summarize
-from transformers import Trainer, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 from trl.data_utils import is_conversational
 
@@ -60,10 +62,12 @@ class MiniSequenceSFTTrainer(SFTTrainer):
 
 
 def main() -> None:
-    skip_cpu_op_build()
     model_args, data_args, training_args = parse_arguments()
     mini_sequence = model_args.mini_sequence_settings()
     require_engine(training_args)
+    if fsdp_launched() and not torch.accelerator.is_available():
+        cpu.prepare_fsdp(training_args)
+    check_head(model_args)
     require_input("--model_name_or_path", model_args.model_name_or_path)
     require_input("--dataset_name", data_args.dataset_name)
     require_output("--output_dir", training_args.output_dir)
@@ -88,15 +92,8 @@ def main() -> None:
         peft_config=lora_config(model_args),
     )
     trainer.model_loss = model_args.mini_sequence_loss
+    trainer.add_callback(RequireWrapped(trainer))
     train_and_save(trainer, training_args)
-
-
-def skip_cpu_op_build() -> None:
-    """Has DeepSpeed on a CPU do without its shared-memory op: a C++ build of 90 seconds at first use."""
-    if deepspeed_launched() and not torch.accelerator.is_available():
-        import deepspeed
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def require_engine(training_args: SFTConfig) -> None:
@@ -105,7 +102,9 @@ def require_engine(training_args: SFTConfig) -> None:
     On a machine without GPUs it falls back silently, to one process or to plain data parallelism.
     """
     state = training_args.distributed_state
-    if (deepspeed_launched() or training_args.deepspeed) and state.distributed_type != DistributedType.DEEPSPEED:
+    if (
+        deepspeed_launched(sys.argv) or training_args.deepspeed
+    ) and state.distributed_type != DistributedType.DEEPSPEED:
         raise RuntimeError(
             f"DeepSpeed was asked for, but accelerate would run {state.distributed_type.value}: leave --use_cpu and "
             "ACCELERATE_USE_CPU out (DeepSpeed on a CPU is DS_ACCELERATOR=cpu)"
@@ -125,6 +124,24 @@ def require_chat_template(tokenizer, dataset, model_args) -> None:
             f"the tokenizer of {model_args.model_name_or_path} has no chat template, and the data set holds conversations: "
             "give --chat_template_format chatml (or zephyr), or put a chat_template.jinja into the model's folder"
         )
+
+
+class RequireWrapped(TrainerCallback):
+    """Stops before the first step if the model was not wrapped by the engine that was asked for."""
+
+    def __init__(self, trainer: SFTTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        expected = (
+            "DeepSpeedEngine" if deepspeed_launched(sys.argv) or args.deepspeed
+            else {"1": "FullyShardedDataParallel", "2": "FSDPModule"}[os.environ.get("FSDP_VERSION", "1")] if fsdp_launched()
+            else "DistributedDataParallel" if args.world_size > 1
+            else None
+        )  # fmt: skip
+        wrapped = type(self.trainer.model_wrapped)
+        if expected is not None and expected not in [base.__name__ for base in wrapped.__mro__]:
+            raise RuntimeError(f"{expected} was asked for, but accelerate would train with {wrapped.__name__}")
 
 
 def train_and_save(trainer: SFTTrainer, training_args: SFTConfig) -> None:
