@@ -37,8 +37,8 @@ def set_config_text(text: str, door: str) -> None:
 
 def forget_config_text() -> None:
     """Takes out what `set_config_text` put in; what the user set stays."""
-    if _CONFIG_DOOR in os.environ:
-        del os.environ[CONFIG], os.environ[_CONFIG_DOOR]
+    if os.environ.pop(_CONFIG_DOOR, None) is not None:
+        os.environ.pop(CONFIG, None)
 
 
 def started_by_run() -> bool:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from engine_worker import CHUNKS, LEARNING_RATE, Case, full_params, make_model, micro_batch, trainable, wrapped
+from engine_cases import CHUNKS, LEARNING_RATE, Case, make_model, micro_batch
+from engine_worker import full_params, trainable, wrapped
 
 from ds_minis import convert_to_mini_sequence
 

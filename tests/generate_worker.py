@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from engine_worker import CHUNKS, LEARNING_RATE, Case, make_model, micro_batch, trainable, wrapped
+from engine_cases import CHUNKS, LEARNING_RATE, Case, make_model, micro_batch
+from engine_worker import trainable, wrapped
 from models import batch
 
 from ds_minis import convert_to_mini_sequence

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_cases import RANKS
+from engines import launch
 from models import assert_same_tensors
-from test_engines import ENGINES, PROCESSES, launch
+from parity import ENGINE_CLASSES
 
 pytestmark = pytest.mark.engine
 DDP, FSDP2 = {"engine": "ddp"}, {"engine": "fsdp2"}
@@ -41,7 +43,7 @@ def test_the_engine_goes_on_as_if_the_batch_had_not_been_there(results, case):
     converted, clean = results[str(case)]["converted"], results[str(case)]["clean"]
     assert (converted["failed"], clean["failed"]) == (1, 0)
     for result in (converted, clean):
-        assert ENGINES[case[0].get("engine", "deepspeed")] in result["engine"] and result["processes"] == PROCESSES
+        assert ENGINE_CLASSES[case[0].get("engine", "deepspeed")] in result["engine"] and result["processes"] == RANKS
         assert len(result["losses"]) == 3
     torch.testing.assert_close(torch.tensor(converted["losses"]), torch.tensor(clean["losses"]), rtol=1e-5, atol=0)
     assert_same_tensors(converted["params"], clean["params"])

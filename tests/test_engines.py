@@ -4,14 +4,9 @@ A part of the matrix of `scripts/parity_matrix.py`, and cases beside it. Each ra
 chunks; labels of prompts are masked.
 """
 
-import json
-from pathlib import Path
-
 import pytest
-import torch
 from engine_cases import RANKS, Case, make_model
-from engines import launch, run_cases
-from models import assert_same_tensors
+from engines import run_cases
 from parity import COLUMNS, ROWS, cell, judge
 
 pytestmark = pytest.mark.engine
@@ -73,27 +68,3 @@ def test_training_changed_the_parameters(results):
     before = {n: p.detach() for n, p in make_model(case).named_parameters()}
     after = results[case.name]["converted"]["params"]
     assert all((after[n] - before[n]).abs().max() > 1e-3 for n in before)
-
-
-def test_bare_accelerator_loop_with_a_section_in_its_json(tmp_path):
-    results = []
-    for section in ({"mini_sequence": {"chunk_size": 10, "loss_chunk_size": "auto"}}, {}):
-        config = {
-            "train_micro_batch_size_per_gpu": 2,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": 0.0,
-            "zero_optimization": {"stage": 2},
-            "zero_allow_untested_optimizer": True,
-        }
-        (tmp_path / "ds.json").write_text(json.dumps(config | section))
-        script = Path(__file__).with_name("accelerate_worker.py")
-        args = str(tmp_path / "ds.json"), str(tmp_path / "result.pt")
-        launch(script, *args, ACCELERATE_USE_DEEPSPEED="true")
-        results.append(torch.load(tmp_path / "result.pt"))
-    for result, tiled in zip(results, (7, 0), strict=True):
-        assert result["engine"] == "DeepSpeedEngine" and result["type"] == "DEEPSPEED"
-        assert result["processes"] == RANKS and result["tiled"] == tiled
-    torch.testing.assert_close(
-        torch.tensor(results[0]["losses"]), torch.tensor(results[1]["losses"]), rtol=1e-5, atol=0
-    )
-    assert_same_tensors(results[0]["params"], results[1]["params"])

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_cases import RANKS
+from engines import launch
 from generate_worker import CASES, STEPS
 from models import CONFIGS, add_lora, assert_same_tensors, assert_same_training, batch, checkpointed, twins
-from test_engines import ENGINES, PROCESSES, launch
+from parity import ENGINE_CLASSES
 
 from ds_minis import convert_to_mini_sequence
 
@@ -71,7 +73,7 @@ def test_every_family_generates_the_same_and_trains_on(family, settings):
 def results(tmp_path_factory) -> dict[str, list[dict]]:
     output = tmp_path_factory.mktemp("generate")
     launch(Path(__file__).with_name("generate_worker.py"), str(output))
-    return {case.name: [torch.load(output / f"{case.name}-{rank}.pt") for rank in range(PROCESSES)] for case in CASES}
+    return {case.name: [torch.load(output / f"{case.name}-{rank}.pt") for rank in range(RANKS)] for case in CASES}
 
 
 @pytest.mark.engine
@@ -81,7 +83,7 @@ def test_generate_under_an_engine_with_prompts_that_differ(results, case):
     for result in results[case.name]:
         ours, plain = result["converted"], result["plain"]
         for run in (ours, plain):
-            assert run["engine"].startswith(ENGINES[case.engine]) and run["processes"] == PROCESSES
+            assert run["engine"].startswith(ENGINE_CLASSES[case.engine]) and run["processes"] == RANKS
             assert run["zero_stage"] == case.zero_stage
         assert ours["tiled"] and all(ours["tiled"]) and not plain["tiled"]
         assert len(ours["tokens"]) == 2 * STEPS
@@ -89,4 +91,4 @@ def test_generate_under_an_engine_with_prompts_that_differ(results, case):
         torch.testing.assert_close(torch.tensor(ours["losses"]), torch.tensor(plain["losses"]), rtol=1e-5, atol=0)
         assert_same_tensors(ours["params"], plain["params"])
         lengths.add(tuple(t.shape[1] for t in ours["tokens"]))
-    assert len(lengths) == PROCESSES
+    assert len(lengths) == RANKS

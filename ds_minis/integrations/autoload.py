@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -116,3 +117,5 @@ def _attach(module) -> None:
             "turned on from that engine's configuration; convert_to_mini_sequence(model) still works",
             stacklevel=2,
         )
+        with contextlib.suppress(Exception):  # the engine's import goes on
+            importlib.import_module("ds_minis.versions").warn_of_old_versions()
