@@ -4,7 +4,7 @@
 #   PYTHON=/path/to/python   use that one (nothing is installed into it)
 
 if [ -z "${PYTHON:-}" ]; then
-    complete="import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, 'ds_minis deepspeed accelerate peft trl datasets pytest ruff'.split())))"
+    complete="import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, 'ds_minis deepspeed accelerate peft trl datasets bitsandbytes pytest ruff'.split())))"
     PYTHON=python3
     if ! "$PYTHON" -c "$complete" 2>/dev/null; then
         PYTHON=$ROOT/.venv/bin/python
@@ -16,7 +16,7 @@ if [ -z "${PYTHON:-}" ]; then
         if ! "$PYTHON" -c "$complete" 2>/dev/null; then
             # torch first and alone: with it in place nothing below asks for another build of it.
             "$PYTHON" -m pip install -q -c "$ROOT/constraints.txt" torch
-            "$PYTHON" -m pip install -q -c "$ROOT/constraints.txt" -e "$ROOT[deepspeed,sft,test]"
+            "$PYTHON" -m pip install -q -c "$ROOT/constraints.txt" -e "$ROOT[deepspeed,sft,quantization,test]"
         fi
     fi
 fi
