@@ -20,7 +20,8 @@ class Case:
 
     Attributes:
         engine: "deepspeed", "ddp", "fsdp2", "fsdp1", "fsdp1_flat" (FSDP1 with use_orig_params=False), "fsdp1_peft"
-            (the same, every adapter wrapped by PEFT's policy), or "none" (one process, on the data of all ranks).
+            (the same, every adapter wrapped by PEFT's policy), "fsdp1_trainer" (FSDP1 by PEFT's policy, as accelerate makes
+            of it), or "none" (one process, on the data of all ranks).
         zero_stage: DeepSpeed's ZeRO stage.
         offload: keep the optimizer on the CPU, and in stage 3 the parameters too.
         lora: train adapters only.

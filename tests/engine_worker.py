@@ -63,11 +63,14 @@ def train_deepspeed(case: Case, *, converted: bool, seed: int | None = None) -> 
 
 def wrapped(case: Case, model):
     """The model in one of torch's own engines: a decoder layer is the unit of FSDP, and so is the LM head of FSDP2."""
+    from accelerate import FullyShardedDataParallelPlugin
     from peft.utils.other import fsdp_auto_wrap_policy
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
     from torch.nn.parallel import DistributedDataParallel
+
+    from ds_minis.integrations.accelerate import fsdp1_units_around_tiled_modules
 
     layers = [m for m in model.modules() if type(m).__name__.endswith("DecoderLayer")]
     if case.engine == "ddp":
@@ -79,10 +82,13 @@ def wrapped(case: Case, model):
         for module in (*layers, *head, model):
             fully_shard(module, mesh=mesh)
         return model
-    policy = fsdp_auto_wrap_policy(model) if case.engine == "fsdp1_peft" else ModuleWrapPolicy({type(layers[0])})
-    original = case.engine == "fsdp1"
-    device = torch.device("cpu")
-    return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=original, device_id=device)
+    peft = case.engine in ("fsdp1_peft", "fsdp1_trainer")
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=1, use_orig_params=case.engine in ("fsdp1", "fsdp1_trainer"))
+    plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model) if peft else ModuleWrapPolicy({type(layers[0])})
+    trainer = case.engine == "fsdp1_trainer"
+    with fsdp1_units_around_tiled_modules(plugin, model) if trainer else contextlib.nullcontext():
+        settings = {"auto_wrap_policy": plugin.auto_wrap_policy, "use_orig_params": plugin.use_orig_params}
+        return FullyShardedDataParallel(model, **settings, device_id=torch.device("cpu"))
 
 
 def clip(engine, norm: float) -> float:

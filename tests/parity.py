@@ -56,6 +56,7 @@ ENGINE_CLASSES = {
     "fsdp2": "FSDP",
     "fsdp1": "FullyShardedDataParallel",
     "fsdp1_flat": "FullyShardedDataParallel",
+    "fsdp1_trainer": "FullyShardedDataParallel",
 }
 
 

@@ -48,7 +48,18 @@ def finish(process: subprocess.Popen, timeout: float = 300) -> str:
         return process.communicate(timeout=timeout)[0]
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGABRT)
-        raise
+        raise AssertionError(f"still running after {timeout} seconds: {process.communicate()[0][-5000:]}") from None
+
+
+def interrupt(process: subprocess.Popen) -> None:
+    """Ctrl-C, up to twice: Python drops the interrupt that comes while an object is being destroyed."""
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        end = time.monotonic() + 20
+        while process.poll() is None and time.monotonic() < end:
+            time.sleep(0.1)
+        if process.poll() is not None:
+            return
 
 
 def run(launcher: str, output_dir: Path, *, popen: dict | None = None, **flags) -> tuple[int, str]:

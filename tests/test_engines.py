@@ -29,6 +29,7 @@ CASES = {
     "gemma2": Case(family="gemma2", zero_stage=3),
     "qwen3": Case(engine="fsdp2", checkpointing=False, family="qwen3"),
     "what TRL makes of ZeRO-3 with PEFT": Case(zero_stage=3, lora=True, reentrant=True),
+    "what the Trainer makes of FSDP1 with PEFT": Case(engine="fsdp1_trainer", lora=True, lora_head=True, uneven=True),
     "accumulation and a rank that is masked": Case(zero_stage=3, masked_rank=0),
     "LoRA dropout": Case(engine="ddp", lora=True, dropout=0.1, accumulation=1, seeds=24),
 }

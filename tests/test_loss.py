@@ -6,10 +6,13 @@ import logging
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from heads import LOSS_ONLY, H, LargestTensor, Model, Output, V, assert_same_loss, data, flat, own_loss, pair
 from models import add_lora, assert_same_training, batch, build, loss_and_grads, twins
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
 from ds_minis.tiling.loss import returning_logits
@@ -299,6 +302,22 @@ def test_interrupted_forward_is_cleaned_up_by_the_next():
         model(**data())
     assert_same_loss(model, reference, data())
     assert type(model.lm_head) is nn.Linear
+
+
+@pytest.mark.engine
+def test_a_head_that_fsdp1_wraps_alone_is_refused():
+    """Each chunk of the loss would gather it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model, reference = twins("llama")
+        policy = functools.partial(lambda_auto_wrap_policy, lambda_fn=lambda module: module in heads)
+        heads = [model.lm_head, reference.lm_head]
+        fsdp = functools.partial(FullyShardedDataParallel, auto_wrap_policy=policy, device_id=torch.device("cpu"))
+        assert fsdp(reference)(**batch(23)).loss > 0
+        with pytest.raises(RuntimeError, match='FullyShardedDataParallel was applied to an LM head.*"loss": false'):
+            fsdp(convert_to_mini_sequence(model, {"loss_chunk_size": 7}))(**batch(23))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_trainer_with_its_own_head_is_told_once(caplog):

@@ -6,21 +6,24 @@ converts the model before it wraps it.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import inspect
 import logging
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 from accelerate.utils import KwargsHandler
 from torch import nn
 
 from ds_minis.config import MiniSequenceConfig
-from ds_minis.convert import NothingToTile, convert
+from ds_minis.convert import NothingToTile, convert, tiled_modules
 from ds_minis.doors import SECTION, Request, agreed, hand_to_ranks, read_section, requested_by_environment
 from ds_minis.integrations.autoload import register
 from ds_minis.ranks import is_main_process
+from ds_minis.tiling.module import TiledModule
 
 logger = logging.getLogger("ds_minis")
 
@@ -122,7 +125,8 @@ def attach_accelerator(accelerator_module) -> None:
     @functools.wraps(prepare_model)
     def prepare_converted_model(self, model, *args, **kwargs):
         self._mini_sequence.convert([model])
-        return prepare_model(self, model, *args, **kwargs)
+        with fsdp1_units_around_tiled_modules(self.state.fsdp_plugin, model):
+            return prepare_model(self, model, *args, **kwargs)
 
     init_with_plugin.__signature__ = signature.replace(parameters=[*signature.parameters.values(), _PLUGIN_PARAMETER])
     accelerator_class.__init__ = init_with_plugin
@@ -140,6 +144,30 @@ def _deepspeed_section(accelerator) -> Request | None:
         return None
     door = getattr(plugin.hf_ds_config, "_mini_sequence_door", "DeepSpeed config")
     return read_section(plugin.deepspeed_config, door)
+
+
+@contextlib.contextmanager
+def fsdp1_units_around_tiled_modules(plugin, model: nn.Module) -> Iterator[None]:
+    """Inside, the policy of accelerate's plugin for FSDP (or None) makes no unit of FSDP1 of a part of a tiled module.
+
+    Nor of an LM head whose loss is tiled: every chunk would gather the weights of such a unit. PEFT's policy, which the
+    Trainer sets, makes one of each adapter; only with `use_orig_params: false` there is no other way.
+    """
+    if plugin is None or plugin.fsdp_version != 1 or not plugin.use_orig_params:
+        yield
+        return
+    plugin.set_auto_wrap_policy(model)
+    policy, tiled = plugin.auto_wrap_policy, tiled_modules(model)
+    inside = {part for module in tiled for part in module.modules()} - {m for m in tiled if isinstance(m, TiledModule)}
+
+    def policy_outside(module, recurse, nonwrapped_numel):
+        return module not in inside and policy(module=module, recurse=recurse, nonwrapped_numel=nonwrapped_numel)
+
+    plugin.auto_wrap_policy = policy_outside if policy is not None and inside else policy
+    try:
+        yield
+    finally:
+        plugin.auto_wrap_policy = policy
 
 
 class _Models:

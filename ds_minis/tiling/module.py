@@ -139,15 +139,19 @@ def _new_tiled(base: type[nn.Module]) -> nn.Module:
 
 
 def require_weights(module: nn.Module) -> None:
-    """Refuses weights that an engine would gather inside, once per chunk: ranks that differ in length would hang."""
+    """Refuses weights that an engine would gather inside, once per chunk: ranks that differ in length would hang.
+
+    FSDP2 gathers when a module is called, which happens once; FSDP1 when its wrapper's forward runs, which a chunk does.
+    """
     for name, child in module.named_modules():
         wrapper = next((_FSDP[cls.__name__] for cls in type(child).__mro__ if cls.__name__ in _FSDP), None)
-        if child is not module and wrapper:
+        if wrapper and (child is not module or wrapper == "FullyShardedDataParallel"):
+            place = f"{name} inside of a tiled {type(module).__name__}" if name else "an LM head whose loss is tiled"
             raise RuntimeError(
-                f"{wrapper} was applied to {name} inside of a tiled {type(module).__name__}, so every chunk would gather "
-                "its weights on its own (and hang where ranks differ in length). Apply it to the decoder layer, or to the "
-                "whole module (FSDP1 takes a layer with frozen and trainable weights with use_orig_params=True), or leave "
-                'the module out with "exclude" (the LM head: "loss": false) in the mini-sequence configuration'
+                f"{wrapper} was applied to {place}, so every chunk would gather its weights on its own (and hang where ranks "
+                "differ in length). Apply it to the decoder layer, or to the whole module (FSDP1 takes a layer with frozen "
+                'and trainable weights with use_orig_params=True), or leave the module out with "exclude" (the LM head: '
+                '"loss": false) in the mini-sequence configuration'
             )
     for name, param in module.named_parameters():
         if param.numel() == 0 and hasattr(param, "ds_shape"):
