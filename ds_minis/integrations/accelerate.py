@@ -125,7 +125,7 @@ def attach_accelerator(accelerator_module) -> None:
     @functools.wraps(prepare_model)
     def prepare_converted_model(self, model, *args, **kwargs):
         self._mini_sequence.convert([model])
-        with fsdp1_units_around_tiled_modules(self.state.fsdp_plugin, model):
+        with fsdp1_units_around_tiled_modules(getattr(self.state, "fsdp_plugin", None), model):
             return prepare_model(self, model, *args, **kwargs)
 
     init_with_plugin.__signature__ = signature.replace(parameters=[*signature.parameters.values(), _PLUGIN_PARAMETER])
