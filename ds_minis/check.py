@@ -1,0 +1,192 @@
+"""`ds-minis check MODEL`: what of a model would be tiled, and whether a tiny random instance of it is exact. No weights."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import io
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = """Says what would be tiled in a model at its full size, what not and why, and trains a tiny random instance
+of it for one step, plain and converted, to see whether loss and gradients are the same. Loads the configuration only,
+never weights. Exit status: 0 exact, 1 not exact, 2 a wrong argument."""
+
+
+class WrongArgument(ValueError):
+    """What the user named is no configuration that can be checked."""
+
+
+def add_check(commands) -> None:
+    """Adds the command to the subparsers of `ds-minis`."""
+    parser = commands.add_parser("check", help="is this model exact, and what is tiled?", description=DESCRIPTION)
+    parser.add_argument("model", help="a hub id, a folder with a config.json, or a configuration as a JSON file")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the Python code that a repository brings")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        result = check(args.model, trust_remote_code=args.trust_remote_code)
+    except WrongArgument as error:
+        print(f"ds-minis check: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(result, indent=2) if args.json else in_words(result))
+    return 0 if result["exact"] else 1
+
+
+def check(model: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """What `ds-minis check` found, as plain JSON types.
+
+    Raises:
+        WrongArgument: no such configuration, or none of a language model; the message says what is allowed.
+    """
+    start = time.monotonic()
+    import transformers
+
+    from ds_minis.exactness import PlainModelFails, compare_with_plain
+    from ds_minis.tiny import tiny_config
+
+    transformers.logging.set_verbosity_error()
+    config = load_config(model, trust_remote_code)
+    model_class, config = model_class_for(config, trust_remote_code)
+    result = {"model": model, "class": getattr(model_class, "__name__", "?"), "exact": False, "notes": []}
+    try:
+        outcome = compare_with_plain(model_class, tiny_config(config, dropout=0.0))
+    except PlainModelFails as error:
+        outcome = None
+        result["notes"].append(f"a tiny random instance cannot be trained even without ds_minis: {error}")
+    except Exception as error:
+        outcome = None
+        result["notes"].append(f"the converted tiny instance fails: {type(error).__name__}: {error}")
+    report, failure = full_size_report(model_class, config)
+    result["structure_of"] = "the model at its full size"
+    if failure:
+        report = outcome and outcome.report
+        result["structure_of"] = f"the tiny instance, as the full size cannot be laid out without weights ({failure})"
+    if report is not None:
+        result["tiled"] = dict(Counter(report.tiled.values()))
+        untiled = Counter(report.untiled.values())
+        result["untiled"] = [{"class": c, "reason": r, "count": n} for (c, r), n in untiled.items()]
+        result["loss"] = report.loss
+    if outcome is not None:
+        result |= {name: getattr(outcome, name) for name in _FIGURES}
+        result["notes"] += outcome.notes
+    return {**result, "seconds": round(time.monotonic() - start, 1)}
+
+
+_FIGURES = (
+    *("exact", "loss_error", "grad_error", "grad_name"),
+    *("checkpointing_error", "router_error", "logits_held"),
+)
+
+
+def load_config(model: str, trust_remote_code: bool) -> Any:
+    """The configuration that a hub id, a folder or a JSON file names."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    path = Path(model)
+    if path.is_dir():
+        path = path / "config.json"
+    if path.suffix == ".json" or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        if not path.is_file():
+            raise WrongArgument(f"no such file: {str(path)!r}; {_ALLOWED}")
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise WrongArgument(f"{str(path)!r} is no JSON file: {error}; {_ALLOWED}") from None
+        kind = fields.get("model_type") if isinstance(fields, dict) else None
+        if kind not in CONFIG_MAPPING and not (trust_remote_code and "auto_map" in fields):
+            near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=3)
+            raise WrongArgument(
+                f"{str(path)!r} has the model_type {kind!r}, which transformers does not know; allowed: one of its "
+                f"{len(CONFIG_MAPPING)} model types"
+                + (f", such as {', '.join(near)}" if near else "")
+                + " (a model with Python code of its own needs its repository and --trust-remote-code)"
+            )
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise WrongArgument(
+            f"no configuration could be loaded from {model!r}: {_in_short(error)}; {_ALLOWED}"
+        ) from None
+
+
+_ALLOWED = "allowed: a hub id, a folder with a config.json, or a configuration as a JSON file"
+
+
+def model_class_for(config: Any, trust_remote_code: bool) -> tuple[Callable[[Any], Any], Any]:
+    """The class with an LM head for a configuration, and the part of the configuration that it takes."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto import modeling_auto
+
+    if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+
+        def remote_model(config):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+
+        remote_model.__name__ = config.auto_map["AutoModelForCausalLM"].rsplit(".", 1)[-1]
+        return remote_model, config
+    found = []
+    for mapping in (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        classes = mapping.get(type(config), ())
+        found += classes if isinstance(classes, tuple | list) else [classes]
+    if not found:
+        raise WrongArgument(
+            f"{type(config).__name__} is the configuration of no causal or image-text language model; allowed: those of "
+            "transformers' MODEL_FOR_CAUSAL_LM_MAPPING and MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"
+        )
+    named = [cls for cls in found if cls.__name__ in (config.architectures or ())]
+    model_class = (named or found)[0]
+    if not isinstance(config, model_class.config_class):
+        config = config.get_text_config(decoder=True)
+    return model_class, config
+
+
+def full_size_report(model_class: Callable[[Any], Any], config: Any) -> tuple[Any, str]:
+    """The conversion's report of an instance on the meta device, which has shapes and no memory; or why there is none."""
+    import torch
+
+    from ds_minis.convert import NothingToTile, convert_to_mini_sequence, mini_sequence_report
+
+    try:
+        with torch.device("meta"):
+            model = model_class(config)
+        with contextlib.redirect_stdout(io.StringIO()):
+            return mini_sequence_report(convert_to_mini_sequence(model)), ""
+    except NothingToTile as error:
+        return None, str(error)
+    except Exception as error:
+        return None, _in_short(error)
+
+
+def in_words(result: dict[str, Any]) -> str:
+    """The result for people."""
+    lines = [f"{result['model']}: {result['class']}"]
+    if "tiled" in result:
+        lines.append(f"What is tiled in {result['structure_of']}:")
+        lines += [f"  tiled: {count} x {name}" for name, count in result["tiled"].items()]
+        lines += [f"  not tiled: {u['count']} x {u['class']} ({u['reason']})" for u in result["untiled"]]
+        lines.append(f"  loss: {result['loss']}")
+    if "grad_error" in result:
+        lines.append(f"A tiny random instance, trained for one step, is {'exact' if result['exact'] else 'NOT exact'}:")
+        lines.append(f"  loss: relative error {result['loss_error']:.1e}")
+        lines.append(f"  gradients: largest relative error {result['grad_error']:.1e} ({result['grad_name']})")
+        for what in ("checkpointing", "router"):
+            if result[f"{what}_error"] is not None:
+                name = {"checkpointing": "with gradient checkpointing", "router": "with router outputs"}[what]
+                lines.append(f"  {name}: {result[f'{what}_error']:.1e}")
+        lines.append(f"  full logits: {'held in memory' if result['logits_held'] else 'never held'}")
+    lines += [f"note: {note}" for note in result["notes"]]
+    return "\n".join([*lines, f"({result['seconds']} s)"])
+
+
+def _in_short(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
