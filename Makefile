@@ -1,7 +1,7 @@
 # Shortcuts; everything they run can be run by hand.
 PYTHON ?= python3
 
-.PHONY: lint test matrix docs
+.PHONY: lint test matrix docs census
 
 lint:            ## style and formatting
 	$(PYTHON) -m ruff check .
@@ -12,6 +12,9 @@ test:            ## unit tests, one process, two minutes
 
 matrix:          ## real engines in two processes
 	$(PYTHON) -m pytest -m engine
+
+census:          ## every architecture of transformers: three minutes, writes docs/supported_models.md
+	$(PYTHON) scripts/census.py --write
 
 docs:            ## what documentation is made of measurements
 	$(PYTHON) scripts/settings_table.py

@@ -1,0 +1,134 @@
+"""Writes docs/supported_models.md from the results of scripts/census.py."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+TITLES = {"causal": "Causal language models", "image-text": "Image-text models"}
+_FEED_FORWARD = re.compile(r"mlp|ffn|feed_forward|moe|expert|^fc\d|^intermediate|^dense|^ff", re.IGNORECASE)
+
+Results = Mapping[str, Mapping[str, Any]]
+
+
+def write_page(path: Path, results: Results) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(page(results), encoding="utf-8")
+
+
+def page(results: Results) -> str:
+    """The page in Markdown."""
+    parts = [_head(results)]
+    for kind, title in TITLES.items():
+        chosen = {name.split(":", 1)[1]: result for name, result in results.items() if name.startswith(f"{kind}:")}
+        runs = {name: result for name, result in chosen.items() if "plain_fails" not in result}
+        if not chosen:
+            continue
+        parts.append(f"## {title}\n\n{_TABLE_HEAD}" + "\n".join(_row(name, runs[name]) for name in sorted(runs)))
+        rest = sorted(chosen.keys() - runs.keys())
+        if rest:
+            lines = [f"- `{name}`: {_short(chosen[name]['plain_fails'])}" for name in rest]
+            parts.append(
+                "Not run, because the plain model does not train on text and pixels at this size:\n\n"
+                + "\n".join(lines)
+            )
+    return "\n\n".join(parts) + "\n"
+
+
+def _head(results: Results) -> str:
+    totals = [
+        _totals(title, {n: r for n, r in results.items() if n.startswith(f"{kind}:")}) for kind, title in TITLES.items()
+    ]
+    return f"""# Supported models
+
+Made by `python scripts/census.py --write`; do not edit. Versions: transformers {transformers.__version__}, torch
+{torch.__version__.split("+")[0]}.
+
+Every architecture that transformers maps to a causal or an image-text language model is built at a tiny size with random
+weights, and trained for one step on the CPU in float32, plain and converted with small chunks. It is *exact* when the loss,
+the gradient of every parameter (relative to its own largest, with a floor of 1% of the model's) and, in mixtures of experts,
+the router outputs and the auxiliary loss differ by at most 1e-5, with and without gradient checkpointing. The largest error
+of a gradient is shown. `ds-minis check` does the same for one configuration of yours.
+
+| | {" | ".join(totals[0])} |
+|---|{"---|" * len(totals[0])}
+""" + "\n".join(f"| {title} | {' | '.join(t.values())} |" for title, t in zip(TITLES.values(), totals, strict=True))
+
+
+def _totals(title: str, results: Results) -> dict[str, str]:
+    runs = [result for result in results.values() if "plain_fails" not in result]
+    routers = [result for result in runs if result.get("router_error") is not None]
+    checkpointed = [result for result in runs if result.get("checkpointing_error") is not None]
+    return {
+        "architectures": str(len(results)),
+        "run": str(len(runs)),
+        "exact": f"{sum(bool(r.get('exact')) for r in runs)} of {len(runs)}",
+        "of them also with checkpointing": str(sum(bool(r.get("exact")) for r in checkpointed)),
+        "full logits never held": f"{sum(not r.get('logits_held', True) for r in runs)} of {len(runs)}",
+        "router outputs equal": f"{sum(bool(r.get('exact')) for r in routers)} of {len(routers)}",
+    }
+
+
+_TABLE_HEAD = """| model type | exact | with checkpointing | feed-forward tiled | norms tiled | loss | routers |
+|---|---|---|---|---|---|---|
+"""
+
+
+def _row(name: str, result: Mapping[str, Any]) -> str:
+    if "crash" in result:
+        return f"| `{name}` | **no**: {_short(result['crash'])} | | | | | |"
+    exact = f"yes, {result['grad_error']:.0e}" if result["exact"] else f"**no**, {result['grad_error']:.0e}"
+    checkpointing, router = result["checkpointing_error"], result["router_error"]
+    norms = sum(count for cls, count in result["tiled"].items() if _is_norm(cls))
+    cells = [
+        *(f"`{name}`", exact),
+        _number(checkpointing) if checkpointing is not None else _no_checkpointing(result),
+        *(_feed_forward(result), str(norms)),
+        _loss(result),
+        "" if router is None else _number(router),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(error: float) -> str:
+    return "equal" if error <= 1e-5 else f"**{error:.0e}**"
+
+
+def _no_checkpointing(result: Mapping[str, Any]) -> str:
+    wrong = any(note.startswith("gradient checkpointing") for note in result["notes"])
+    return "wrong in plain transformers" if wrong else "none in transformers"
+
+
+def _feed_forward(result: Mapping[str, Any]) -> str:
+    """`2 of 2`, and why not where it is fewer."""
+    tiled = sum(count for cls, count in result["tiled"].items() if not _is_norm(cls))
+    left = [entry for entry in result["untiled"] if not _is_norm(entry[0])]
+    feed_forward = [entry for entry in left if _FEED_FORWARD.search(entry[2])]
+    if not feed_forward and not tiled:
+        return "none found; left alone: " + (", ".join(dict.fromkeys(f"`{cls}`" for cls, *_ in left)) or "nothing")
+    count = f"{tiled} of {tiled + sum(entry[3] for entry in feed_forward)}"
+    reasons = "; ".join(dict.fromkeys(f"`{name}` ({cls}): {_short(reason)}" for cls, reason, name, _ in feed_forward))
+    return f"{count}; {reasons}" if reasons else count
+
+
+def _loss(result: Mapping[str, Any]) -> str:
+    if not result["logits_held"]:
+        return "tiled"
+    why = [note for note in result["notes"] if not note.startswith("gradient checkpointing")]
+    if not why and not result["loss"].startswith("tiled"):
+        why = [result["loss"]]
+    return f"full logits held{': ' if why else ''}{'; '.join(map(_short, why))}"
+
+
+def _is_norm(class_name: str) -> bool:
+    return class_name.endswith("Norm")
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split()).replace("|", "/")
+    return text if len(text) <= 160 else text[:157] + "..."

@@ -1,0 +1,99 @@
+"""The census: a sample of it, what it says of what is wrong, and its page."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import census
+import census_page
+import pytest
+import transformers
+
+ROOT = Path(__file__).parent.parent
+GOOD = {
+    **{"class": "A", "exact": True, "loss_error": 0.0, "grad_error": 4e-7, "grad_name": "w", "logits_held": False},
+    **{"checkpointing_error": 4e-7, "router_error": None, "loss": "tiled", "notes": []},
+    **{
+        "tiled": {"AMLP": 2, "ANorm": 5},
+        "untiled": [["AAttention", "mixes tokens", "attn", 2], ["AMoE", "mixes rows", "moe", 1]],
+    },
+}
+
+
+def test_sample_covers_25_that_exist():
+    assert len(set(census.SAMPLE)) == 25 and set(census.SAMPLE) <= set(census.all_architectures())
+
+
+def test_sample_is_exact(tmp_path):
+    file = tmp_path / "results.json"
+    command = [sys.executable, ROOT / "scripts" / "census.py", "--sample", "--json", file]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    results = json.loads(file.read_text())
+    wrong = {name: census.verdict(result) for name, result in results.items() if not result.get("exact")}
+    assert not wrong and done.returncode == 0, done.stdout + done.stderr
+    assert list(results) == census.SAMPLE
+    assert [name for name, result in results.items() if result["router_error"] is not None]
+    assert all(result["notes"] for result in results.values() if result["logits_held"]), (
+        "full logits, and nobody says why"
+    )
+
+
+def _examined(architecture):
+    if architecture == "crashes":
+        os._exit(3)
+    if architecture == "hangs":
+        time.sleep(60)
+    if architecture == "raises":
+        raise RuntimeError("out of order")
+    return {**GOOD, "exact": architecture == "good"}
+
+
+def test_what_crashes_hangs_or_raises_fails_alone(monkeypatch):
+    monkeypatch.setattr(census, "examine", _examined)
+    results = census.run_all(["crashes", "good", "hangs", "raises", "bad"], jobs=2, timeout=2)
+    assert [name for name, result in results.items() if census.failed(result)] == ["crashes", "hangs", "raises", "bad"]
+    assert "after 2 seconds" in results["hangs"]["crash"] and "out of order" in results["raises"]["crash"]
+
+
+def test_exit_status(monkeypatch, capsys):
+    monkeypatch.setattr(census, "warm_up", lambda: None)
+    monkeypatch.setattr(census, "examine", lambda architecture: {**GOOD, "exact": architecture != "causal:gpt2"})
+    assert census.main(["llama"]) == 0
+    assert census.main(["llama", "gpt2"]) == 1
+    assert "not exact: causal:gpt2" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        census.main(["lama"])
+
+
+def test_model_that_does_not_run_is_no_failure():
+    result = census.examine("image-text:pi0")
+    assert "state" in result["plain_fails"] and not census.failed(result)
+
+
+def test_page_shows_what_is_wrong():
+    page = census_page.page(
+        {
+            "causal:a": GOOD,
+            "causal:b": {**GOOD, "exact": False, "grad_error": 0.5, "logits_held": True, "checkpointing_error": 0.5},
+            "causal:c": {"crash": "ValueError: x | y"},
+            "image-text:d": {"plain_fails": "no\nPIL"},
+        }
+    )
+    assert "| `a` | yes, 4e-07 | equal | 2 of 3; `moe` (AMoE): mixes rows | 5 | tiled |  |" in page
+    assert "| `b` | **no**, 5e-01 | **5e-01** |" in page and "full logits held" in page
+    assert "**no**: ValueError: x / y" in page and "- `d`: no PIL" in page
+    assert "| Causal language models | 3 | 3 | 1 of 3 |" in page
+
+
+def test_page_is_of_these_architectures():
+    page = census.PAGE.read_text(encoding="utf-8")
+    if transformers.__version__ not in page:
+        pytest.skip("the page was made with another version of transformers")
+    for kind, title in census_page.TITLES.items():
+        section = page.split(f"## {title}")[1].split("\n## ")[0]
+        listed = re.findall(r"^(?:\| |- )`([^`]+)`", section, re.MULTILINE)
+        assert sorted(listed) == sorted(census.NAMES[kind])
