@@ -30,6 +30,10 @@ PROCESSES = {
     "flatten": lambda x: x.flatten(0, 1),
     "reshape": lambda x: x.reshape(-1, V),
     "view of a size": lambda x: x.view(torch.Size((x.shape[0] * x.shape[1], V))),
+    "vocabulary slice": lambda x: x[:, 1:, : V - 20] * 2.0,
+    "slice of a slice": lambda x: x[..., 3:][:, 4:, : V - 20],
+    "forbidden tokens": lambda x: exec("x[:, :, [3, 7]] = -5.0") or x,
+    "forbidden token, a mask": lambda x: exec("x[..., torch.arange(V) > V - 5] = torch.tensor(-5.0)") or x,
 }
 
 
@@ -40,6 +44,10 @@ def matching(labels, name):
         return labels[:, 2:].contiguous()
     if name == "one row":
         return labels[0]
+    if name == "vocabulary slice":
+        return labels[:, 1:].clamp(max=V - 21)
+    if name == "slice of a slice":
+        return labels[:, 4:].clamp(max=V - 24)
     return labels.transpose(0, 1).contiguous() if name == "transposed" else labels
 
 
@@ -51,7 +59,7 @@ def test_what_models_do_to_logits_is_deferred(name):
         def forward(self, input_ids, labels=None):
             logits = process(self.lm_head(self.embed(input_ids)))
             target = matching(labels, name).reshape(-1)
-            return Output(loss=F.cross_entropy(logits.reshape(-1, V), target))
+            return Output(loss=F.cross_entropy(logits.reshape(-1, logits.shape[-1]), target))
 
     model, reference = convert_to_mini_sequence(Processed(), LOSS_ONLY), Processed()
     assert_same_loss(model, reference, data())
@@ -62,9 +70,12 @@ def test_what_models_do_to_logits_is_deferred(name):
 
 MATERIALIZED = {
     "log_softmax": lambda x: x.log_softmax(-1),
-    "vocabulary slice": lambda x: x[..., :30],
+    "every other token of the vocabulary": lambda x: x[..., torch.arange(V - 3)],
+    "one more dimension": lambda x: x[:, None],
     "boolean mask": lambda x: x[torch.arange(x.shape[1]).remainder(3).bool().expand(x.shape[0], -1)],
-    "set item": lambda x: exec("x[..., 3] = -5.0") or x,
+    "set item of some rows": lambda x: exec("x[:, 1:, 3] = -5.0") or x,
+    "set item of a row": lambda x: exec("x[:, 3] = -5.0") or x,
+    "set items to other values": lambda x: exec("x[..., :3] = torch.arange(3.0)") or x,
     "unknown in place": lambda x: x.relu_(),
     "sum of two": lambda x: x + x.detach(),
     "clone": lambda x: x.clone(),

@@ -5,6 +5,7 @@ Shapes: leading dimensions `*L` (R rows when flattened), C rows of one chunk, V 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -35,7 +36,35 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ):
-    """`F.cross_entropy` of `(R, V)` logits and `(R,)` class indices, by chunks; same arguments, same result.
+    """`F.cross_entropy` of `(R, V)` logits and `(R,)` class indices; same arguments, same result, see `_token_losses`."""
+    loss = functools.partial(F.cross_entropy, label_smoothing=label_smoothing)
+    return _token_losses(loss, logits, target, weight, size_average, ignore_index, reduce, reduction)
+
+
+def _nll_loss(
+    log_probs: Deferred,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+):
+    """`F.nll_loss` of `(R, V)` log-probabilities and `(R,)` class indices; same arguments, same result."""
+    return _token_losses(F.nll_loss, log_probs, target, weight, size_average, ignore_index, reduce, reduction)
+
+
+def _token_losses(
+    loss: Callable[..., Tensor],
+    logits: Deferred,
+    target: Tensor,
+    weight: Tensor | None,
+    size_average: bool | None,
+    ignore_index: int,
+    reduce: bool | None,
+    reduction: str,
+):
+    """One of torch's losses by chunks, NotImplemented for arguments of other kinds.
 
     One result differs on purpose: the mean over no token at all (every label is `ignore_index`) is 0 with zero
     gradients, where torch gives NaN.
@@ -58,12 +87,10 @@ def _cross_entropy(
     def losses(logits_CV: Tensor, target_C: Tensor) -> Tensor:
         nonlocal dtype
         if dtype is None:  # what torch gives for these logits: bfloat16 stays bfloat16, but for autocast
-            dtype = F.cross_entropy(logits_CV[:0], target_C[:0], weight, reduction="none").dtype
+            dtype = loss(logits_CV[:0], target_C[:0], weight, reduction="none").dtype
         rows = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
-        return F.cross_entropy(
-            rows, target_C, weight if weight is None else weight.to(rows.dtype), ignore_index=ignore_index,
-            reduction="none", label_smoothing=label_smoothing,
-        )  # fmt: skip
+        weight_V = None if weight is None else weight.to(rows.dtype)
+        return loss(rows, target_C, weight_V, ignore_index=ignore_index, reduction="none")
 
     losses_R = logits.by_chunks(losses, target)
     if reduction == "none":
@@ -104,4 +131,10 @@ def _unflattened(result_R: Tensor, logits: Deferred, keepdim: bool) -> Tensor:
 
 
 # Keyed by name, as the function `torch.argmax` and the method `Tensor.argmax` are different objects for one operation.
-CONSUMERS = {"cross_entropy": _cross_entropy, "argmax": _argmax, "logsumexp": _logsumexp, "gather": _gather}
+CONSUMERS = {
+    "cross_entropy": _cross_entropy,
+    "nll_loss": _nll_loss,
+    "argmax": _argmax,
+    "logsumexp": _logsumexp,
+    "gather": _gather,
+}

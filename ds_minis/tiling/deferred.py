@@ -133,9 +133,15 @@ class DeferredLogits(torch.Tensor):
             return None
         return DeferredLogits(self._head, self.hidden(), sample, (*self._steps, step), self._mode)
 
-    def _with_rows(self, view: Callable[[Tensor], Tensor], rearrange: Callable[[Tensor], Tensor]) -> DeferredLogits:
-        """`view` on logits is, as it leaves the vocabulary alone, `rearrange` on the hidden states."""
-        result = DeferredLogits(self._head, rearrange(self.hidden()), self._sample, self._steps, self._mode)
+    def _with_rows(
+        self, view: Callable[[Tensor], Tensor], rearrange: Callable[[Tensor], Tensor], *steps: Step
+    ) -> DeferredLogits:
+        """`view` on logits is `rearrange` on the hidden states, and `steps` for what it does along the vocabulary."""
+        sample = self._sample
+        with torch.no_grad():
+            for step in steps:
+                sample = step(sample)
+        result = DeferredLogits(self._head, rearrange(self.hidden()), sample, (*self._steps, *steps), self._mode)
         result._view, result._aliases = (self, view), self._aliases
         self._aliases.add(result)
         return result
@@ -268,12 +274,33 @@ def _handle(func, name: str, logits: DeferredLogits, args: tuple, kwargs: dict):
 def _write(name: str, logits: DeferredLogits, args: tuple, kwargs: dict):
     """Records an elementwise write; else leaves the writing to torch, on the logits and all their aliases in full."""
     alone = len(logits._aliases.alive()) == 1
-    if name in _IN_PLACE and alone and not logits._is_known() and logits._mode.is_on():
-        result = _elementwise(getattr(torch, _IN_PLACE[name]), logits, args, kwargs)
+    if alone and not logits._is_known() and logits._mode.is_on():
+        result = NotImplemented
+        if name in _IN_PLACE:
+            result = _elementwise(getattr(torch, _IN_PLACE[name]), logits, args, kwargs)
+        elif name == "__setitem__":
+            result = _set_items(logits, *args)
         if result is not NotImplemented and result._sample.dtype == logits._sample.dtype:
             logits._sample, logits._steps = result._sample, result._steps
             return logits
     return NotImplemented
+
+
+def _set_items(logits: DeferredLogits, index: Any, value: Any):
+    """Records `logits[..., tokens] = value` (tokens that may not be predicted): the same for every row."""
+    leading, tokens = _split_index(index, logits.dim())
+    if any(i != slice(None) for i in leading if isinstance(i, slice)) or not all(isinstance(i, slice) for i in leading):
+        return NotImplemented
+
+    tokens = list(tokens) if isinstance(tokens, list) else tokens  # as it is now
+
+    def written(rows: Tensor, tokens: Any, value: Any) -> Tensor:
+        rows = rows.clone()
+        rows[..., tokens] = value
+        return rows
+
+    scalar = isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0)
+    return _elementwise(written, logits, (tokens, value), {}) if scalar else NotImplemented
 
 
 def _version(tensor: Tensor) -> int:
@@ -333,18 +360,24 @@ def _transpose(view, logits: DeferredLogits, args: tuple, kwargs: dict):
 
 
 def _getitem(view, logits: DeferredLogits, args: tuple, kwargs: dict):
-    """Slices and integers on the leading dimensions; the vocabulary whole."""
-    index = args[0] if isinstance(args[0], tuple) else (args[0],)
-    if not all(isinstance(i, slice | int) or i is Ellipsis for i in index) or index.count(Ellipsis) > 1:
+    """Slices and integers on the leading dimensions, slices of the vocabulary."""
+    index, vocabulary = _split_index(args[0], logits.dim())
+    if not all(isinstance(i, slice | int) for i in index) or not isinstance(vocabulary, slice):
         return NotImplemented
-    if Ellipsis in index:
-        at = index.index(Ellipsis)
-        index = (*index[:at], *[slice(None)] * (logits.dim() - len(index) + 1), *index[at + 1 :])
-    if len(index) == logits.dim():
-        if index[-1] != slice(None):
-            return NotImplemented
-        index = index[:-1]
-    return logits._with_rows(view, lambda hidden: hidden[index])
+    steps = [] if vocabulary == slice(None) else [lambda rows: rows[..., vocabulary]]
+    return logits._with_rows(view, lambda hidden: hidden[index], *steps)
+
+
+def _split_index(index: Any, num_dims: int) -> tuple[tuple, Any]:
+    """An index in square brackets: what it says of the leading dimensions (an ellipsis written out), of the vocabulary."""
+    index = index if isinstance(index, tuple) else (index,)
+    ellipses = [i for i, part in enumerate(index) if part is Ellipsis]
+    at = ellipses[0] if ellipses else len(index)
+    missing = num_dims - len(index) + len(ellipses)
+    whole = (*index[:at], *[slice(None)] * missing, *index[at + 1 :])
+    if len(whole) != num_dims:  # None makes a dimension
+        return (None,), None
+    return whole[:-1], whole[-1]
 
 
 def _contiguous(view, logits: DeferredLogits, args: tuple, kwargs: dict):
