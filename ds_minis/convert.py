@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ds_minis.config import MiniSequenceConfig
-from ds_minis.detect import Candidate, find_candidates, find_hidden_size, find_models_with_loss
+from ds_minis.detect import Candidate, find_candidates, find_hidden_size, find_models_with_loss, has_several_heads
 from ds_minis.doors import Request, agreed
 from ds_minis.ranks import is_main_process
 from ds_minis.tiling.chunking import Chunking
@@ -121,7 +121,7 @@ def convert(
         door=door,
         tiled={c.fqn: untiled_class(type(c.module)).__name__ for c in tiled},
         untiled={c.fqn: (type(c.module).__name__, c.reason) for c in candidates if c.reason},
-        loss=_loss_in_words(config, loss_models),
+        loss=_loss_in_words(model, config, loss_models),
     )
     model.__dict__[_STATE] = report
     if is_main_process():
@@ -146,9 +146,22 @@ def revert_mini_sequence(model: nn.Module) -> nn.Module:
 def mini_sequence_report(model: nn.Module) -> ConversionReport | None:
     """The report of a model's conversion, also where the model has been wrapped since; None if it was never converted."""
     report = next((module.__dict__[_STATE] for module in model.modules() if _STATE in module.__dict__), None)
-    if report is not None and any(loss_is_bypassed(module) for module in model.modules()):
-        return dataclasses.replace(report, loss=f"not tiled ({BYPASSED})")
-    return report
+    if report is None:
+        return None
+    if any(loss_is_bypassed(module) for module in model.modules()):
+        report = dataclasses.replace(report, loss=f"not tiled ({BYPASSED})")
+    return _with_verdicts(report, model)
+
+
+def _with_verdicts(report: ConversionReport, model: nn.Module) -> ConversionReport:
+    """The report, with what was found out about classes of modules at their first calls."""
+    chunking = next((m.mini_sequence_chunking for m in model.modules() if isinstance(m, TiledModule)), None)
+    reasons = {} if chunking is None else chunking.reasons()
+    wrong = {fqn: (name, reasons[name]) for fqn, name in report.tiled.items() if name in reasons}
+    if not wrong:
+        return report
+    tiled = {fqn: name for fqn, name in report.tiled.items() if fqn not in wrong}
+    return dataclasses.replace(report, tiled=tiled, untiled={**report.untiled, **wrong})
 
 
 def tiled_modules(model: nn.Module) -> list[nn.Module]:
@@ -164,8 +177,10 @@ def _decided(candidate: Candidate, config: MiniSequenceConfig, module_filter) ->
     """The candidate, with the reason the user's settings give for leaving it alone (if they do)."""
     reason = candidate.reason
     if not reason:
-        if config.scope == "mlp" and candidate.role != "feed-forward":
+        if config.scope == "mlp" and candidate.role not in ("feed-forward", "experts"):
             reason = 'outside of scope "mlp"'
+        elif candidate.in_tower and not _matches(candidate.fqn, config.include):
+            reason = "encodes images or sound; tiled only where include names it"
         elif config.include and not _matches(candidate.fqn, config.include):
             reason = "not in include"
         elif _matches(candidate.fqn, config.exclude):
@@ -192,10 +207,12 @@ def _matches(fqn: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(fqn, p) or fnmatch.fnmatchcase(fqn, f"*.{p}") for p in patterns)
 
 
-def _loss_in_words(config: MiniSequenceConfig, loss_models: list[nn.Module]) -> str:
+def _loss_in_words(model: nn.Module, config: MiniSequenceConfig, loss_models: list[nn.Module]) -> str:
     if not config.loss:
         return "not tiled (loss is off)"
     if not loss_models:
+        if has_several_heads(model):
+            return "not tiled (several LM heads, whose logits the model puts together before the loss)"
         return "not tiled (no module here has an LM head and takes labels)"
     if config.return_logits:
         return "not tiled (return_logits asks for all logits)"

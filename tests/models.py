@@ -9,9 +9,11 @@ from transformers import (
     Gemma2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
@@ -37,12 +39,23 @@ CONFIGS = {
     "gemma2": lambda: Gemma2Config(**_SIZES, head_dim=8, final_logit_softcapping=2.0, sliding_window=8),
     "phi3": lambda: Phi3Config(**_SIZES, resid_pdrop=0.0),
 }
+MOE_CONFIGS = {
+    "mixtral": lambda: MixtralConfig(**_SIZES, num_local_experts=4, output_router_logits=True),
+    "qwen2_moe": lambda: Qwen2MoeConfig(
+        **_SIZES,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        output_router_logits=True,
+    ),
+}
 LORA_TARGETS = "all-linear"
 
 
 def build(family: str, *, seed: int = 0, attention: str = "eager") -> PreTrainedModel:
     torch.manual_seed(seed)
-    config = CONFIGS[family]()
+    config = (CONFIGS | MOE_CONFIGS)[family]()
     config._attn_implementation = attention
     model = AutoModelForCausalLM.from_config(config).train()
     model.config.use_cache = False

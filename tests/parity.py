@@ -117,7 +117,7 @@ def _require_engine(case: Case, result: dict) -> None:
         assert run["zero_stage"] == case.zero_stage, f"{kind}: the ZeRO stage was {run['zero_stage']}"
         assert run["offload"] == case.offload, f"{kind}: offload was {run['offload']}"
         assert run["processes"] == (1 if case.engine == "none" else RANKS), f"{kind}: {run['processes']} processes ran"
-        tiled = {"gemma2": 11, "qwen3": 11}.get(case.family, 7) if kind == "converted" else 0
+        tiled = {"gemma2": 11, "qwen3": 11, "qwen2_moe": 9}.get(case.family, 7) if kind == "converted" else 0
         assert run["tiled"] == tiled, f"{kind}: {run['tiled']} modules were tiled, not {tiled}"
 
 

@@ -5,11 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import CONFIGS, add_lora, assert_same_tensors, assert_same_training, batch, build, checkpointed, twins
+from models import (
+    CONFIGS,
+    MOE_CONFIGS,
+    add_lora,
+    assert_same_tensors,
+    assert_same_training,
+    batch,
+    build,
+    checkpointed,
+    twins,
+)
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig
+from transformers import AutoModelForCausalLM
 
 from ds_minis import MiniSequenceConfig, convert_to_mini_sequence, mini_sequence_report, revert_mini_sequence
 from ds_minis.tiling.module import TiledModule
@@ -17,22 +27,6 @@ from ds_minis.tiling.module import TiledModule
 CHUNKS = {"chunk_size": 5, "loss_chunk_size": 4}
 INPUTS = batch(13, prompt=2, padding=3)
 MLPS = {f"model.layers.{i}.mlp" for i in range(2)}
-MOE_SIZES = {
-    "vocab_size": 131,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "eos_token_id": 2,
-    "output_router_logits": True,
-}
-MOE_CONFIGS = {
-    "mixtral": lambda: MixtralConfig(**MOE_SIZES, num_local_experts=4),
-    "qwen2_moe": lambda: Qwen2MoeConfig(
-        **MOE_SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16
-    ),
-}
 LORA = {
     "all-linear": {},
     "saved head": {"modules_to_save": ["lm_head"]},
@@ -252,13 +246,34 @@ def test_nothing_to_tile_is_an_error_that_helps(make, settings, words):
 
 
 @pytest.mark.parametrize("family", MOE_CONFIGS)
-def test_experts_are_left_alone_with_a_reason_while_the_norms_around_them_are_tiled(family):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(MOE_CONFIGS[family]()).train()
-    reference, blocks, norms = copy.deepcopy(model), named(model, "SparseMoeBlock"), named(model, "Norm")
+def test_experts_and_norms_are_tiled_and_routers_left_alone(family):
+    model = build(family)
+    reference, blocks = copy.deepcopy(model), named(model, "SparseMoeBlock")
+    parts = named(model, "Norm") | named(model, "Experts") | (named(model, "MLP") - blocks)
     report = mini_sequence_report(convert_to_mini_sequence(model, CHUNKS))
-    assert {name for name, (_, reason) in report.untiled.items() if "mixture of experts" in reason} == blocks == MLPS
-    assert tiled_names(model) == norms
+    assert {name for name, (_, reason) in report.untiled.items() if "a mixture of experts" in reason} == blocks == MLPS
+    assert tiled_names(model) == parts and len(named(model, "Experts")) == len(blocks)
+    assert_same_training(model, reference, INPUTS)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_experts_run_by_the_implementation_that_was_chosen(implementation, monkeypatch):
+    from transformers.integrations import moe
+
+    calls = []
+    if implementation != "eager":
+        own = moe.ALL_EXPERTS_FUNCTIONS[implementation]
+        counted = lambda module, x, *args: calls.append(len(x)) or own(module, x, *args)  # noqa: E731
+        monkeypatch.setitem(moe.ALL_EXPERTS_FUNCTIONS, implementation, counted)
+    model, reference = build("mixtral"), build("mixtral")
+    for m in (model, reference):
+        m.set_experts_implementation(implementation)
+    convert_to_mini_sequence(model, CHUNKS)
+    model(**INPUTS)  # the first call of each class verifies it on some rows
+    calls.clear()
+    model(**INPUTS).loss.backward()
+    assert implementation == "eager" or (max(calls) == CHUNKS["chunk_size"] and sum(calls) == 2 * 2 * 26)
+    model.zero_grad()
     assert_same_training(model, reference, INPUTS)
 
 

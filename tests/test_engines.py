@@ -27,6 +27,9 @@ PEFT_POLICY = Case(engine="fsdp1_peft", lora=True)
 CASES = {
     **{f"{row}: {column}": cell(row, column) for row, column in dict.fromkeys(CELLS)},
     "gemma2": Case(family="gemma2", zero_stage=3),
+    "experts, ZeRO-3": Case(family="mixtral", zero_stage=3),
+    "experts, ZeRO-2": Case(family="qwen2_moe", zero_stage=2, uneven=True),
+    "experts, FSDP2": Case(family="mixtral", engine="fsdp2"),
     "qwen3": Case(engine="fsdp2", checkpointing=False, family="qwen3"),
     "what TRL makes of ZeRO-3 with PEFT": Case(zero_stage=3, lora=True, reentrant=True),
     "what the Trainer makes of FSDP1 with PEFT": Case(engine="fsdp1_trainer", lora=True, lora_head=True, uneven=True),

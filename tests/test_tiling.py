@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ds_minis.config import MiniSequenceConfig
 from ds_minis.tiling.chunking import Chunking
 from ds_minis.tiling.module import TiledModule, tile_module, untile_module
+from ds_minis.tiling.rows import tile_rows
 
 H, I, CHUNK = 16, 24, 5
 
@@ -110,6 +111,7 @@ def test_no_flop_more_than_activation_checkpointing():
     def step(m):
         return lambda: checkpoint(m, x, use_reentrant=False).sum().backward()
 
+    mini(x)  # the first call verifies that the module is token-wise
     plain = matmul_flops(step(module))
     assert plain == (3 + 2 + 6) * 2 * 100 * H * I  # forward, recomputation up to the last projection, backward
     assert matmul_flops(step(mini)) == plain
@@ -278,6 +280,7 @@ def test_autocast_state_is_replayed(enabled):
     seen, module, x = [], Spy(), inputs(23)
     mini = tiled(module)
     expected = run(autocast(lambda x: loop(module, x)), module, x)
+    autocast(mini)(x)  # the first call verifies that the module is token-wise
     seen.clear()
     with torch.autocast("cpu", torch.bfloat16, enabled=not enabled):  # whatever is on when backward runs
         actual = run(autocast(mini), mini, x)
@@ -327,30 +330,9 @@ def test_backward_twice_with_retain_graph():
         torch.testing.assert_close(param.grad, 2 * grad)
 
 
-def test_module_that_mixes_rows_is_noticed():
-    class Pools(nn.Module):
-        def forward(self, x):
-            return x.mean(0, keepdim=True)
-
+def test_function_that_mixes_rows_is_noticed():
     with pytest.raises(AssertionError, match="not a function of rows"):
-        tiled(Pools())(inputs(23))
-
-
-def test_more_arguments_run_untiled():
-    class Scaled(nn.Module):
-        def forward(self, x, scale=1.0):
-            return x * scale
-
-    assert torch.equal(tiled(Scaled())(inputs(23), scale=3.0), inputs(23) * 3)
-
-
-def test_module_that_gives_a_tuple_is_an_error_that_says_what_to_do():
-    class Pair(nn.Module):
-        def forward(self, x):
-            return x, x
-
-    with pytest.raises(TypeError, match='Pair gives a tuple.*"exclude"'):
-        tiled(Pair())(inputs(23))
+        tile_rows(lambda x: x.mean(0, keepdim=True), nn.Identity(), [inputs(23)], CHUNK)
 
 
 def test_weights_that_zero3_has_partitioned_are_refused():

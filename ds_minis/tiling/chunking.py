@@ -13,6 +13,8 @@ from ds_minis.config import AUTO, MiniSequenceConfig
 # A feed-forward module needs about this many rows in one matmul before the weights' own traffic stops to show; beyond
 # it a larger chunk only costs memory.
 _MIN_AUTO_TOKENS, _MAX_AUTO_TOKENS = 1024, 4096
+# A chunk that is shared out among many experts must leave each of them so many tokens on average.
+_AUTO_TOKENS_PER_EXPERT, _MAX_AUTO_EXPERT_TOKENS = 128, 16384
 # Logits of one chunk, in elements: 2**26 float32 logits are 256 MiB.
 _MAX_AUTO_LOGITS = 2**26
 _MIN_AUTO_LOSS_TOKENS = 256
@@ -26,12 +28,15 @@ class Chunking:
         config: the user's settings.
         hidden_size: width of the model's hidden states, in elements; what one token is for `chunk_size`.
         suspended: True while the model runs a forward pass that must equal the unconverted model's to the bit.
+        verdicts: what was found of a class of modules (the key begins with its name) at its first call: empty for
+            token-wise, else the reason why it is run as a whole.
         passes: what the end of each forward pass in progress must undo (`ds_minis.tiling.loss`).
     """
 
     config: MiniSequenceConfig
     hidden_size: int
     suspended: bool = False
+    verdicts: dict[tuple, str] = field(default_factory=dict)
     passes: list[contextlib.ExitStack] = field(default_factory=list, repr=False, compare=False)
 
     @contextlib.contextmanager
@@ -56,16 +61,25 @@ class Chunking:
                 self.passes[-1].close()
             raise
 
-    def module_rows(self, num_rows: int, width: int) -> int:
+    def reasons(self) -> dict[str, str]:
+        """Names of classes that are run as a whole, and why."""
+        return {untiled: reason for (untiled, *_), reason in self.verdicts.items() if reason}
+
+    def module_rows(self, num_rows: int, width: int, experts_per_choice: float = 1.0) -> int:
         """Rows per chunk for a module whose input has `num_rows` rows of `width` elements.
 
         Narrower rows (the heads that a query norm sees) are counted as the fraction of a token that they are.
+
+        Args:
+            experts_per_choice: experts, divided by the number of them that each token is sent to.
         """
         if self.config.num_mini_sequences is not None:
             return max(1, -(-num_rows // self.config.num_mini_sequences))
         tokens = self.config.chunk_size
         if tokens == AUTO:
             tokens = min(max(self.hidden_size, _MIN_AUTO_TOKENS), _MAX_AUTO_TOKENS)
+            busy = min(int(_AUTO_TOKENS_PER_EXPERT * experts_per_choice), _MAX_AUTO_EXPERT_TOKENS)
+            tokens = max(tokens, busy)
         return max(1, tokens * max(1, self.hidden_size // width))
 
     def loss_rows(self, num_rows: int, vocab_size: int) -> int:

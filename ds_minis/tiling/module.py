@@ -7,16 +7,21 @@ as they were, and one assignment undoes it.
 from __future__ import annotations
 
 import functools
-import math
+import logging
 import types
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
+from ds_minis.ranks import is_main_process
+from ds_minis.tiling.calls import RowCall
 from ds_minis.tiling.chunking import Chunking
 from ds_minis.tiling.compiling import outside_of_graphs
 from ds_minis.tiling.rows import runs_whole, tile_rows
+from ds_minis.tiling.verify import can_be_verified, why_not_token_wise
 
+logger = logging.getLogger("ds_minis")
 _FSDP = {"FSDPModule": "fully_shard", "FullyShardedDataParallel": "FullyShardedDataParallel"}
 
 
@@ -31,16 +36,15 @@ class TiledModule(nn.Module):
 
     def forward(self, *args, **kwargs):
         forward, chunking = super().forward, self.mini_sequence_chunking
-        inputs = [*args, *kwargs.values()]
-        one_tensor = len(inputs) == 1 and isinstance(inputs[0], Tensor) and inputs[0].dim() >= 2
-        if not one_tensor or chunking is None or chunking.suspended:
+        if chunking is None or chunking.suspended:
             return forward(*args, **kwargs)
-        (x,) = inputs
-        num_rows = math.prod(x.shape[:-1])
-        chunk_rows = chunking.module_rows(num_rows, x.shape[-1])
-        if runs_whole(num_rows, chunk_rows):
+        call = RowCall(args, kwargs)
+        if call.num_rows == 0:
             return forward(*args, **kwargs)
-        return _forward_tiled(self, forward, x, chunk_rows)
+        chunk_rows = chunking.module_rows(call.num_rows, call.width, _experts_per_choice(self, call))
+        if runs_whole(call.num_rows, chunk_rows):
+            return forward(*args, **kwargs)
+        return _forward_by_rows(self, forward, call, chunk_rows)
 
     def __reduce_ex__(self, protocol):
         # The class is made at run time, so copies and pickles name the class it was made from.
@@ -49,23 +53,47 @@ class TiledModule(nn.Module):
 
 
 @outside_of_graphs
-def _forward_tiled(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, chunk_rows: int) -> Tensor:
+def _forward_by_rows(module: nn.Module, forward: Callable[..., Any], call: RowCall, chunk_rows: int) -> Any:
+    """By chunks, if the module is token-wise; else as it is, with one line that says why."""
+    if not _is_token_wise(module, forward, call):
+        return call.run(forward)
     require_weights(module)
-    chunk_shape = [1] * (x.dim() - 2)
 
-    def run(x_CH: Tensor) -> Tensor:
-        y = forward(x_CH.view(*chunk_shape, *x_CH.shape))
-        if not isinstance(y, Tensor):
-            raise TypeError(
-                f"{type(module).__name__} gives a {type(y).__name__}, and only modules that give one tensor can be tiled: "
-                'leave it out with "exclude" in the mini-sequence configuration'
-            )
-        return y.flatten(0, -2)
+    def run(*rows: Tensor) -> Tensor:
+        args, kwargs = call.with_rows(rows)
+        return forward(*args, **kwargs).flatten(0, -2)
 
-    x_RH = x.reshape(-1, x.shape[-1])
-    guard = functools.partial(module.mini_sequence_chunking.guarded, "chunk_size", chunk_rows, x_RH.shape[0])
-    y = tile_rows(run, module, [x_RH], chunk_rows, guard)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    guard = functools.partial(module.mini_sequence_chunking.guarded, "chunk_size", chunk_rows, call.num_rows)
+    y = tile_rows(run, module, call.rows(), chunk_rows, guard)
+    return y.view(*call.input.shape[:-1], y.shape[-1])
+
+
+def _is_token_wise(module: nn.Module, forward: Callable[..., Any], call: RowCall) -> bool:
+    """Verified once for each class of modules, mode (training or not) and way of calling."""
+    verdicts, name = module.mini_sequence_chunking.verdicts, untiled_class(type(module)).__name__
+    key = name, type(module), module.training, call.keys, call.reason
+    if key in verdicts:
+        return not verdicts[key]
+    reason = call.reason
+    if not reason:
+        if not can_be_verified(call):
+            return True
+        require_weights(module)
+        reason = why_not_token_wise(module, forward, call)
+        if reason is None:
+            return False
+    verdicts[key] = reason
+    if reason and is_main_process():
+        logger.warning("%s is run as a whole: %s", name, reason)
+    return not reason
+
+
+def _experts_per_choice(module: nn.Module, call: RowCall) -> float:
+    """How many experts there are for each that a token is sent to; 1 for a module without experts."""
+    experts = max(
+        (param.shape[0] for param in module._parameters.values() if param is not None and param.dim() == 3), default=0
+    )
+    return max(1.0, experts / call.choices) if experts and call.choices else 1.0
 
 
 @functools.cache

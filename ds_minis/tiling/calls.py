@@ -1,0 +1,112 @@
+"""One call of a token-wise module: which of its arguments have a row per token, and the same call for some of the rows."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum, type(None))
+
+
+class RowCall:
+    """The arguments of a call, seen as rows.
+
+    The first tensor decides: `(*L, H)` has one row for each index of its leading dimensions `*L`. Other tensors must have
+    the same leading dimensions (a residual, token ids, the experts chosen for each token), or all R of them in one.
+
+    Attributes:
+        keys: positions and names of the arguments that have rows.
+        num_rows: R, the rows of the whole call.
+        reason: why the call cannot be run by rows; empty if it can.
+    """
+
+    __slots__ = ("_args", "_kwargs", "_leading", "keys", "num_rows", "reason")
+
+    def __init__(self, args: tuple, kwargs: dict[str, Any]):
+        self._args, self._kwargs = args, kwargs
+        self._leading: tuple[int, ...] = ()
+        self.keys: tuple[int | str, ...] = ()
+        self.num_rows, self.reason = 0, ""
+        for key, value in (*enumerate(args), *kwargs.items()):
+            if isinstance(value, Tensor):
+                self._add(key, value)
+            elif not isinstance(value, _CONSTANTS):
+                self.reason = f"its argument {key!r} is a {type(value).__name__}, which may hold anything"
+        if not self.keys:
+            self.reason = "no tensor with a row for each token is given to it"
+
+    def _add(self, key: int | str, value: Tensor) -> None:
+        if not self.keys:
+            if value.dim() < 2:
+                return
+            self._leading = tuple(value.shape[:-1])
+            self.num_rows = math.prod(self._leading)
+        elif tuple(value.shape[: len(self._leading)]) != self._leading and value.shape[:1] != (self.num_rows,):
+            if value.numel() != 1 or value.requires_grad:
+                self.reason = f"its argument {key!r} does not have one row for each token"
+            return
+        self.keys = (*self.keys, key)
+
+    def _argument(self, key: int | str) -> Any:
+        return self._args[key] if isinstance(key, int) else self._kwargs[key]
+
+    @property
+    def input(self) -> Tensor:
+        """The first tensor, `(*L, H)`."""
+        return self._argument(self.keys[0])
+
+    @property
+    def width(self) -> int:
+        """H, elements of a row of the first tensor."""
+        return self.input.shape[-1]
+
+    @property
+    def choices(self) -> int:
+        """How many experts are chosen for each token: the width of the first whole-number argument; 0 if there is none."""
+        chosen = (
+            v for v in map(self._argument, self.keys) if not v.is_floating_point() and v.dim() > len(self._leading)
+        )
+        return next((v.shape[-1] for v in chosen), 0)
+
+    def rows(self) -> list[Tensor]:
+        """The arguments that have rows, each `(R, ...)`."""
+        return [v.reshape(self.num_rows, *v.shape[self._num_leading(v) :]) for v in map(self._argument, self.keys)]
+
+    def with_rows(self, rows: Sequence[Tensor]) -> tuple[list, dict[str, Any]]:
+        """The arguments of the same call for other rows; leading dimensions but the last are 1."""
+        args, kwargs = list(self._args), dict(self._kwargs)
+        for key, value in zip(self.keys, rows, strict=True):
+            ones = [1] * (self._num_leading(self._argument(key)) - 1)
+            (args if isinstance(key, int) else kwargs)[key] = value.view(*ones, *value.shape)
+        return args, kwargs
+
+    def narrowed(self, batch: int, tokens: int, replace: Callable[[Tensor], Tensor]) -> RowCall:
+        """The same call for the first `tokens` of the last leading dimension, and the first `batch` of those before.
+
+        `replace` gives other values for the first tensor, if that holds real numbers.
+        """
+        *before, _ = self._leading
+        index = (*[slice(batch)] * len(before), slice(tokens))
+        args, kwargs = list(self._args), dict(self._kwargs)
+        for key, rows in zip(self.keys, self.rows(), strict=True):
+            count = self._num_leading(self._argument(key))
+            value = rows.view(*self._leading, *rows.shape[1:])[index]
+            value = value if count == len(self._leading) else value.flatten(0, len(before))
+            if key == self.keys[0] and value.is_floating_point():
+                value = replace(value)
+            (args if isinstance(key, int) else kwargs)[key] = value
+        return RowCall(tuple(args), kwargs)
+
+    def _num_leading(self, value: Tensor) -> int:
+        """How many of an argument's dimensions count its rows: all leading ones of the first tensor, or one for all."""
+        count = len(self._leading)
+        return count if tuple(value.shape[:count]) == self._leading else 1
+
+    def run(self, forward) -> Any:
+        """`forward` with these arguments."""
+        return forward(*self._args, **self._kwargs)

@@ -1,0 +1,234 @@
+"""What is token-wise is told by behaviour: modules that look it and are not, and what is left of the asking (nothing)."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ds_minis.config import MiniSequenceConfig
+from ds_minis.tiling.calls import RowCall
+from ds_minis.tiling.chunking import Chunking
+from ds_minis.tiling.module import tile_module
+from ds_minis.tiling.verify import can_be_verified, why_not_token_wise
+
+H = 8
+
+
+class MLP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.dropout = nn.Linear(H, 12), nn.Linear(12, H), nn.Dropout(0.5)
+
+    def forward(self, x, residual=0.0):
+        return self.down(self.dropout(torch.sigmoid(self.up(x)))) + residual
+
+
+class TokenShift(MLP):
+    """As in RWKV: a token looks at the one before."""
+
+    def forward(self, x):
+        return super().forward(x + F.pad(x, (0, 0, 1, 0))[:, :-1])
+
+
+class CarriesState(MLP):
+    """As RG-LRU in a cache: run by chunks in order it gives the whole's result, as it goes on from where it was."""
+
+    state = None
+
+    def forward(self, x):
+        sums = x.flatten(0, -2).cumsum(0) + (0 if self.state is None else self.state)
+        self.state = sums[-1].detach()
+        return super().forward(sums.view_as(x))
+
+
+class CountsTokens(MLP):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen += x.shape[-2]
+        return super().forward(x)
+
+
+class NewBuffer(CountsTokens):
+    def forward(self, x):
+        self.seen = self.seen + 1
+        return MLP.forward(self, x)
+
+
+class CountsCalls(MLP):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+class ExpertsChooseTokens(MLP):
+    """Routing that mixes tokens: each expert takes the tokens that like it best."""
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)
+        chosen = rows[:, 0].topk(max(1, len(rows) // 2)).indices
+        return x + torch.zeros_like(rows).index_put((chosen,), super().forward(rows[chosen])).view_as(x)
+
+
+class FixedLength(MLP):
+    def __init__(self):
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(8, H))
+
+    def forward(self, x):
+        return super().forward(x + self.positions)
+
+
+class Pair(MLP):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Pools(MLP):
+    def forward(self, x):
+        return super().forward(x).mean(-2)
+
+
+WRONG = {
+    TokenShift: "its result for a token depends on others",
+    CarriesState: "it keeps state from one call to the next (state)",
+    CountsTokens: "it keeps state from one call to the next (a tensor in place)",
+    NewBuffer: "it keeps state from one call to the next (seen)",
+    CountsCalls: "it keeps state from one call to the next (calls)",
+    ExpertsChooseTokens: "its result for a token depends on others",
+    FixedLength: "it fails on a part of the tokens (RuntimeError",
+    Pair: "it gives a tuple, not one tensor",
+    Pools: "its output has the shape (2, 8) for an input of (2, 8, 8)",
+}
+
+
+def ask(module, *args, **kwargs):
+    return why_not_token_wise(module, module.forward, RowCall(args, kwargs))
+
+
+def inputs(*shape):
+    return torch.randn(*shape, H, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_feed_forward_modules_and_norms_are_token_wise(dtype):
+    for module in (MLP(), nn.LayerNorm(H), nn.RMSNorm(H), nn.Sequential(nn.LayerNorm(H), MLP())):
+        assert ask(module.to(dtype), inputs(2, 23).to(dtype)) == ""
+    assert ask(MLP().to(dtype), inputs(2, 23).to(dtype), residual=inputs(2, 23).to(dtype)) == ""
+
+
+@pytest.mark.parametrize("cls", WRONG)
+def test_modules_that_only_look_token_wise(cls):
+    assert ask(cls(), inputs(2, 23)).startswith(WRONG[cls])
+    assert ask(MLP(), inputs(2, 23)) == ""
+
+
+@pytest.mark.parametrize("cls", [MLP, *WRONG])
+def test_asking_leaves_nothing_behind(cls):
+    module, heard = cls().train(), []
+    for part in module.modules():
+        if part is not module:
+            part.register_forward_hook(lambda *_: heard.append(1))
+            part.register_forward_pre_hook(lambda *_: heard.append(1))
+    x = inputs(2, 23).requires_grad_()
+    before = [{**m.__dict__, "_buffers": dict(m._buffers)} for m in module.modules()]
+    values = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    random = torch.get_rng_state()
+    ask(module, x)
+    assert torch.equal(torch.get_rng_state(), random) and not heard and x.grad is None
+    assert all(p.grad is None for p in module.parameters())
+    assert before == [{**m.__dict__, "_buffers": dict(m._buffers)} for m in module.modules()]
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in values.items())
+    module(x[:, :8])
+    assert heard  # the hooks are back
+
+
+def test_nothing_is_concluded_from_a_module_that_gives_the_same_for_every_token():
+    module = TokenShift()
+    nn.init.zeros_(module.down.weight)  # as a module that is to start as the identity is initialized
+    assert ask(module, inputs(2, 23)) is None
+    nn.init.normal_(module.down.weight)
+    assert "depends on others" in ask(module, inputs(2, 23))
+
+
+def test_without_values_nothing_can_be_asked():
+    assert not can_be_verified(RowCall((torch.empty(2, 3, H, device="meta"),), {}))
+    assert can_be_verified(RowCall((inputs(2, 3),), {}))
+
+
+def tiled(module):
+    tile_module(module, Chunking(MiniSequenceConfig(chunk_size=5), hidden_size=H))
+    return module
+
+
+def test_a_module_that_is_not_token_wise_runs_as_a_whole_and_says_so_once(caplog):
+    torch.manual_seed(0)
+    module, x = TokenShift().eval(), inputs(2, 23)
+    expected = module(x)
+    with caplog.at_level(logging.WARNING, logger="ds_minis"):
+        assert torch.equal(tiled(module)(x), expected) and torch.equal(module(x), expected)
+    assert [r.message for r in caplog.records] == [
+        "TokenShift is run as a whole: its result for a token depends on others"
+    ]
+    assert module.mini_sequence_chunking.reasons() == {"TokenShift": "its result for a token depends on others"}
+
+
+def test_a_class_is_asked_once_for_each_way_of_calling_it(monkeypatch):
+    import ds_minis.tiling.module as tiling
+
+    asked = []
+    monkeypatch.setattr(tiling, "why_not_token_wise", lambda module, forward, call: asked.append(call.keys) or "")
+    first, second = tiled(MLP()), MLP()
+    tile_module(second, first.mini_sequence_chunking)
+    for module in (first, second, first, second):
+        module(inputs(2, 23))
+    first(inputs(23), residual=1.0)  # a number is no row
+    assert asked == [(0,)]
+    second(inputs(2, 23), residual=inputs(2, 23))
+    first.eval()(inputs(2, 23))
+    assert asked == [(0,), (0, "residual"), (0,)]
+
+
+def test_other_tensors_with_a_row_for_each_token_are_cut_too():
+    torch.manual_seed(0)
+    module, x, residual = MLP().eval(), inputs(2, 23), torch.randn(2, 23, H)
+    expected = module(x, residual)
+    torch.testing.assert_close(tiled(module)(x, residual), expected)
+    torch.testing.assert_close(module(x, residual=residual.view(46, H).view(2, 23, H)), expected)
+    assert not module.mini_sequence_chunking.reasons()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((inputs(2, 23), {"x": 1}), "its argument 1 is a dict, which may hold anything"),
+        ((inputs(2, 23), torch.zeros(2)), "its argument 1 does not have one row for each token"),
+        ((3,), "no tensor with a row for each token"),
+    ],
+)
+def test_calls_that_cannot_be_cut(arguments, words):
+    assert words in RowCall(arguments, {}).reason
+
+
+def test_rows_of_a_call():
+    x, ids, flat = inputs(2, 3), torch.arange(6).view(2, 3), torch.arange(12.0).view(6, 2)
+    call = RowCall((x, 0.5), {"ids": ids, "flat": flat, "mode": "sum", "scale": torch.tensor(2.0)})
+    assert (call.keys, call.num_rows, call.width, call.reason) == ((0, "ids", "flat"), 6, H, "")
+    args, kwargs = call.with_rows([row[1:3] for row in call.rows()])
+    assert args[0].shape == (1, 2, H) and args[1] == 0.5 and torch.equal(kwargs["ids"], torch.tensor([[1, 2]]))
+    assert torch.equal(kwargs["flat"], flat[1:3]) and kwargs["mode"] == "sum" and kwargs["scale"] == 2
+    few = call.narrowed(1, 2, torch.zeros_like)
+    assert few.num_rows == 2 and torch.equal(few.input, torch.zeros(1, 2, H))
+    assert [row.tolist() for row in few.rows()[1:]] == [[0, 1], [[0.0, 1.0], [2.0, 3.0]]]
+
+
+def test_experts_chosen_per_token():
+    rows, chosen, weights = inputs(6), torch.zeros(6, 4, dtype=torch.long), torch.zeros(6, 4)
+    assert RowCall((rows, chosen, weights), {}).choices == 4
+    assert RowCall((rows, weights), {}).choices == 0
