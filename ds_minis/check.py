@@ -130,7 +130,7 @@ def model_class_for(config: Any, trust_remote_code: bool) -> tuple[Callable[[Any
     if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
 
         def remote_model(config):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
         remote_model.__name__ = config.auto_map["AutoModelForCausalLM"].rsplit(".", 1)[-1]
         return remote_model, config

@@ -37,8 +37,10 @@ def command(launcher: str, output_dir: Path, **flags) -> list[str]:
 
 
 def start(argv: list[str], **kwargs) -> subprocess.Popen:
+    """Starts a run that Ctrl-C reaches, also where these tests are a shell's background job, which ignores it."""
     env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT, "env": env}
+    settings["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(argv, start_new_session=True, **settings | kwargs)
 
 
@@ -49,17 +51,6 @@ def finish(process: subprocess.Popen, timeout: float = 300) -> str:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGABRT)
         raise AssertionError(f"still running after {timeout} seconds: {process.communicate()[0][-5000:]}") from None
-
-
-def interrupt(process: subprocess.Popen) -> None:
-    """Ctrl-C, up to twice: Python drops the interrupt that comes while an object is being destroyed."""
-    for _ in range(2):
-        process.send_signal(signal.SIGINT)
-        end = time.monotonic() + 20
-        while process.poll() is None and time.monotonic() < end:
-            time.sleep(0.1)
-        if process.poll() is not None:
-            return
 
 
 def run(launcher: str, output_dir: Path, *, popen: dict | None = None, **flags) -> tuple[int, str]:

@@ -3,6 +3,7 @@
 import os
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -43,7 +44,7 @@ def test_a_killed_rank_ends_the_run_and_leaves_a_checkpoint_to_continue_from(tmp
 def test_interrupt_ends_a_run_promptly(tmp_path):
     process = sft_runs.start(sft_runs.command("one", tmp_path, **LONG))
     sft_runs.wait_for(lambda: _complete(tmp_path), process)
-    sft_runs.interrupt(process)
+    process.send_signal(signal.SIGINT)
     printed = sft_runs.finish(process, timeout=30)
     assert process.returncode not in (0, None) and "KeyboardInterrupt" in printed
     newest = max(int(folder.name.split("-")[1]) for folder in _complete(tmp_path))
