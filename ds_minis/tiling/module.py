@@ -70,8 +70,15 @@ def _forward_by_rows(module: nn.Module, forward: Callable[..., Any], call: RowCa
 
 def _is_token_wise(module: nn.Module, forward: Callable[..., Any], call: RowCall) -> bool:
     """Verified once for each class of modules, mode (training or not) and way of calling."""
-    verdicts, name = module.mini_sequence_chunking.verdicts, untiled_class(type(module)).__name__
-    key = name, type(module), module.training, call.keys, call.reason
+    verdicts, cls = module.mini_sequence_chunking.verdicts, untiled_class(type(module))
+    name = cls.__name__
+    key = (
+        name,
+        f"{cls.__module__}.{cls.__qualname__}",
+        module.training,
+        call.keys,
+        call.reason,
+    )  # no class: it is pickled
     if key in verdicts:
         return not verdicts[key]
     reason = call.reason
