@@ -26,7 +26,7 @@ from ds_minis import (
     convert_to_mini_sequence,
     mini_sequence_report,
 )
-from ds_minis.doors import hand_to_ranks, requested_by_environment
+from ds_minis.doors import Request, agreed, hand_to_ranks, requested_by_environment
 
 SETTINGS = {"chunk_size": 6, "loss_chunk_size": 5, "exclude": ["*.layers.0.mlp"]}
 CONFIG = MiniSequenceConfig(**SETTINGS)
@@ -172,6 +172,20 @@ def test_plugin_and_environment_must_agree(monkeypatch):
         Accelerator(kwargs_handlers=[MiniSequencePlugin()], mini_sequence_plugin=SETTINGS)
 
 
+def test_doors_that_disagree_are_told_before_accelerate_makes_its_state(monkeypatch):
+    monkeypatch.setenv("DS_MINIS_CONFIG", json.dumps(SETTINGS))
+    with pytest.raises(ValueError, match="different mini-sequence settings"):
+        Accelerator(cpu=True, mini_sequence_plugin=True)
+    assert not AcceleratorState._shared_state and not PartialState._shared_state
+
+
+def test_the_third_door_must_agree_too():
+    first, second, third = Request(CONFIG, "first"), Request(CONFIG, "second"), Request(MiniSequenceConfig(), "third")
+    assert agreed(None, first, second) is first
+    with pytest.raises(ValueError, match=r"(?s)first: .*third: "):
+        agreed(first, second, third)
+
+
 @pytest.mark.parametrize("door", ["plugin", "environment"])
 def test_the_deepspeed_json_must_agree_before_a_model_is_prepared(monkeypatch, door):
     json_section = {"zero_optimization": {"stage": 2}, "mini_sequence": {"chunk_size": 7}}
@@ -306,6 +320,20 @@ def test_run_turns_mini_sequences_on_where_autoload_is_off(tmp_path, command, va
 def test_without_run_a_script_with_autoload_off_is_left_alone(tmp_path):
     done = run(tmp_path, "script.py", DS_MINIS_CONFIG="true")
     assert "RESULT __main__ [] ['LlamaMLP', 'LlamaMLP']" in done.stdout, done.stderr
+
+
+def test_run_from_another_folder_finds_what_lies_beside_the_script(tmp_path):
+    (tmp_path / "neighbour_of_mine.py").write_text("NAME = 'found'")
+    (tmp_path / "alone.py").write_text("import neighbour_of_mine; print(neighbour_of_mine.NAME)")
+    (tmp_path / "elsewhere").mkdir()
+    done = run(tmp_path / "elsewhere", "-m", "ds_minis.run", str(tmp_path / "alone.py"))
+    assert done.returncode == 0 and "found" in done.stdout, done.stderr
+
+
+def test_run_tells_wrong_settings_before_the_script_begins(tmp_path):
+    (tmp_path / "alone.py").write_text("print('begun')")
+    done = run(tmp_path, "-m", "ds_minis.run", "alone.py", DS_MINIS_CONFIG="maybe")
+    assert done.returncode == 1 and "DS_MINIS_CONFIG: true, false or a JSON" in done.stderr and not done.stdout
 
 
 def test_run_says_what_is_wrong(tmp_path):

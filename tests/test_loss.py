@@ -192,6 +192,14 @@ def test_a_hook_of_somebody_else_sees_the_logits(caplog):
     assert "hook that must see the logits" in caplog.text
 
 
+def test_a_hook_that_was_on_the_model_before_sees_what_the_caller_gets():
+    model, _ = twins("llama")
+    seen = []
+    model.register_forward_hook(lambda module, args, output: seen.append(list(output)))
+    convert_to_mini_sequence(model, {"loss_chunk_size": 7})
+    assert list(model(**batch(23))) == ["loss"] and seen == [["loss"]]
+
+
 def test_head_called_by_keyword():
     class Keyword(Model):
         def forward(self, input_ids, labels=None):
