@@ -134,6 +134,16 @@ def test_only_safetensors_are_loaded_and_saved(example, tmp_path):
         modeling.load_model(model_args, training_args, tokenizer, deepspeed=False)
 
 
+@pytest.mark.parametrize("name", ["pytorch_model-00001-of-00002.bin", "adapter_model.bin"])
+def test_pickled_weights_are_refused_by_name_unless_there_are_safetensors(example, tmp_path, name):
+    _, folders, _ = example
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=f"weights are pickled .{name}"):
+        folders.require_input("--model_name_or_path", str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"")  # many hub repositories have both
+    folders.require_input("--model_name_or_path", str(tmp_path))
+
+
 TAG = "!!python/object/apply:os.system ['touch {}']"
 
 

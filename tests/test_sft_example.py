@@ -161,6 +161,27 @@ def test_command_line_takes_the_names_of_peft_and_deepspeed(arguments, tmp_path)
     assert training_args.use_cpu == (not torch.accelerator.is_available()) and training_args.trust_remote_code is False
 
 
+@pytest.mark.parametrize("value", [True, False])
+def test_variant_of_gradient_checkpointing(arguments, tmp_path, value):
+    argv = [*REQUIRED, "--output_dir", str(tmp_path), "--gradient_checkpointing", "True", "--use_reentrant", str(value)]
+    assert arguments.parse_arguments(argv)[2].gradient_checkpointing_kwargs == {"use_reentrant": value}
+
+
+@pytest.mark.parametrize("given", [["--deepspeed=x.json"], ["--deepspeed_config", "x.json"], ["--deepspeed", "x.json"]])
+def test_every_spelling_of_the_deepspeed_flag_prepares_for_the_cpu(arguments, tmp_path, monkeypatch, given):
+    class Prepared(Exception):
+        pass
+
+    def prepare(argv):
+        raise Prepared(*argv[-2:])
+
+    monkeypatch.setattr(arguments.torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(arguments.cpu, "prepare_deepspeed", prepare)
+    with pytest.raises(Prepared) as error:
+        arguments.parse_arguments([*REQUIRED, "--output_dir", str(tmp_path), *given])
+    assert error.value.args == ("--deepspeed", "x.json")
+
+
 @pytest.mark.parametrize(
     ("value", "settings"),
     [("true", True), ("True", True), ("False", False), ('{"chunk_size": 5}', {"chunk_size": 5})],

@@ -194,18 +194,6 @@ def test_what_preprocess_makes_of_the_logits_is_that_of_the_unconverted_model(
     assert (found[1], found[3]) == (by_chunks, False)
 
 
-def test_preprocess_gets_float32_logits_where_training_is_in_mixed_precision(tmp_path, pair):
-    """Engines cast the output, which the unconverted model's logits are in."""
-    for model in pair:
-        seen = []
-        trainer = trainer_of(model, tmp_path, accuracy, bf16=True)
-        trainer.preprocess_logits_for_metrics = lambda logits, labels, seen=seen: (
-            seen.append(logits.dtype) or logits.argmax(-1)
-        )
-        trainer.evaluate()
-        assert set(seen) == {torch.float32}
-
-
 def test_a_cache_that_the_evaluation_does_not_look_at_brings_no_logits(tmp_path, pair, rows_of_logits):
     trainer = trainer_of(pair[0], tmp_path, accuracy, use_cache=True)
     trainer.preprocess_logits_for_metrics = PREPROCESS["argmax"]
