@@ -188,3 +188,51 @@ def test_missing_checkpoints(checkpoints, tmp_path):
     with pytest.raises(ValueError, match="no complete checkpoint"):
         checkpoints.checkpoint_to_resume(arguments(tmp_path / "nowhere", "last"))
     assert checkpoints.checkpoint_to_resume(arguments(tmp_path, None)) is None
+
+
+def whole(folder: Path) -> Path:
+    """Files as the Trainer writes them, with the weights in two."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    parts = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for name in parts:
+        save_file({name[:11]: torch.ones(3)}, folder / name)
+    index = {"metadata": {}, "weight_map": {name[:11]: name for name in parts}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state_0.pth"):
+        torch.save({}, folder / name)
+    TrainerState(global_step=4).save_to_json(str(folder / "trainer_state.json"))
+    return folder
+
+
+def test_a_part_of_the_weights_that_is_missing(checkpoints, tmp_path):
+    folder = whole(tmp_path / "checkpoint-4")
+    assert checkpoints.find_problem(folder) is None
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    assert checkpoints.find_problem(folder) == "model-00002-of-00002.safetensors is missing"
+
+
+def test_a_machine_with_a_folder_of_its_own_notes_its_own_rank(checkpoints, tmp_path):
+    args = arguments(tmp_path, "last", world_size=3)
+    args.save_on_each_node, args.process_index = True, 2
+    state = TrainerState(stateful_callbacks={})
+    with checkpoints.writing(tmp_path / "checkpoint-4", state, args):
+        pass
+    assert state.stateful_callbacks["saved_by"]["attributes"] == {"ranks": [2]}
+
+
+def test_only_what_every_rank_sees_is_complete(checkpoints, tmp_path, monkeypatch):
+    """Two machines, each with a disk of its own; the other one has lost the newest checkpoint."""
+    for name in ("checkpoint-2", "checkpoint-4"):
+        whole(tmp_path / name)
+
+    def gather(everyone, mine):
+        everyone[:] = [mine, {name: problem for name, problem in mine.items() if name != "checkpoint-4"}]
+
+    distributed = checkpoints.torch.distributed
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_gather_object", gather)
+    assert checkpoints.checkpoint_to_resume(arguments(tmp_path, "last", 2)) == str(tmp_path / "checkpoint-2")
