@@ -4,7 +4,7 @@ import psutil
 import pytest
 import torch
 
-from ds_minis.tiling import rows
+from ds_minis.tiling import rows, sums
 
 LARGE_GIB = 19
 
@@ -21,11 +21,16 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def tiled_calls(monkeypatch) -> list[tuple[str, int]]:
     """Class of the module and number of rows of each call that ran over chunks."""
-    calls, forward = [], rows._TiledCall.forward
+    calls = []
 
-    def counted(self, inputs, **kwargs):
-        calls.append((type(self._module).__name__.removeprefix("MiniSequence"), len(inputs[0])))
-        return forward(self, inputs, **kwargs)
+    def count(function):
+        def counted(row_function, module, inputs, *args, **kwargs):
+            calls.append((type(module).__name__, len(inputs[0])))
+            return function(row_function, module, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(rows._TiledCall, "forward", counted)
+        return counted
+
+    monkeypatch.setattr("ds_minis.tiling.module.tile_rows", count(rows.tile_rows))
+    monkeypatch.setattr("ds_minis.tiling.loss.tile_rows", count(rows.tile_rows))
+    monkeypatch.setattr("ds_minis.tiling.loss.sum_rows", count(sums.sum_rows))
     return calls

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from models import CONFIGS, add_lora, assert_same_training, batch, checkpointed, loss_and_grads, twins
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from ds_minis import convert_to_mini_sequence
 
@@ -56,11 +57,23 @@ def test_reentrant_checkpointing():
     assert_same_training(model, reference, batch(23))
 
 
+class Flops(TorchDispatchMode):
+    """Floating-point operations of all matmuls, by torch's own formulas; without its counter's hooks on logits."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 def flops_of_a_step(model) -> int:
     loss_and_grads(model, batch(23))  # the first call of each class of modules verifies it on some rows
-    with FlopCounterMode(display=False) as counter:
+    with Flops() as counter:
         loss_and_grads(model, batch(23))
-    return counter.get_total_flops()
+    return counter.total
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -154,7 +167,7 @@ def test_eval_with_labels_gives_the_same_loss_without_gradients():
 def test_no_matmul_more_than_checkpointing_alone(family):
     model, reference = twins(family)
     checkpointed(model), checkpointed(reference)
-    convert_to_mini_sequence(model, {"chunk_size": 10, "loss": False})
+    convert_to_mini_sequence(model, {"chunk_size": 10, "loss_chunk_size": 7})
     flops = [flops_of_a_step(m) for m in (model, reference)]
     # Gemma-2 has a norm behind the MLP, so that checkpointing itself must run the whole MLP again before ours does: two
     # projections of 46 tokens in 2 layers.

@@ -25,6 +25,9 @@ class Deferred(Protocol):
     def by_chunks(self, function: Callable[..., Tensor], *aligned_R: Tensor) -> Tensor:
         """`function(logits_CV, *aligned_C)` of each chunk of rows, put together."""
 
+    def sum_by_chunks(self, function: Callable[..., Tensor], expected: Tensor, *aligned_R: Tensor) -> Tensor:
+        """The sum of the same, whose incoming gradient will probably be `expected`."""
+
 
 def _cross_entropy(
     logits: Deferred,
@@ -92,14 +95,14 @@ def _token_losses(
         weight_V = None if weight is None else weight.to(rows.dtype)
         return loss(rows, target_C, weight_V, ignore_index=ignore_index, reduction="none")
 
-    losses_R = logits.by_chunks(losses, target)
     if reduction == "none":
-        return losses_R.to(dtype)
-    if reduction == "sum":
-        return losses_R.sum().to(dtype)
+        return logits.by_chunks(losses, target).to(dtype)
     counted = target != ignore_index
     total_weight = counted.sum() if weight is None else (weight[target.masked_fill(~counted, 0)] * counted).sum()
-    return (losses_R.sum() / total_weight.masked_fill(total_weight == 0, 1)).to(dtype)
+    total_weight = total_weight.masked_fill(total_weight == 0, 1)
+    # Whoever asks for a sum divides it by the number of tokens, most of the time of this batch.
+    total = logits.sum_by_chunks(losses, 1 / total_weight, target)
+    return (total if reduction == "sum" else total / total_weight).to(dtype)
 
 
 def _argmax(logits: Deferred, dim: int | None = None, keepdim: bool = False):

@@ -38,6 +38,11 @@ class Head(Protocol):
     def tile(self, function: Callable[..., Tensor], hidden_RH: Tensor, vocab_size: int, *aligned_R: Tensor) -> Tensor:
         """`function(logits_CV, *aligned_C)` of each chunk of rows, put together: one result per row."""
 
+    def sum(
+        self, function: Callable[..., Tensor], hidden_RH: Tensor, vocab_size: int, expected: Tensor, *aligned_R: Tensor
+    ) -> Tensor:
+        """The sum of these results over all rows, whose incoming gradient will probably be `expected`."""
+
 
 # Casts: the same whatever autocast does.
 _CASTS = frozenset("float half bfloat16 double to type_as".split())
@@ -113,10 +118,17 @@ class DeferredLogits(torch.Tensor):
     def by_chunks(self, function: Callable[..., Tensor], *aligned_R: Tensor) -> Tensor:
         """`function(logits_CV, *aligned_C)` of each chunk of rows, put together: `(R, ...)`, one result per row."""
 
+        return self._head.tile(self._after_steps(function), self.hidden(), self._sample.shape[-1], *aligned_R)
+
+    def sum_by_chunks(self, function: Callable[..., Tensor], expected: Tensor, *aligned_R: Tensor) -> Tensor:
+        """`by_chunks(function, *aligned_R).sum(0)`, for one matmul of the head less; see `sums.sum_rows`."""
+        return self._head.sum(self._after_steps(function), self.hidden(), self._sample.shape[-1], expected, *aligned_R)
+
+    def _after_steps(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def rows(logits_CV: Tensor, *aligned_C: Tensor) -> Tensor:
             return function(self._run_steps(logits_CV), *aligned_C)
 
-        return self._head.tile(rows, self.hidden(), self._sample.shape[-1], *aligned_R)
+        return rows
 
     def _run_steps(self, logits: Tensor) -> Tensor:
         for step in self._steps:

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from ds_minis.tiling.deferred import DeferredLogits, defer, materialized
 from ds_minis.tiling.module import require_weights
 from ds_minis.tiling.recompute import AutocastState, forwards_set
 from ds_minis.tiling.rows import tile_rows
+from ds_minis.tiling.sums import sum_rows
 
 logger = logging.getLogger("ds_minis")
 
@@ -143,6 +144,18 @@ class _Head:
         return self._call(self._module.forward, hidden_LH)
 
     def tile(self, function: Callable[..., Tensor], hidden_LH: Tensor, vocab_size: int, *aligned_R: Tensor) -> Tensor:
+        return self._by_chunks(tile_rows, function, hidden_LH, vocab_size, aligned_R)
+
+    def sum(
+        self, function: Callable[..., Tensor], hidden_LH: Tensor, vocab_size: int, expected: Tensor, *aligned_R: Tensor
+    ) -> Tensor:
+        # float16 gradients need the loss scaler's factor, which comes in backward, or they are rounded to zero.
+        if torch.float16 in (hidden_LH.dtype, AutocastState(hidden_LH.device).dtype()):
+            return self.tile(function, hidden_LH, vocab_size, *aligned_R).sum(0)
+        run = functools.partial(sum_rows, expected=expected)
+        return self._by_chunks(run, function, hidden_LH, vocab_size, aligned_R)
+
+    def _by_chunks(self, run, function, hidden_LH: Tensor, vocab_size: int, aligned_R: Sequence[Tensor]) -> Tensor:
         forward = self._module.forward
 
         def losses(hidden_CH: Tensor, *aligned_C: Tensor) -> Tensor:
@@ -153,7 +166,7 @@ class _Head:
             num_rows = hidden_RH.shape[0]
             chunk_rows = self._chunking.loss_rows(num_rows, vocab_size)
             guard = functools.partial(self._chunking.guarded, "loss_chunk_size", chunk_rows, num_rows)
-            return tile_rows(losses, self._module, [hidden_RH, *aligned_R], chunk_rows, guard)
+            return run(losses, self._module, [hidden_RH, *aligned_R], chunk_rows, guard=guard)
 
         return self._call(all_losses, hidden_LH.reshape(-1, hidden_LH.shape[-1]))
 

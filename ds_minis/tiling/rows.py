@@ -119,7 +119,7 @@ class _TiledCall:
         rows, params = tensors[:num_rows], tensors[num_rows:]
         row_grads = [torch.empty_like(x) if need else None for x, need in zip(rows, needs_grad, strict=False)]
         leaves = [p.detach().requires_grad_(need) for p, need in zip(params, needs_grad[num_rows:], strict=True)]
-        sums = _GradientSums(leaves)
+        sums = GradientSums(leaves)
         dtype = self._replay.autocast.dtype()
         with self._replay.active(), torch.enable_grad(), self.slots.holding(leaves), self._last_linear.skipped(dtype):
             for start, stop in self._bounds:
@@ -139,7 +139,7 @@ class _TiledCall:
         return [*row_grads, *sums.result()]
 
 
-class _GradientSums:
+class GradientSums:
     """Sums of the chunks' parameter gradients, in float32.
 
     In bfloat16 the sum's own rounding adds to the error with every chunk: 0.9% without chunks, 2.6% at 128 chunks
