@@ -103,11 +103,12 @@ def load_config(model: str, trust_remote_code: bool) -> Any:
         except ValueError as error:
             raise WrongArgument(f"{str(path)!r} is no JSON file: {error}; {_ALLOWED}") from None
         kind = fields.get("model_type") if isinstance(fields, dict) else None
-        if kind not in CONFIG_MAPPING and not (trust_remote_code and "auto_map" in fields):
-            near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=3)
+        known = list(CONFIG_MAPPING.keys())  # its length is that of what was registered by hand
+        if kind not in known and not (trust_remote_code and "auto_map" in fields):
+            near = difflib.get_close_matches(str(kind), known, n=3)
             raise WrongArgument(
                 f"{str(path)!r} has the model_type {kind!r}, which transformers does not know; allowed: one of its "
-                f"{len(CONFIG_MAPPING)} model types"
+                f"{len(known)} model types"
                 + (f", such as {', '.join(near)}" if near else "")
                 + " (a model with Python code of its own needs its repository and --trust-remote-code)"
             )

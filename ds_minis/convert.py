@@ -17,7 +17,7 @@ from ds_minis.doors import Request, agreed
 from ds_minis.ranks import is_main_process
 from ds_minis.tiling.chunking import Chunking
 from ds_minis.tiling.loss import BYPASSED, attach_loss_tiling, detach_loss_tiling, loss_is_attached, loss_is_bypassed
-from ds_minis.tiling.module import TiledModule, tile_module, untile_module, untiled_class
+from ds_minis.tiling.module import TiledModule, tile_module, untile_module, untiled_class, why_whole
 from ds_minis.versions import warn_of_old_versions
 
 _STATE = "_mini_sequence"
@@ -112,7 +112,7 @@ def convert(
     if not tiled and not (config.loss and loss_models):
         raise NothingToTile(_nothing_to_tile(model, candidates, config, door))
     for candidate in tiled:
-        tile_module(candidate.module, chunking)
+        tile_module(candidate.module, chunking, candidate.fqn)
     for loss_model in loss_models:
         attach_loss_tiling(loss_model, chunking)
 
@@ -154,14 +154,14 @@ def mini_sequence_report(model: nn.Module) -> ConversionReport | None:
 
 
 def _with_verdicts(report: ConversionReport, model: nn.Module) -> ConversionReport:
-    """The report, with what was found out about classes of modules at their first calls."""
-    chunking = next((m.mini_sequence_chunking for m in model.modules() if isinstance(m, TiledModule)), None)
-    reasons = {} if chunking is None else chunking.reasons()
-    wrong = {fqn: (name, reasons[name]) for fqn, name in report.tiled.items() if name in reasons}
+    """The report, with what was found out about modules at their first calls."""
+    modules = [module for module in model.modules() if isinstance(module, TiledModule)]
+    wrong = {m.mini_sequence_name: why_whole(m) for m in modules if why_whole(m)}
     if not wrong:
         return report
+    untiled = {fqn: (report.tiled[fqn], reason) for fqn, reason in wrong.items()}
     tiled = {fqn: name for fqn, name in report.tiled.items() if fqn not in wrong}
-    return dataclasses.replace(report, tiled=tiled, untiled={**report.untiled, **wrong})
+    return dataclasses.replace(report, tiled=tiled, untiled={**report.untiled, **untiled})
 
 
 def tiled_modules(model: nn.Module) -> list[nn.Module]:

@@ -79,6 +79,10 @@ def _part_candidates(fqn: str, name: str, module: nn.Module) -> Iterator[Candida
         for child_name, child in module.named_children():
             yield from _part_candidates(_join(fqn, child_name), child_name, child)
         return
+    if isinstance(module, nn.ModuleList):  # several of a kind in one layer
+        for i, item in enumerate(module):
+            yield from _part_candidates(_join(fqn, str(i)), name, item)
+        return
     tiled: list[str] = []
     for candidate in _matrix_candidates(fqn, name, module) if _has_matrix(module) and not _is_norm(module) else ():
         tiled += [] if candidate.reason else [candidate.fqn]
@@ -100,7 +104,7 @@ def _matrix_candidates(fqn: str, name: str, module: nn.Module) -> Iterator[Candi
     elif isinstance(module, nn.Linear):
         yield Candidate(fqn, module, "other", "a projection in the layer's own forward, in no module of its own")
     else:
-        yield Candidate(fqn, module, "other", "neither a feed-forward module nor a norm, by name and by shape")
+        yield Candidate(fqn, module, "other", "no whole feed-forward module and no norm, by name and by shape")
 
 
 def _expert_candidates(fqn: str, name: str, module: nn.Module) -> Iterator[Candidate]:

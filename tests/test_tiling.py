@@ -90,6 +90,20 @@ def test_dropout_is_replayed_under_checkpointing():
     assert_same(actual, run(lambda x: loop(module, x), module, x), rtol=1e-5, atol=1e-6)
 
 
+def test_an_evaluation_between_forward_and_backward_changes_nothing():
+    module, x = MLP(dropout=0.5).train(), inputs(2, 11)
+    mini = tiled(module)
+
+    def evaluated_between(x):
+        y = mini(x)
+        mini.eval()
+        return y
+
+    actual = run(evaluated_between, mini, x)
+    assert not mini.dropout.training
+    assert_same(actual, run(lambda x: loop(module, x), module, x), rtol=1e-5, atol=1e-6)
+
+
 def test_each_parameter_gets_one_gradient_per_backward():
     mini, counts = tiled(MLP()), {}
     for name, param in mini.named_parameters():

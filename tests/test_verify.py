@@ -1,16 +1,20 @@
 """What is token-wise is told by behaviour: modules that look it and are not, and what is left of the asking (nothing)."""
 
+import copy
+import functools
 import logging
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+import ds_minis.tiling.module as tiling
 from ds_minis.config import MiniSequenceConfig
 from ds_minis.tiling.calls import RowCall
 from ds_minis.tiling.chunking import Chunking
-from ds_minis.tiling.module import tile_module
+from ds_minis.tiling.module import tile_module, untile_module, why_whole
 from ds_minis.tiling.verify import can_be_verified, why_not_token_wise
 
 H = 8
@@ -167,7 +171,8 @@ def tiled(module):
     return module
 
 
-def test_a_module_that_is_not_token_wise_runs_as_a_whole_and_says_so_once(caplog):
+def test_a_module_that_is_not_token_wise_runs_as_a_whole_and_says_so_once(caplog, monkeypatch):
+    monkeypatch.setattr(tiling, "_told", set())
     torch.manual_seed(0)
     module, x = TokenShift().eval(), inputs(2, 23)
     expected = module(x)
@@ -176,23 +181,78 @@ def test_a_module_that_is_not_token_wise_runs_as_a_whole_and_says_so_once(caplog
     assert [r.message for r in caplog.records] == [
         "TokenShift is run as a whole: its result for a token depends on others"
     ]
-    assert module.mini_sequence_chunking.reasons() == {"TokenShift": "its result for a token depends on others"}
+    assert why_whole(module) == "its result for a token depends on others"
 
 
-def test_a_class_is_asked_once_for_each_way_of_calling_it(monkeypatch):
-    import ds_minis.tiling.module as tiling
-
+def test_a_module_is_asked_once_for_each_way_of_calling_it(monkeypatch):
     asked = []
     monkeypatch.setattr(tiling, "why_not_token_wise", lambda module, forward, call: asked.append(call.keys) or "")
-    first, second = tiled(MLP()), MLP()
-    tile_module(second, first.mini_sequence_chunking)
-    for module in (first, second, first, second):
-        module(inputs(2, 23))
-    first(inputs(23), residual=1.0)  # a number is no row
+    module = tiled(MLP())
+    module(inputs(2, 23)), module(inputs(2, 23))
+    module(inputs(23), residual=1.0)  # a number is no row
     assert asked == [(0,)]
-    second(inputs(2, 23), residual=inputs(2, 23))
-    first.eval()(inputs(2, 23))
+    module(inputs(2, 23), residual=inputs(2, 23))
+    module.eval()(inputs(2, 23))
     assert asked == [(0,), (0, "residual"), (0,)]
+
+
+class ShiftsInSomeLayers(TokenShift):
+    """Layers of one class that are not alike."""
+
+    def __init__(self, layer_idx):
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(self, x):
+        return super().forward(x) if self.layer_idx % 2 else MLP.forward(self, x)
+
+
+def test_every_module_is_asked_for_itself():
+    modules = [tiled(ShiftsInSomeLayers(layer_idx)).eval() for layer_idx in range(4)]
+    x = inputs(2, 23)
+    for module in modules:
+        reference = copy.deepcopy(module)
+        untile_module(reference)
+        torch.testing.assert_close(module(x), reference(x))
+    assert [bool(why_whole(module)) for module in modules] == [False, True, False, True]
+
+
+def test_a_hook_on_a_part_makes_a_module_run_as_a_whole_as_long_as_it_is_there():
+    """As PEFT hands a layer what it needs for each sample (aLoRA, several adapters in a batch)."""
+    module, x, lengths = tiled(MLP()).eval(), inputs(2, 23), []
+    module.up.register_forward_pre_hook(_engines_hook)
+    module(x)
+    assert not why_whole(module)
+    handle = module.up.register_forward_pre_hook(lambda m, args: lengths.append(args[0].shape))
+    module(x)
+    assert lengths == [(2, 23, H)] and "has the hook test_a_hook_on_a_part" in why_whole(module)
+    handle.remove()
+    calls = []
+    module.up.forward = lambda rows: calls.append(len(rows.flatten(0, -2))) or nn.Linear.forward(module.up, rows)
+    module(x)
+    assert max(calls) == 5
+
+
+def _engines_hook(module, args):
+    pass
+
+
+_engines_hook.__module__ = "deepspeed.runtime"
+
+
+def test_dispatch_modes_do_not_see_the_asking():
+    """Selective activation checkpointing would take the results of its matmuls for those of the module."""
+    module, x = tiled(MLP()), inputs(2, 23).requires_grad_()
+    module.dropout.p = 0.0
+    layer = nn.Sequential(module, nn.LayerNorm(H))  # which needs the module's result again in backward
+    matmuls = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    save = functools.partial(create_selective_checkpoint_contexts, matmuls)
+    checkpoint(layer, x, use_reentrant=False, context_fn=save).sum().backward()
+    reference, y = copy.deepcopy(layer), x.detach().clone().requires_grad_()
+    untile_module(reference[0])
+    reference(y).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    assert not why_whole(module)
 
 
 def test_other_tensors_with_a_row_for_each_token_are_cut_too():
@@ -201,7 +261,7 @@ def test_other_tensors_with_a_row_for_each_token_are_cut_too():
     expected = module(x, residual)
     torch.testing.assert_close(tiled(module)(x, residual), expected)
     torch.testing.assert_close(module(x, residual=residual.view(46, H).view(2, 23, H)), expected)
-    assert not module.mini_sequence_chunking.reasons()
+    assert not why_whole(module)
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,12 @@ class RowCall:
         )
         return next((v.shape[-1] for v in chosen), 0)
 
+    @property
+    def flags(self) -> tuple:
+        """Those of the other arguments that say how to run; numbers may be another at each call."""
+        flags = bool, str, torch.dtype, enum.Enum, type(None)
+        return tuple((k, v) for k, v in (*enumerate(self._args), *self._kwargs.items()) if isinstance(v, flags))
+
     def rows(self) -> list[Tensor]:
         """The arguments that have rows, each `(R, ...)`."""
         return [v.reshape(self.num_rows, *v.shape[self._num_leading(v) :]) for v in map(self._argument, self.keys)]
@@ -97,8 +103,8 @@ class RowCall:
             count = self._num_leading(self._argument(key))
             value = rows.view(*self._leading, *rows.shape[1:])[index]
             value = value if count == len(self._leading) else value.flatten(0, len(before))
-            if key == self.keys[0] and value.is_floating_point():
-                value = replace(value)
+            random = key == self.keys[0] and value.is_floating_point()
+            value = replace(value) if random else value.clone()  # the module may write to it
             (args if isinstance(key, int) else kwargs)[key] = value
         return RowCall(tuple(args), kwargs)
 

@@ -28,15 +28,12 @@ class Chunking:
         config: the user's settings.
         hidden_size: width of the model's hidden states, in elements; what one token is for `chunk_size`.
         suspended: True while the model runs a forward pass that must equal the unconverted model's to the bit.
-        verdicts: what was found of a class of modules (the key begins with its name) at its first call: empty for
-            token-wise, else the reason why it is run as a whole.
         passes: what the end of each forward pass in progress must undo (`ds_minis.tiling.loss`).
     """
 
     config: MiniSequenceConfig
     hidden_size: int
     suspended: bool = False
-    verdicts: dict[tuple, str] = field(default_factory=dict)
     passes: list[contextlib.ExitStack] = field(default_factory=list, repr=False, compare=False)
 
     @contextlib.contextmanager
@@ -60,10 +57,6 @@ class Chunking:
             while self.passes:
                 self.passes[-1].close()
             raise
-
-    def reasons(self) -> dict[str, str]:
-        """Names of classes that are run as a whole, and why."""
-        return {untiled: reason for (untiled, *_), reason in self.verdicts.items() if reason}
 
     def module_rows(self, num_rows: int, width: int, experts_per_choice: float = 1.0) -> int:
         """Rows per chunk for a module whose input has `num_rows` rows of `width` elements.

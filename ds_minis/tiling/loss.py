@@ -24,6 +24,7 @@ from ds_minis.ranks import is_main_process
 from ds_minis.tiling.chunking import Chunking
 from ds_minis.tiling.compiling import outside_of_graphs
 from ds_minis.tiling.deferred import DeferredLogits, defer, materialized
+from ds_minis.tiling.hooks import ALL, foreign_global_hook, foreign_hook
 from ds_minis.tiling.module import require_weights
 from ds_minis.tiling.recompute import AutocastState, forwards_set
 from ds_minis.tiling.rows import tile_rows
@@ -36,8 +37,6 @@ BYPASSED = (
     "forward was given labels and did not call the LM head. A trainer with a fused LM head of its own, such as TRL's "
     "SFTTrainer, computes the loss itself; ds_minis steps aside"
 )
-_ENGINES = "torch.distributed.", "torch.nn.utils.", "torch.utils.", "deepspeed.", "accelerate."
-_NO_ENGINES = "torch.distributed.tensor"
 
 
 class WantedLogits:
@@ -211,20 +210,12 @@ def _disarm(model: nn.Module) -> _Head | None:
 
 
 def _hooks_allow_deferring(head: nn.Module) -> bool:
-    """Whether all hooks that the head's call would run are an engine's, which gather weights and may run around all chunks.
-
-    Others must see the logits: a user's, or tensor parallelism's, which lays them out anew.
-    """
-    kinds = "forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks"
-    own = [hook for kind in kinds for hook in getattr(head, f"_{kind}").values()]
-    for hook in own + [hook for kind in kinds for hook in getattr(nn.modules.module, f"_global_{kind}").values()]:
-        while isinstance(hook, functools.partial):
-            hook = hook.func
-        place = getattr(hook, "__module__", None) or type(hook).__module__
-        if not place.startswith(_ENGINES) or place.startswith(_NO_ENGINES):
-            _tell_hook(getattr(hook, "__qualname__", repr(hook)))
-            return False
-    return True
+    """Whether all hooks that the head's call would run are an engine's. A part of the head has forward hooks at most."""
+    parts = (part for part in head.modules() if part is not head)
+    hook = foreign_hook([head], ALL) or foreign_hook(parts) or foreign_global_hook()
+    if hook:
+        _tell_hook(hook)
+    return not hook
 
 
 @functools.cache

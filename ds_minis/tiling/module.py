@@ -18,6 +18,7 @@ from ds_minis.ranks import is_main_process
 from ds_minis.tiling.calls import RowCall
 from ds_minis.tiling.chunking import Chunking
 from ds_minis.tiling.compiling import outside_of_graphs
+from ds_minis.tiling.hooks import foreign_hook
 from ds_minis.tiling.rows import runs_whole, tile_rows
 from ds_minis.tiling.verify import can_be_verified, why_not_token_wise
 
@@ -30,9 +31,14 @@ class TiledModule(nn.Module):
 
     Attributes:
         mini_sequence_chunking: the chunk sizes; None (as on a module built from this class directly) means untiled.
+        mini_sequence_name: its qualified name in the model that was converted.
+        mini_sequence_verdicts: what was found out about this module, for each way of calling it: empty for token-wise,
+            else the reason why it is run as a whole.
     """
 
     mini_sequence_chunking: Chunking | None = None
+    mini_sequence_name: str
+    mini_sequence_verdicts: dict[tuple, str]
 
     def forward(self, *args, **kwargs):
         forward, chunking = super().forward, self.mini_sequence_chunking
@@ -69,19 +75,13 @@ def _forward_by_rows(module: nn.Module, forward: Callable[..., Any], call: RowCa
 
 
 def _is_token_wise(module: nn.Module, forward: Callable[..., Any], call: RowCall) -> bool:
-    """Verified once for each class of modules, mode (training or not) and way of calling."""
-    verdicts, cls = module.mini_sequence_chunking.verdicts, untiled_class(type(module))
-    name = cls.__name__
-    key = (
-        name,
-        f"{cls.__module__}.{cls.__qualname__}",
-        module.training,
-        call.keys,
-        call.reason,
-    )  # no class: it is pickled
+    """Verified once for each mode (training or not) and way of calling; a hook on a part may come and go."""
+    hook = foreign_hook(part for part in module.modules() if part is not module)
+    key = module.training, call.keys, call.flags, call.reason, hook
+    verdicts = module.mini_sequence_verdicts
     if key in verdicts:
         return not verdicts[key]
-    reason = call.reason
+    reason = call.reason or (f"a part of it has the hook {hook}, which may look at all tokens" if hook else "")
     if not reason:
         if not can_be_verified(call):
             return True
@@ -90,9 +90,23 @@ def _is_token_wise(module: nn.Module, forward: Callable[..., Any], call: RowCall
         if reason is None:
             return False
     verdicts[key] = reason
-    if reason and is_main_process():
-        logger.warning("%s is run as a whole: %s", name, reason)
+    if reason:
+        _tell_whole(untiled_class(type(module)).__name__, reason)
     return not reason
+
+
+def why_whole(module: TiledModule) -> str:
+    """The reason why some call of the module was run as a whole; empty if none was."""
+    return next(filter(None, module.mini_sequence_verdicts.values()), "")
+
+
+def _tell_whole(name: str, reason: str) -> None:
+    if (name, reason) not in _told and is_main_process():
+        _told.add((name, reason))
+        logger.warning("%s is run as a whole: %s", name, reason)
+
+
+_told: set[tuple[str, str]] = set()
 
 
 def _experts_per_choice(module: nn.Module, call: RowCall) -> float:
@@ -118,10 +132,10 @@ def untiled_class(cls: type[nn.Module]) -> type[nn.Module]:
     return cls.__mro__[cls.__mro__.index(TiledModule) + 1]
 
 
-def tile_module(module: nn.Module, chunking: Chunking) -> None:
-    """Makes a module run over chunks from now on. `module` must be token-wise."""
+def tile_module(module: nn.Module, chunking: Chunking, name: str = "") -> None:
+    """Makes a module run over chunks from now on, unless it turns out not to be token-wise; `name` is for reports."""
     _swap_class(module, tiled_class(type(module)))
-    module.mini_sequence_chunking = chunking
+    module.mini_sequence_chunking, module.mini_sequence_name, module.mini_sequence_verdicts = chunking, name, {}
 
 
 def untile_module(module: nn.Module) -> None:
@@ -137,7 +151,7 @@ def untile_module(module: nn.Module) -> None:
             "Revert before the engine wraps the model"
         )
     _swap_class(module, untiled_class(cls))
-    del module.mini_sequence_chunking
+    del module.mini_sequence_chunking, module.mini_sequence_name, module.mini_sequence_verdicts
 
 
 def replaced_forward(module: nn.Module) -> str:

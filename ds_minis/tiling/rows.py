@@ -68,6 +68,19 @@ class ParameterSlots:
 _NOTHING = object()
 
 
+@contextlib.contextmanager
+def _in_modes(modes: Sequence[tuple[nn.Module, bool]]) -> Iterator[None]:
+    """Training mode as it was in forward, for an evaluation between forward and backward."""
+    now = [(part, part.training) for part, _ in modes]
+    try:
+        for part, training in modes:
+            part.training = training
+        yield
+    finally:
+        for part, training in now:
+            part.training = training
+
+
 class _TiledCall:
     """One call of a row function over chunks: what its forward and its backward share."""
 
@@ -79,6 +92,7 @@ class _TiledCall:
         self._function = function
         self._module = module
         self._guard = guard
+        self._modes = [(part, part.training) for part in module.modules()]
         self._bounds = [(i, min(i + chunk_rows, num_rows)) for i in range(0, max(num_rows, 1), chunk_rows)]
 
     def forward(self, rows: Sequence[Tensor], *, with_backward: bool) -> Tensor:
@@ -121,7 +135,11 @@ class _TiledCall:
         leaves = [p.detach().requires_grad_(need) for p, need in zip(params, needs_grad[num_rows:], strict=True)]
         sums = GradientSums(leaves)
         dtype = self._replay.autocast.dtype()
-        with self._replay.active(), torch.enable_grad(), self.slots.holding(leaves), self._last_linear.skipped(dtype):
+        with contextlib.ExitStack() as stack:
+            for context in (self._replay.active(), _in_modes(self._modes), torch.enable_grad()):
+                stack.enter_context(context)
+            stack.enter_context(self.slots.holding(leaves))
+            stack.enter_context(self._last_linear.skipped(dtype))
             for start, stop in self._bounds:
                 chunk = [x[start:stop].detach().requires_grad_(need) for x, need in zip(rows, needs_grad, strict=False)]
                 inputs = [x for x in (*chunk, *leaves) if x.requires_grad]

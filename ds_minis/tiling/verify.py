@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ds_minis.tiling.calls import RowCall
 
@@ -96,13 +97,21 @@ class _WithoutDropout(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _quietly(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside, nobody notices that the module runs: no gradients, no hooks of its parts, no random numbers drawn."""
+    """Inside, nobody notices that the module runs: no gradients, no hooks of its parts, no random numbers drawn.
+
+    Nor do dispatch modes: selective activation checkpointing would take these results for the real call's.
+    """
     hooks = [
         (m, name) for m in module.modules() if m is not module for name in ("_forward_hooks", "_forward_pre_hooks")
     ]
     kept = [(m, name, m.__dict__[name]) for m, name in hooks if m.__dict__.get(name)]
     devices = [] if device.type == "cpu" else [device]
-    with torch.no_grad(), _WithoutDropout(), torch.random.fork_rng(devices, device_type=device.type):
+    with (
+        _disable_current_modes(),
+        torch.no_grad(),
+        _WithoutDropout(),
+        torch.random.fork_rng(devices, device_type=device.type),
+    ):
         torch.manual_seed(0)
         try:
             for m, name, value in kept:

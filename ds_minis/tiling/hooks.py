@@ -1,0 +1,39 @@
+"""Hooks on modules: an engine's gather weights and may run around all chunks, anybody else's must see all tokens."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+
+from torch import nn
+
+_ENGINES = "torch.distributed.", "torch.nn.utils.", "torch.utils.", "deepspeed.", "accelerate."
+_NO_ENGINES = "torch.distributed.tensor"  # tensor parallelism's lay the output out anew
+FORWARD = ("forward_hooks", "forward_pre_hooks")
+ALL = (*FORWARD, "backward_hooks", "backward_pre_hooks")
+
+
+def foreign_hook(modules: Iterable[nn.Module], kinds: tuple[str, ...] = FORWARD) -> str:
+    """The name of a hook on one of the modules that is no engine's; empty if there is none."""
+    for module in modules:
+        for kind in kinds:
+            hooks = module.__dict__[f"_{kind}"]
+            name = _foreign(hooks.values()) if hooks else ""
+            if name:
+                return name
+    return ""
+
+
+def foreign_global_hook(kinds: tuple[str, ...] = ALL) -> str:
+    """The same for the hooks that torch runs for every module."""
+    return next(filter(None, (_foreign(getattr(nn.modules.module, f"_global_{kind}").values()) for kind in kinds)), "")
+
+
+def _foreign(hooks: Iterable[Callable]) -> str:
+    for hook in hooks:
+        while isinstance(hook, functools.partial):
+            hook = hook.func
+        place = getattr(hook, "__module__", None) or type(hook).__module__
+        if not place.startswith(_ENGINES) or place.startswith(_NO_ENGINES):
+            return getattr(hook, "__qualname__", repr(hook))
+    return ""
