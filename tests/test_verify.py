@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import ds_minis.tiling.module as tiling
@@ -108,7 +109,7 @@ WRONG = {
     ExpertsChooseTokens: "its result for a token depends on others",
     FixedLength: "it fails on a part of the tokens (RuntimeError",
     Pair: "it gives a tuple, not one tensor",
-    Pools: "its output has the shape (2, 8) for an input of (2, 8, 8)",
+    Pools: "its output has the shape (2, 8) for an input of (2, 23, 8)",
 }
 
 
@@ -154,11 +155,90 @@ def test_asking_leaves_nothing_behind(cls):
 
 
 def test_nothing_is_concluded_from_a_module_that_gives_the_same_for_every_token():
-    module = TokenShift()
-    nn.init.zeros_(module.down.weight)  # as a module that is to start as the identity is initialized
+    module = TokenShift().requires_grad_(False)
+    nn.init.zeros_(module.down.weight)
     assert ask(module, inputs(2, 23)) is None
     nn.init.normal_(module.down.weight)
     assert "depends on others" in ask(module, inputs(2, 23))
+
+
+class MixesLater(MLP):
+    """Starts as a feed-forward module, and learns to look back."""
+
+    def __init__(self):
+        super().__init__()
+        self.mu = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return super().forward(x + self.mu * F.pad(x, (0, 0, 1, 0))[:, :-1])
+
+
+class HoldsInAList(MLP):
+    def __init__(self):
+        super().__init__()
+        self.scales = [nn.Parameter(torch.ones(H))]
+
+    def forward(self, x):
+        return super().forward(x) * self.scales[0]
+
+
+class Notes(MLP):
+    def __init__(self):
+        super().__init__()
+        self.notes = []
+
+    def forward(self, x):
+        self.notes.append(x.mean())
+        return super().forward(x)
+
+
+def test_what_only_training_shows():
+    assert ask(MixesLater(), inputs(2, 23)) == "its gradients for a token depend on others"
+    shifts = TokenShift()
+    nn.init.zeros_(shifts.down.weight)  # as a module that is to start as the identity is initialized
+    assert "gradients for a token depend on others" in ask(shifts, inputs(2, 23))
+    assert "a trainable tensor that it does not hold" in ask(HoldsInAList(), inputs(2, 23))
+    noting = Notes()
+    assert "keeps state from one call to the next (notes)" in ask(noting, inputs(2, 23)) and noting.notes == []
+
+
+def test_what_is_given_to_the_module_is_not_written_to():
+    class AddsInPlace(MLP):
+        def forward(self, x, residual):
+            return residual.add_(super().forward(x))
+
+    residual = torch.ones(2, 23, H)
+    ask(AddsInPlace(), inputs(2, 23), residual)
+    assert torch.equal(residual, torch.ones(2, 23, H))
+
+
+def test_weights_that_are_parametrized_for_one_call():
+    """As PEFT's LoRA on parameters (`target_parameters`, for experts) does: gone when a chunk is run again."""
+    module, x = tiled(MLP()), inputs(2, 23)
+
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return weight * 2
+
+    register_parametrization(module.up, "weight", Doubled())
+    y = module(x)
+    remove_parametrizations(module.up, "weight", leave_parametrized=False)
+    assert "parametrized" in why_whole(module) and y.requires_grad
+    assert module.up.weight.grad is None
+    y.sum().backward()
+    assert module.up.weight.grad.abs().max() > 0
+
+
+def test_flags_are_asked_for_each_value():
+    class MayShift(TokenShift):
+        def forward(self, x, shifts=False):
+            return super().forward(x) if shifts else MLP.forward(self, x)
+
+    module, x = tiled(MayShift()).eval(), inputs(2, 23)
+    module(x, shifts=False)
+    assert not why_whole(module)
+    module(x, shifts=True)
+    assert "depends on others" in why_whole(module)
 
 
 def test_without_values_nothing_can_be_asked():
@@ -186,7 +266,7 @@ def test_a_module_that_is_not_token_wise_runs_as_a_whole_and_says_so_once(caplog
 
 def test_a_module_is_asked_once_for_each_way_of_calling_it(monkeypatch):
     asked = []
-    monkeypatch.setattr(tiling, "why_not_token_wise", lambda module, forward, call: asked.append(call.keys) or "")
+    monkeypatch.setattr(tiling, "why_not_token_wise", lambda module, forward, call, **_: asked.append(call.keys) or "")
     module = tiled(MLP())
     module(inputs(2, 23)), module(inputs(2, 23))
     module(inputs(23), residual=1.0)  # a number is no row

@@ -91,6 +91,13 @@ class RowCall:
             (args if isinstance(key, int) else kwargs)[key] = value.view(*ones, *value.shape)
         return args, kwargs
 
+    def whole(self, rows: Sequence[Tensor]) -> tuple[list, dict[str, Any]]:
+        """The arguments of this very call, with other values in their rows."""
+        args, kwargs = list(self._args), dict(self._kwargs)
+        for key, value in zip(self.keys, rows, strict=True):
+            (args if isinstance(key, int) else kwargs)[key] = value.view(self._argument(key).shape)
+        return args, kwargs
+
     def narrowed(self, batch: int, tokens: int, replace: Callable[[Tensor], Tensor]) -> RowCall:
         """The same call for the first `tokens` of the last leading dimension, and the first `batch` of those before.
 

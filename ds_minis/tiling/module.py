@@ -12,6 +12,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ds_minis.ranks import is_main_process
@@ -76,23 +77,33 @@ def _forward_by_rows(module: nn.Module, forward: Callable[..., Any], call: RowCa
 
 def _is_token_wise(module: nn.Module, forward: Callable[..., Any], call: RowCall) -> bool:
     """Verified once for each mode (training or not) and way of calling; a hook on a part may come and go."""
-    hook = foreign_hook(part for part in module.modules() if part is not module)
-    key = module.training, call.keys, call.flags, call.reason, hook
+    passing, with_grads = _passing_state(module), torch.is_grad_enabled() or module.training
+    key = module.training, with_grads, call.keys, call.flags, call.reason, passing
     verdicts = module.mini_sequence_verdicts
     if key in verdicts:
         return not verdicts[key]
-    reason = call.reason or (f"a part of it has the hook {hook}, which may look at all tokens" if hook else "")
+    reason = call.reason or passing
     if not reason:
         if not can_be_verified(call):
             return True
         require_weights(module)
-        reason = why_not_token_wise(module, forward, call)
+        reason = why_not_token_wise(module, forward, call, with_grads=with_grads)
         if reason is None:
             return False
     verdicts[key] = reason
     if reason:
         _tell_whole(untiled_class(type(module)).__name__, reason)
     return not reason
+
+
+def _passing_state(module: nn.Module) -> str:
+    """What may be there for one call alone, and gone when a chunk is run again; empty if there is nothing of the kind."""
+    hook = foreign_hook(part for part in module.modules() if part is not module)
+    if hook:  # PEFT hands layers what they need for each sample in one
+        return f"a part of it has the hook {hook}, which may look at all tokens"
+    if any("parametrizations" in part._modules for part in module.modules()):  # PEFT's LoRA on parameters
+        return "its weights are parametrized, perhaps for one call alone"
+    return ""
 
 
 def why_whole(module: TiledModule) -> str:

@@ -143,6 +143,15 @@ def _base(tensor: Tensor) -> Tensor:
     return tensor if tensor._base is None else tensor._base
 
 
+def unseen_graph() -> contextlib.AbstractContextManager:
+    """Inside, nobody around (activation checkpointing, offloading) sees what a graph saves that is used up inside."""
+    return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 @contextlib.contextmanager
 def forwards_set(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
     """Each module runs the given forward in the place of its own; hooks around it run as ever."""

@@ -68,17 +68,31 @@ class ParameterSlots:
 _NOTHING = object()
 
 
+def _constants(module: nn.Module) -> list[tuple[nn.Module, dict[str, object]]]:
+    """What the parts of a module are set to (training, a scale, whether an adapter is on), but for DeepSpeed's counters."""
+    return [
+        (part, {k: v for k, v in part.__dict__.items() if type(v) in _CONSTANTS and not k.startswith("ds_")})
+        for part in module.modules()
+    ]
+
+
+_CONSTANTS = frozenset((bool, int, float, str, type(None)))
+
+
 @contextlib.contextmanager
-def _in_modes(modes: Sequence[tuple[nn.Module, bool]]) -> Iterator[None]:
-    """Training mode as it was in forward, for an evaluation between forward and backward."""
-    now = [(part, part.training) for part, _ in modes]
+def _set_to(constants: Sequence[tuple[nn.Module, dict[str, object]]]) -> Iterator[None]:
+    """Parts are set as they were in forward; an evaluation or another use of the module may have come in between."""
+    now = [
+        (part, k, part.__dict__[k], v) for part, values in constants for k, v in values.items() if k in part.__dict__
+    ]
+    changed = [(part.__dict__, name, value, then) for part, name, value, then in now if value != then]
     try:
-        for part, training in modes:
-            part.training = training
+        for holder, name, _, then in changed:
+            holder[name] = then
         yield
     finally:
-        for part, training in now:
-            part.training = training
+        for holder, name, value, _ in changed:
+            holder[name] = value
 
 
 class _TiledCall:
@@ -92,7 +106,7 @@ class _TiledCall:
         self._function = function
         self._module = module
         self._guard = guard
-        self._modes = [(part, part.training) for part in module.modules()]
+        self._constants = _constants(module)
         self._bounds = [(i, min(i + chunk_rows, num_rows)) for i in range(0, max(num_rows, 1), chunk_rows)]
 
     def forward(self, rows: Sequence[Tensor], *, with_backward: bool) -> Tensor:
@@ -136,7 +150,7 @@ class _TiledCall:
         sums = GradientSums(leaves)
         dtype = self._replay.autocast.dtype()
         with contextlib.ExitStack() as stack:
-            for context in (self._replay.active(), _in_modes(self._modes), torch.enable_grad()):
+            for context in (self._replay.active(), _set_to(self._constants), torch.enable_grad()):
                 stack.enter_context(context)
             stack.enter_context(self.slots.holding(leaves))
             stack.enter_context(self._last_linear.skipped(dtype))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ds_minis.tiling.recompute import Replay
+from ds_minis.tiling.recompute import Replay, unseen_graph
 from ds_minis.tiling.rows import GradientSums, Guard, ParameterSlots
 
 
@@ -71,7 +71,7 @@ class _SumCall:
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
         try:
-            with self._guard():
+            with self._guard(), unseen_graph():
                 yield
         finally:
             # Weights that autocast cast in here have no graph, or one that ends at copies; a later use must not find them.

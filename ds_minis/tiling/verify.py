@@ -1,13 +1,15 @@
 """Is a module token-wise? Asked of its behaviour, at its first call: names lie (a token shift inside of a feed-forward).
 
 A few rows are run at once, and again by chunks in reversed order: run in order, a module that keeps what it saw from one
-call to the next would look token-wise. The rows are random, and the other arguments those of the real call.
+call to the next would look token-wise. Gradients are compared too, as a mixing weight that starts at zero shows only there.
+The rows are random, and the other arguments those of the real call.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import enum
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +18,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ds_minis.tiling.calls import RowCall
+from ds_minis.tiling.recompute import unseen_graph
+from ds_minis.tiling.rows import GradientSums, ParameterSlots
 
-_BATCH, _TOKENS, _CHUNKS = 2, 8, 3
+_BATCH, _TOKENS, _CHUNKS = 2, 32, 3
 # Relative to the largest element. Rounding differs between matmuls of different sizes; a mixed token shows at once.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-_COARSE = 5e-2  # bfloat16, float16
+_COARSE = 2e-2  # bfloat16, float16
+
+
+class _Answer(enum.Enum):
+    YES = ""
+    NO = "its result for a token depends on others"
+    NOT_IN_BACKWARD = "its gradients for a token depend on others"
 
 
 def can_be_verified(call: RowCall) -> bool:
@@ -29,28 +39,31 @@ def can_be_verified(call: RowCall) -> bool:
     return not x.is_meta and type(x).__name__ != "FakeTensor"
 
 
-def why_not_token_wise(module: nn.Module, forward: Callable[..., Any], call: RowCall) -> str | None:
-    """Runs a few rows of a call, without gradients.
+def why_not_token_wise(
+    module: nn.Module, forward: Callable[..., Any], call: RowCall, *, with_grads: bool = True
+) -> str | None:
+    """Runs a few rows of a call on detached weights.
 
     Args:
         module: whose state must not change.
         forward: the module's own forward.
         call: a real call of it, whose arguments have rows (`call.reason` is empty).
+        with_grads: run backward too.
 
     Returns:
-        An empty string if the module is token-wise; else the reason why it is not. None where it cannot be told: the
-        output is the same for all tokens.
+        An empty string if the module is token-wise; else the reason why it is not. None where it cannot be told: neither
+        its output nor a gradient differs from token to token.
     """
     with _quietly(module, call.input.device):
         few = call.narrowed(_BATCH, _TOKENS, torch.randn_like)
         first_state = _State(module)
         try:
-            expected = few.run(forward)
-            reason = _why_not_one_tensor(expected, few)
-            if reason:
-                return reason
+            run = _Run(module, forward, few, with_grads)
+            expected = run.whole()
+            if run.reason:
+                return run.reason
             state = _State(module)
-            output = _in_reversed_chunks(forward, few, expected)
+            actual = run.in_reversed_chunks()
             changed = state.changed(module)
         except Exception as error:
             return f"it fails on a part of the tokens ({type(error).__name__}: {str(error)[:100]})"
@@ -58,15 +71,74 @@ def why_not_token_wise(module: nn.Module, forward: Callable[..., Any], call: Row
             first_state.restore(module)
         if changed:
             return f"it keeps state from one call to the next ({changed})"
-        rows = expected.flatten(0, -2).float()
-        if torch.equal(rows, rows[:1].expand_as(rows)):
-            return None
-        scale, error = rows.abs().max(), (output.float() - rows).abs().max()
-        return (
-            ""
-            if error <= _TOLERANCE.get(expected.dtype, _COARSE) * scale
-            else "its result for a token depends on others"
-        )
+        return _compared(actual, expected)
+
+
+class _Run:
+    """Runs a call on detached weights, as a whole and by chunks; backward with one random gradient."""
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any], call: RowCall, with_grads: bool):
+        self.reason = ""
+        self._module, self._forward, self._call, self._with_grads = module, forward, call, with_grads
+        self._grad: Tensor | None = None
+
+    def whole(self) -> list[Tensor | None]:
+        """Output, gradient of the first argument, gradients of the weights; empty if there is a reason not to go on."""
+        return self._over([slice(0, self._call.num_rows)], self._call.whole)
+
+    def in_reversed_chunks(self) -> list[Tensor | None]:
+        """The same, put together from chunks."""
+        num_rows, size = self._call.num_rows, -(-self._call.num_rows // _CHUNKS)
+        return self._over([slice(i, i + size) for i in reversed(range(0, num_rows, size))], self._call.with_rows)
+
+    def _over(self, slices: Sequence[slice], arguments: Callable[[list[Tensor]], Any]) -> list[Tensor | None]:
+        call = self._call
+        slots = ParameterSlots(self._module)
+        leaves = [p.detach().requires_grad_() for p in slots.tensors]
+        sums, output, input_grad = GradientSums(leaves), None, None
+        with torch.set_grad_enabled(self._with_grads), slots.holding(leaves):
+            for rows in slices:
+                parts = [row[rows].detach().clone() for row in call.rows()]
+                leaf = parts[0].requires_grad_(parts[0].is_floating_point())
+                parts[0] = leaf * 1 if leaf.requires_grad else leaf  # what is no leaf may be written to
+                args, kwargs = arguments(parts)
+                y = self._forward(*args, **kwargs)
+                self.reason = _why_not_one_tensor(y, RowCall(tuple(args), kwargs)) or _foreign_weight(
+                    y, [leaf, *leaves]
+                )
+                if self.reason:
+                    return []
+                y = y.flatten(0, -2)
+                if output is None:
+                    output, input_grad = y.new_empty(call.num_rows, *y.shape[1:]), torch.zeros_like(call.rows()[0])
+                    self._grad = torch.randn_like(output) if self._grad is None else self._grad
+                output[rows] = y.detach()
+                inputs = [t for t in (leaf, *leaves) if t.requires_grad]
+                if y.requires_grad:
+                    grads = iter(torch.autograd.grad(y, inputs, self._grad[rows], allow_unused=True))
+                    grad = next(grads) if leaf.requires_grad else None
+                    input_grad[rows] = 0 if grad is None else grad
+                    sums.add(grads)
+        return [output, input_grad, *sums.result()]
+
+
+def _compared(actual: list[Tensor | None], expected: list[Tensor | None]) -> str | None:
+    output, *grads = expected
+    rows = output.float()
+    alike = torch.equal(rows, rows[:1].expand_as(rows)) and not any(g is not None and g.any() for g in grads)
+    if alike:
+        return None
+    if not _is_close(actual[0], output):
+        return _Answer.NO.value
+    close = (_is_close(a, e) for a, e in zip(actual[1:], grads, strict=True))
+    return _Answer.YES.value if all(close) else _Answer.NOT_IN_BACKWARD.value
+
+
+def _is_close(actual: Tensor | None, expected: Tensor | None) -> bool:
+    if actual is None or expected is None:
+        return actual is expected
+    error, scale = (actual.float() - expected.float()).abs().max(), expected.float().abs().max()
+    return bool(error <= _TOLERANCE.get(expected.dtype, _COARSE) * scale)
 
 
 def _why_not_one_tensor(output: Any, call: RowCall) -> str:
@@ -77,13 +149,18 @@ def _why_not_one_tensor(output: Any, call: RowCall) -> str:
     return ""
 
 
-def _in_reversed_chunks(forward: Callable[..., Any], call: RowCall, expected: Tensor) -> Tensor:
-    output = torch.empty_like(expected).flatten(0, -2)
-    size = -(-call.num_rows // _CHUNKS)
-    for start in reversed(range(0, call.num_rows, size)):
-        args, kwargs = call.with_rows([row[start : start + size] for row in call.rows()])
-        output[start : start + size] = forward(*args, **kwargs).flatten(0, -2)
-    return output
+def _foreign_weight(output: Tensor, known: Sequence[Tensor]) -> str:
+    """A trainable tensor that the module uses and does not hold would get no gradient."""
+    ids, seen, nodes = {id(t) for t in known}, set(), [output.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", output)) not in ids and hasattr(node, "variable"):
+            return "it uses a trainable tensor that it does not hold as a parameter"
+        nodes += [following for following, _ in node.next_functions]
+    return ""
 
 
 class _WithoutDropout(TorchFunctionMode):
@@ -97,7 +174,7 @@ class _WithoutDropout(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _quietly(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside, nobody notices that the module runs: no gradients, no hooks of its parts, no random numbers drawn.
+    """Inside, nobody notices that the module runs: no hooks of its parts, no random numbers drawn.
 
     Nor do dispatch modes: selective activation checkpointing would take these results for the real call's.
     """
@@ -108,7 +185,8 @@ def _quietly(module: nn.Module, device: torch.device) -> Iterator[None]:
     devices = [] if device.type == "cpu" else [device]
     with (
         _disable_current_modes(),
-        torch.no_grad(),
+        torch.inference_mode(False),
+        unseen_graph(),
         _WithoutDropout(),
         torch.random.fork_rng(devices, device_type=device.type),
     ):
@@ -120,16 +198,23 @@ def _quietly(module: nn.Module, device: torch.device) -> Iterator[None]:
         finally:
             for m, name, value in kept:
                 m.__dict__[name] = value
+            torch.clear_autocast_cache()  # of the detached weights
 
 
 class _State:
-    """What a module and its parts hold: buffers by value, everything else by identity."""
+    """What a module and its parts hold: buffers by value, lists and the like by their elements, all else by identity."""
 
     def __init__(self, module: nn.Module):
         self._attributes = {m: dict(m.__dict__) for m in module.modules()}
         self._buffers = {m: dict(m._buffers) for m in module.modules()}
         self._values = [(b, _version(b), b.clone()) for b in module.buffers()]
         self._versions = [(p, _version(p)) for p in module.parameters()]
+        self._containers = [
+            (name, value, value.copy())
+            for m in module.modules()
+            for name, value in m.__dict__.items()
+            if type(value) in (list, dict, set) and not name.startswith("_") and not name.startswith("mini_sequence_")
+        ]
 
     def changed(self, module: nn.Module) -> str:
         """The name of something that is not what it was; empty if everything is."""
@@ -138,6 +223,11 @@ class _State:
                 for name in holder.keys() | before.keys():
                     if holder.get(name) is not before.get(name) and not _same(holder.get(name), before.get(name)):
                         return name
+        for name, value, before in self._containers:
+            if len(value) != len(before) or any(
+                a is not b for a, b in zip(_elements(value), _elements(before), strict=True)
+            ):
+                return name
         changed = any(_version(t) != version for t, version, *_ in (*self._values, *self._versions))
         return "a tensor in place" if changed else ""
 
@@ -148,9 +238,16 @@ class _State:
             m.__dict__.update(attributes)
             m._buffers.clear()
             m._buffers.update(self._buffers[m])
+        for _, value, before in self._containers:
+            value.clear()
+            value.extend(before) if isinstance(value, list) else value.update(before)
         for buffer, version, value in self._values:
             if _version(buffer) != version:
                 buffer.copy_(value)
+
+
+def _elements(container: list | dict | set) -> list:
+    return list(container.values() if isinstance(container, dict) else container)
 
 
 def _version(tensor: Tensor) -> int:
