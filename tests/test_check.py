@@ -3,14 +3,17 @@
 import configparser
 import importlib
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaConfig, MixtralConfig, OPTConfig, PreTrainedConfig, Qwen3Config, ViTConfig, XLNetConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from ds_minis import check as check_module
+from ds_minis import exactness
 from ds_minis.cli import main
 from ds_minis.exactness import PlainModelFails, compare_with_plain
 from ds_minis.tiny import tiny_config
@@ -164,3 +167,26 @@ def test_console_script_is_the_command_line():
     name, target = setup["options.entry_points"]["console_scripts"].strip().split(" = ")
     module, function = target.split(":")
     assert name == "ds-minis" and getattr(importlib.import_module(module), function) is main
+
+
+def _step(**grads):
+    return exactness._Step(1.0, {name: torch.tensor(value) for name, value in grads.items()}, {})
+
+
+def test_what_counts_as_exact():
+    for error, exact in [(0.9e-5, True), (1.1e-5, False), (math.nan, False)]:
+        for field in ("loss_error", "grad_error", "checkpointing_error", "router_error"):
+            figures = dict.fromkeys(("loss_error", "grad_error", "checkpointing_error", "router_error"), 0.0)
+            result = exactness.Exactness(report=None, grad_name="", logits_held=False, **figures | {field: error})
+            assert result.exact is exact
+
+
+def test_errors_of_gradients_are_relative_to_their_own_with_a_floor():
+    expected = _step(large=[100.0], small=[2.0], tiny=[1e-6])
+    assert exactness._errors(_step(large=[100.0], small=[2.02], tiny=[1e-6]), expected)[1:] == (
+        pytest.approx(0.01, rel=1e-3),
+        "small",
+    )
+    assert exactness._errors(_step(large=[100.0], small=[2.0], tiny=[0.0]), expected)[1] == pytest.approx(1e-6)
+    assert exactness._errors(_step(large=[100.0], tiny=[1e-6]), expected)[1:] == (1.0, "small")  # a gradient is missing
+    assert exactness._errors(_step(large=[100.0], small=[2.0], tiny=[1e-6], more=[1.0]), expected)[2] == "more"

@@ -372,3 +372,39 @@ def test_experts_chosen_per_token():
     rows, chosen, weights = inputs(6), torch.zeros(6, 4, dtype=torch.long), torch.zeros(6, 4)
     assert RowCall((rows, chosen, weights), {}).choices == 4
     assert RowCall((rows, weights), {}).choices == 0
+
+
+class WeakShift(MLP):
+    """A token looks at the one before, a little."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.share = share
+
+    def forward(self, x):
+        return super().forward(x + self.share * F.pad(x, (0, 0, 1, 0))[:, :-1])
+
+
+@pytest.mark.parametrize("dtype, share", [(torch.float64, 1e-4), (torch.float32, 0.03), (torch.bfloat16, 0.5)])
+def test_weak_mixing_is_seen(dtype, share):
+    torch.manual_seed(0)
+    assert "depends on others" in ask(WeakShift(share).to(dtype), inputs(2, 23).to(dtype))
+
+
+def test_rows_that_are_all_alike_hide_nothing():
+    torch.manual_seed(0)
+    assert "depends on others" in ask(TokenShift(), torch.zeros(2, 23, H))  # the rows asked with are random
+
+
+def test_a_number_that_needs_a_gradient_is_not_cut():
+    scale = torch.ones((), requires_grad=True)
+    assert "its argument 'scale' does not have one row" in RowCall((inputs(2, 3),), {"scale": scale}).reason
+
+
+def test_a_module_that_told_nothing_is_asked_again():
+    torch.manual_seed(0)
+    module, x = tiled(TokenShift()).eval(), inputs(2, 23)
+    torch.nn.init.zeros_(module.down.weight)
+    module(x)
+    torch.nn.init.normal_(module.down.weight)
+    assert torch.equal(module(x), TokenShift.forward(module, x))
