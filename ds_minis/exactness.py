@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ds_minis.convert import ConversionReport, NothingToTile, convert_to_mini_sequence, mini_sequence_report
+from ds_minis.tiling.module import TiledModule
 from ds_minis.tiny import FIRST_SPECIAL_ID, FIRST_TEXT_ID, tiny_model, without_dropout
 
 LIMIT = 1e-5  # of a parameter's largest gradient, or of FLOOR times the model's where that is more
@@ -44,6 +45,7 @@ class Exactness:
         checkpointing_error: the same under gradient checkpointing; None if the class has none.
         router_error: largest relative error of router outputs and auxiliary loss; None if the model gives none.
         logits_held: whether logits of more than half of the tokens were in memory at once.
+        idle: names of modules that are to be tiled, and whose calls had no more tokens than a chunk (or that had no call).
         notes: what could not be compared or not be tiled, and why.
     """
 
@@ -54,10 +56,13 @@ class Exactness:
     checkpointing_error: float | None
     router_error: float | None
     logits_held: bool
+    idle: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
     def exact(self) -> bool:
+        if self.report is not None and self.report.tiled and len(self.idle) == len(self.report.tiled):
+            return False  # nothing was tiled, so nothing was compared
         errors = [self.loss_error, self.grad_error, self.checkpointing_error, self.router_error]
         return all(error <= LIMIT for error in errors if error is not None)  # not so for NaN
 
@@ -123,6 +128,7 @@ def compare_with_plain(
         checkpointing_error=checkpointing_error,
         router_error=router_error,
         logits_held=largest.rows > BATCH_SIZE * LENGTH // 2,
+        idle=_idle(converted),
         notes=tuple(notes),
     )
 
@@ -134,6 +140,12 @@ def text_batch(model: nn.Module, *, batch_size: int = BATCH_SIZE, length: int = 
     labels = input_ids.clone()
     labels[0, :11], labels[-1, -2:] = -100, -100  # the first chunk is masked as a whole
     return {"input_ids": input_ids, "labels": labels}
+
+
+def _idle(model: nn.Module) -> tuple[str, ...]:
+    """Modules without a verdict: they were never called with more rows than a chunk has."""
+    tiled = (module for module in model.modules() if isinstance(module, TiledModule))
+    return tuple(module.mini_sequence_name for module in tiled if not module.mini_sequence_verdicts)
 
 
 def gives_router_outputs(model: nn.Module) -> bool:

@@ -112,6 +112,7 @@ def examine(architecture: str) -> dict[str, Any]:
         "tiled": dict(Counter(report.tiled.values())) if report else {},
         "untiled": [[*what, count] for what, count in Counter(_parts(report)).items()] if report else [],
         "loss": report.loss if report else "",
+        "idle": dict(Counter(report.tiled[name] for name in result.idle)) if report else {},
         "notes": list(result.notes),
     }
 

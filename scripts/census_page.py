@@ -84,11 +84,13 @@ def _row(name: str, result: Mapping[str, Any]) -> str:
         return f"| `{name}` | **no**: {_short(result['crash'])} | | | | | |"
     exact = f"yes, {result['grad_error']:.0e}" if result["exact"] else f"**no**, {result['grad_error']:.0e}"
     checkpointing, router = result["checkpointing_error"], result["router_error"]
-    norms = sum(count for cls, count in result["tiled"].items() if _is_norm(cls))
+    norms = str(sum(count for cls, count in result["tiled"].items() if _is_norm(cls)))
+    idle = sum(count for cls, count in result.get("idle", {}).items() if _is_norm(cls))
+    norms += f" ({idle} not called on text)" if idle else ""
     cells = [
         *(f"`{name}`", exact),
         _number(checkpointing) if checkpointing is not None else _no_checkpointing(result),
-        *(_feed_forward(result), str(norms)),
+        *(_feed_forward(result), norms),
         _loss(result),
         "" if router is None else _number(router),
     ]
@@ -112,6 +114,9 @@ def _feed_forward(result: Mapping[str, Any]) -> str:
     if not feed_forward and not tiled:
         return "none found; left alone: " + (", ".join(dict.fromkeys(f"`{cls}`" for cls, *_ in left)) or "nothing")
     count = f"{tiled} of {tiled + sum(entry[3] for entry in feed_forward)}"
+    idle = sum(number for cls, number in result.get("idle", {}).items() if not _is_norm(cls))
+    if idle:
+        count += f" ({idle} not called on text)"
     reasons = "; ".join(dict.fromkeys(f"`{name}` ({cls}): {_short(reason)}" for cls, reason, name, _ in feed_forward))
     return f"{count}; {reasons}" if reasons else count
 
