@@ -13,10 +13,10 @@ from torch import nn
 
 from ds_minis.config import MiniSequenceConfig
 from ds_minis.detect import Candidate, find_candidates, find_hidden_size, find_models_with_loss, has_several_heads
-from ds_minis.doors import Request, agreed
+from ds_minis.doors import BY_RUN, Request, agreed
 from ds_minis.ranks import is_main_process
 from ds_minis.tiling.chunking import Chunking
-from ds_minis.tiling.loss import BYPASSED, attach_loss_tiling, detach_loss_tiling, loss_is_attached, loss_is_bypassed
+from ds_minis.tiling.loss import attach_loss_tiling, detach_loss_tiling, loss_is_attached, why_loss_is_bypassed
 from ds_minis.tiling.module import TiledModule, tile_module, untile_module, untiled_class, why_whole
 from ds_minis.versions import warn_of_old_versions
 
@@ -90,6 +90,8 @@ def convert(
     """`convert_to_mini_sequence` for every door: `door` names where the settings came from."""
     config = MiniSequenceConfig.from_value(config, door=door)
     earlier = mini_sequence_report(model)
+    if earlier is not None and door == BY_RUN:
+        return model  # which asks for defaults only where nobody asked for anything
     if earlier is not None:
         agreed(Request(earlier.config, earlier.door), Request(config, door))
         if config.enabled and not all(loss_is_attached(m) for m in find_models_with_loss(model)):
@@ -148,8 +150,9 @@ def mini_sequence_report(model: nn.Module) -> ConversionReport | None:
     report = next((module.__dict__[_STATE] for module in model.modules() if _STATE in module.__dict__), None)
     if report is None:
         return None
-    if any(loss_is_bypassed(module) for module in model.modules()):
-        report = dataclasses.replace(report, loss=f"not tiled ({BYPASSED})")
+    bypassed = next(filter(None, map(why_loss_is_bypassed, model.modules())), "")
+    if bypassed:
+        report = dataclasses.replace(report, loss=f"not tiled ({bypassed})")
     return _with_verdicts(report, model)
 
 

@@ -12,6 +12,7 @@ from ds_minis import environment
 from ds_minis.config import MiniSequenceConfig
 
 SECTION = "mini_sequence"
+BY_RUN = "python -m ds_minis.run"
 
 
 @dataclass(frozen=True)
@@ -26,17 +27,28 @@ def read_section(mapping: Mapping[str, Any], door: str) -> Request | None:
     """What an engine's configuration asks for under `"mini_sequence"`; None if it has no such section.
 
     Raises:
-        ValueError: the section is wrong, or a key beside it looks like a misspelling of its name.
+        ValueError: the section is wrong, a key beside it looks like a misspelling of its name, or it stands inside of
+            another section.
     """
-    for key in mapping:
-        if key != SECTION and difflib.get_close_matches(str(key).lower(), [SECTION], cutoff=0.7):
+    allowed = f"true, false or a mapping of {', '.join(MiniSequenceConfig().to_dict())}"
+    for key, value in mapping.items():
+        if key != SECTION and _looks_like_the_section(key):
             raise ValueError(
-                f'{door}: unknown key {key!r} (value {mapping[key]!r}); did you mean "{SECTION}"? Allowed there: true, false '
-                f"or a mapping of {', '.join(MiniSequenceConfig().to_dict())}"
+                f'{door}: unknown key {key!r} (value {value!r}); did you mean "{SECTION}"? Allowed there: {allowed}'
+            )
+        inside = next(filter(_looks_like_the_section, value), None) if isinstance(value, Mapping) else None
+        if key != SECTION and inside is not None:
+            raise ValueError(
+                f"{door}: {inside!r} (value {value[inside]!r}) stands inside of {key!r}, where nobody reads it: move it to "
+                f'the top level, as "{SECTION}". Allowed there: {allowed}'
             )
     if SECTION not in mapping:
         return None
     return Request(MiniSequenceConfig.from_value(mapping[SECTION], door=f'{door}, "{SECTION}"'), door)
+
+
+def _looks_like_the_section(key: Any) -> bool:
+    return bool(difflib.get_close_matches(str(key).lower(), [SECTION], cutoff=0.7))
 
 
 def agreed(*requests: Request | None) -> Request | None:
@@ -68,7 +80,7 @@ def requested_by_environment(*others: Request | None) -> Request | None:
     text, door = environment.config_text()
     if not text:
         by_run = environment.started_by_run() and not any(others)
-        return Request(MiniSequenceConfig(), "python -m ds_minis.run") if by_run else None
+        return Request(MiniSequenceConfig(), BY_RUN) if by_run else None
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:

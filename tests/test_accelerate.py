@@ -102,6 +102,12 @@ def test_wrong_sections_stop_the_launcher_and_name_the_file(tmp_path, section, k
     assert requested_by_environment() is None
 
 
+def test_a_section_inside_of_another_stops_the_launcher(tmp_path):
+    path = config_file(tmp_path, {"fsdp_version": 2, "mini_sequence": True}, key="fsdp_config")
+    with pytest.raises(ValueError, match=r"a config.yaml: 'mini_sequence' .value True. stands inside of 'fsdp_config'"):
+        load_config_from_file(path)
+
+
 def test_update_of_a_file_keeps_its_section(tmp_path):
     class Arguments:
         config_file = config_file(tmp_path, SETTINGS)
@@ -287,6 +293,15 @@ def test_run_asks_for_the_defaults_unless_something_else_asks(monkeypatch):
     assert not requested_by_environment().config.enabled
 
 
+def test_what_the_code_asks_for_stands_where_run_asks_for_the_defaults(monkeypatch, tmp_path):
+    monkeypatch.setenv("DS_MINIS_RUN", "1")
+    model = prepared(convert_to_mini_sequence(build("llama"), SETTINGS))
+    assert mini_sequence_report(model).config == CONFIG
+    trainer = trainer_of(build("llama"), tmp_path, max_steps=1, callbacks=[MiniSequenceCallback(**SETTINGS)])
+    trainer.train()
+    assert mini_sequence_report(trainer.model).config == CONFIG
+
+
 SCRIPT = """
 import sys
 from accelerate import Accelerator
@@ -341,3 +356,11 @@ def test_run_says_what_is_wrong(tmp_path):
     assert done.returncode == 2 and "no such file: 'nope.py'" in done.stderr
     done = run(tmp_path, "-m", "ds_minis.run", "script.py", DS_MINIS_CONFIG='{"chunk": 3}')
     assert done.returncode == 1 and "environment variable DS_MINIS_CONFIG: unknown key 'chunk'" in done.stderr
+
+
+def test_run_starts_accelerates_launcher_too_for_a_section_in_its_file(tmp_path):
+    path = config_file(tmp_path, SETTINGS)
+    launch = "-m", "ds_minis.run", "-m", "accelerate.commands.launch", "--config_file", path, "--cpu"
+    done = run(tmp_path, *launch, "-m", "ds_minis.run", "script.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"ds_minis (accelerate config {path})" in done.stdout and "MiniSequence[LlamaMLP]" in done.stdout

@@ -305,9 +305,11 @@ def test_interrupted_inference_leaves_other_models_tiled():
     handle.remove()
     rows = []
     for m in (other, model):
-        m.model.layers[0].mlp.act_fn.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[-2]))
+        act_fn = m.model.layers[0].mlp.act_fn
+        loss_and_grads(m, batch(23))  # the first call of each module verifies it on some rows
+        act_fn.forward = lambda x, own=act_fn.forward: rows.append(x.shape[-2]) or own(x)
         loss_and_grads(m, batch(23))
-    assert set(rows) <= {1, 3}
+    assert set(rows) <= {1, 3} and rows
 
 
 def raise_(error):

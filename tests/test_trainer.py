@@ -6,7 +6,7 @@ import torch
 from models import VOCAB_SIZE, assert_same_tensors, build
 from transformers import Trainer, TrainingArguments
 
-from ds_minis import convert_to_mini_sequence
+from ds_minis import convert_to_mini_sequence, mini_sequence_report
 
 CHUNKS = {"chunk_size": 7, "loss_chunk_size": 5}
 LENGTH, MICRO_BATCH, STEPS = 17, 2, 3
@@ -192,6 +192,44 @@ def test_what_preprocess_makes_of_the_logits_is_that_of_the_unconverted_model(
         found.append(max(rows_of_logits) == CHUNKS["loss_chunk_size"])
     np.testing.assert_allclose(found[0], found[2], rtol=1e-4, atol=1e-5)
     assert (found[1], found[3]) == (by_chunks, False)
+
+
+@pytest.mark.parametrize("preprocess", [label_log_probs, PREPROCESS["argmax"]])
+def test_evaluation_in_mixed_precision_holds_a_chunk_of_float32_logits(tmp_path, pair, rows_of_logits, preprocess):
+    found = []
+    for model in pair:
+        rows_of_logits.clear()
+        trainer, dtypes = trainer_of(model, tmp_path, bf16=True), []
+        trainer.preprocess_logits_for_metrics = lambda x, y, dtypes=dtypes: dtypes.append(x.dtype) or preprocess(x, y)
+        found += [trainer.predict(Texts(5)).predictions, max(rows_of_logits), set(dtypes)]
+    np.testing.assert_allclose(found[0], found[3], rtol=1e-5, atol=1e-6)
+    assert found[1] == CHUNKS["loss_chunk_size"] < found[4] and found[2] == found[5] == {torch.float32}
+
+
+def test_a_prediction_step_of_the_users_own_gets_the_logits_themselves(tmp_path, pair):
+    class Summing(Trainer):
+        def prediction_step(self, *args, **kwargs):
+            loss, logits, labels = super().prediction_step(*args, **kwargs)
+            self.sums.append(logits.float().sum().item())
+            return loss, logits, labels
+
+    found = []
+    for model in pair:
+        trainer = trainer_of(model, tmp_path, accuracy)
+        trainer.__class__, trainer.sums = Summing, []
+        trainer.preprocess_logits_for_metrics = PREPROCESS["argmax"]
+        found.append([trainer.evaluate()["eval_accuracy"], *trainer.sums])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_a_trainer_that_keeps_the_labels_is_told_that_the_loss_is_not_tiled(tmp_path, pair, caplog):
+    losses = []
+    for model in pair:
+        trainer = trainer_of(model, tmp_path, max_steps=2, label_smoothing_factor=0.1)
+        losses.append(trainer.train().training_loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert caplog.text.count("forward was given no labels") == 1 and "label smoothing" in caplog.text
+    assert "not tiled (forward was given no labels" in mini_sequence_report(pair[0]).loss
 
 
 def test_a_cache_that_the_evaluation_does_not_look_at_brings_no_logits(tmp_path, pair, rows_of_logits):

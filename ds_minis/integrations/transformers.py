@@ -77,6 +77,9 @@ def attach_evaluation(trainer_module) -> None:
         if prediction_loss_only:
             return prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
         evaluation, transform, ignored = _EVALUATION.get(), None, ignore_keys
+        # A step of the user's own may look at the logits that this one gives, before the loop transforms them.
+        if type(self).prediction_step.__module__.partition(".")[0] not in ("transformers", "trl"):
+            evaluation = None
         if evaluation is not None:
             labels = tuple(self._prepare_input(inputs.get(name)) for name in self.label_names)
             transform = functools.partial(evaluation.preprocess, labels=labels[0] if len(labels) == 1 else labels)

@@ -102,6 +102,10 @@ class DeferredLogits(torch.Tensor):
                     self._value = self._run_steps(self._head.logits(self.hidden()))
         return self._value
 
+    def mode(self) -> contextlib.AbstractContextManager:
+        """The gradient mode and the autocast state that the head was called under, in which it runs by chunks."""
+        return self._mode.entered()
+
     def hidden(self) -> Tensor:
         """The head's input, as it was when the model called its head."""
         if _version(self._hidden) != self._hidden_version:

@@ -14,12 +14,14 @@ import dataclasses
 import functools
 import inspect
 import logging
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ds_minis.config import MiniSequenceConfig
 from ds_minis.ranks import is_main_process
 from ds_minis.tiling.chunking import Chunking
 from ds_minis.tiling.compiling import outside_of_graphs
@@ -39,6 +41,12 @@ BYPASSED = (
 )
 
 
+WITHOUT_LABELS = (
+    "forward was given no labels, so it gives all logits. Whoever trains on them (label smoothing, `compute_loss_func`, a "
+    "trainer's own loss) computes the loss itself; give the model its labels where you can"
+)
+
+
 class WantedLogits:
     """What an evaluation wants of the logits of forward passes with labels.
 
@@ -52,18 +60,22 @@ class WantedLogits:
     def __init__(self, transform: Callable[[Tensor], Any] | None, ignored: Collection[str]):
         self.transform, self.ignored, self.transformed = transform, ignored, False
 
-    def applied_to(self, output: Any) -> Any:
-        """A model's output with what is wanted in the place of its deferred logits."""
+    def applied_to(self, output: Any, wrapped: bool) -> Any:
+        """A model's output with what is wanted in the place of its deferred logits.
+
+        Engines cast what a model gives in mixed precision to float32 before an evaluation sees it: where autocast is on,
+        or where the model's forward was `wrapped` in it.
+        """
         logits = output.get("logits") if isinstance(output, dict) else None
         if not isinstance(logits, DeferredLogits):
             return materialized(output)
         looked_at = {key for key, value in output.items() if value is not None} - {"loss", *self.ignored}
+        autocast = AutocastState(logits.device).dtype() is not None
         if self.transform is None or looked_at != {"logits"}:
             output["logits"] = logits.materialize()
         else:
-            # Engines cast what mixed precision gives to float32 before the evaluation sees it.
-            mixed_precision = AutocastState(logits.device).dtype() is not None
-            output["logits"] = materialized(self.transform(logits.float() if mixed_precision else logits))
+            with logits.mode():  # or what the transform does would need all logits
+                output["logits"] = materialized(self.transform(logits.float() if wrapped or autocast else logits))
             self.transformed = True
         return output
 
@@ -227,21 +239,37 @@ def _tell_hook(hook: str) -> None:
 class _Disarm:
     """Forward hook, run also when forward failed: ends what `_Arm` began and takes deferred logits out of the output."""
 
-    def __init__(self):
-        self.bypassed = False
+    def __init__(self, config: MiniSequenceConfig):
+        self._config = config
+        self.bypassed = ""  # why the loss was not tiled
 
     @outside_of_graphs
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         head = _disarm(model)
-        if head is None or output is None:
+        if output is None:
+            return output
+        if head is None:
+            if self._config.loss and model.training and _argument(model, "labels", args, kwargs) is None:
+                self._tell_logits(output)
             return output
         if not head.deferred:
-            if not self.bypassed and is_main_process():
-                logger.warning("the loss is not tiled by ds_minis: %s", BYPASSED)
-            self.bypassed = True
+            self._tell(BYPASSED)
             return output
         wanted = _WANTED.get()
-        return _without_deferred(output if wanted is None else wanted.applied_to(output))
+        if wanted is None:
+            return _without_deferred(output)
+        # accelerate's autocast ends before these hooks run, and leaves the model's own forward under this name.
+        return _without_deferred(wanted.applied_to(output, wrapped="_original_forward" in model.__dict__))
+
+    def _tell_logits(self, output: Any) -> None:
+        logits = output.get("logits") if isinstance(output, dict) else None
+        if isinstance(logits, Tensor) and logits.requires_grad and math.prod(logits.shape[:-1]) > 1:
+            self._tell(WITHOUT_LABELS)
+
+    def _tell(self, reason: str) -> None:
+        if not self.bypassed and is_main_process():
+            logger.warning("the loss is not tiled by ds_minis: %s", reason)
+        self.bypassed = reason
 
 
 def attach_loss_tiling(model: nn.Module, chunking: Chunking) -> None:
@@ -254,7 +282,7 @@ def attach_loss_tiling(model: nn.Module, chunking: Chunking) -> None:
     """
     model.register_forward_pre_hook(_Arm(chunking), with_kwargs=True)
     # First of all hooks, so that no engine's hook sees deferred logits.
-    model.register_forward_hook(_Disarm(), with_kwargs=True, always_call=True, prepend=True)
+    model.register_forward_hook(_Disarm(chunking.config), with_kwargs=True, always_call=True, prepend=True)
 
 
 def detach_loss_tiling(model: nn.Module) -> None:
@@ -274,9 +302,9 @@ def loss_is_attached(model: nn.Module) -> bool:
     return any(isinstance(hook, _Arm) for hook in model._forward_pre_hooks.values())
 
 
-def loss_is_bypassed(model: nn.Module) -> bool:
-    """Whether forward passes with labels were seen that computed their loss without the LM head."""
-    return any(isinstance(hook, _Disarm) and hook.bypassed for hook in model._forward_hooks.values())
+def why_loss_is_bypassed(model: nn.Module) -> str:
+    """Why forward passes were seen in training whose loss could not be tiled; empty if there were none."""
+    return next((hook.bypassed for hook in model._forward_hooks.values() if isinstance(hook, _Disarm)), "")
 
 
 def takes_labels(model: nn.Module) -> bool:

@@ -66,7 +66,11 @@ if [ "$ON_CPU" = True ]; then
 else
     export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 fi
-[ "$FULL" = 1 ] && LORA=False || LORA=True
+case $FULL in
+    1) LORA=False ;;
+    0) LORA=True ;;
+    *) echo "FULL: 0 (LoRA) or 1 (all weights) is allowed, got $FULL" >&2; exit 2 ;;
+esac
 
 # A 4-bit base (QLoRA): stored in the compute dtype, or FSDP and ZeRO-3 could not cut it into shards.
 if [ "${QLORA:-0}" = 1 ]; then
