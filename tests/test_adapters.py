@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-from models import VOCAB_SIZE, add_lora, assert_same_training, batch, twins
-from peft import LoraConfig
+from models import VOCAB_SIZE, add_lora, assert_same_training, batch, build, checkpointed, twins
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from ds_minis import convert_to_mini_sequence
+from ds_minis import convert_to_mini_sequence, mini_sequence_report
 from ds_minis.tiling.module import TiledModule
 
 CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
@@ -129,3 +129,31 @@ def test_adapter_files_are_those_of_the_unconverted_model(pair, tmp_path):
     assert ours.keys() == plain.keys() and all(torch.equal(ours[key], plain[key]) for key in plain)
     config = [(tmp_path / kind / "adapter_config.json").read_text() for kind in ("ours", "plain")]
     assert config[0] == config[1]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("first", ["convert", "adapt"])
+def test_adapters_of_experts(first, checkpointing):
+    """PEFT parametrizes the experts' weights for each call: the experts are run as a whole then, and the rest is tiled."""
+    config = LoraConfig(
+        r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    )
+    models = []
+    for converted in (True, False):
+        model = build("mixtral")
+        if converted and first == "convert":
+            convert_to_mini_sequence(model, CHUNKS)
+        model = get_peft_model(model, config)
+        with torch.no_grad():
+            torch.manual_seed(1)
+            for name, param in model.named_parameters():
+                if "lora_" in name:
+                    param.normal_(0, 0.1)
+        if converted and first == "adapt":
+            convert_to_mini_sequence(model, CHUNKS)
+        models.append(checkpointed(model) if checkpointing else model)
+    assert any("experts" in name and p.requires_grad for name, p in models[0].named_parameters())
+    assert_same_training(*models, batch(23))
+    report = mini_sequence_report(models[0])
+    assert set(report.tiled.values()) == {"MixtralRMSNorm"} and report.loss.startswith("tiled")
+    assert len([name for name in report.untiled if ".experts" in name]) == 2

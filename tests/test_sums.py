@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import assert_same_tensors
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ds_minis.tiling.sums import sum_rows
 
@@ -88,6 +89,15 @@ def test_no_chunk_is_run_again_in_backward():
     with torch.no_grad():
         assert not sum_rows(head, head, [x, labels], CHUNK, EXPECTED).requires_grad
     assert calls[5:] == [False] * 5
+
+
+def test_activation_checkpointing_around_it():
+    head, (x, labels) = Head(), data()
+    reference, y = copy.deepcopy(head), x.clone().requires_grad_()
+    x.requires_grad_()
+    checkpoint(lambda x: sum_rows(head, head, [x, labels], CHUNK, EXPECTED), x, use_reentrant=False).backward()
+    reference(y, labels).sum().backward()
+    assert_same(head, x, reference, y)
 
 
 def test_nothing_trainable_means_no_gradient_work():

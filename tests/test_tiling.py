@@ -104,6 +104,31 @@ def test_an_evaluation_between_forward_and_backward_changes_nothing():
     assert_same(actual, run(lambda x: loop(module, x), module, x), rtol=1e-5, atol=1e-6)
 
 
+def test_a_module_that_is_set_anew_for_each_use_is_run_again_as_it_was():
+    """As one that layers share, with a scale for each."""
+
+    class Scaled(MLP):
+        scale = 1.0
+
+        def forward(self, x):
+            return super().forward(x) * self.scale
+
+    module, x = Scaled(), inputs(23)
+    module.scale = 1.0
+    mini = tiled(module)
+
+    def twice(m):
+        y = torch.zeros_like(x)
+        for scale in (2.0, -3.0):
+            m.scale = scale
+            y = y + m(x)
+        return y
+
+    actual, expected = run(lambda _: twice(mini), mini, x), run(lambda _: twice(module), module, x)
+    assert mini.scale == -3.0
+    assert_same(actual, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_each_parameter_gets_one_gradient_per_backward():
     mini, counts = tiled(MLP()), {}
     for name, param in mini.named_parameters():
