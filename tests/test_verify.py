@@ -202,6 +202,33 @@ def test_what_only_training_shows():
     assert "keeps state from one call to the next (notes)" in ask(noting, inputs(2, 23)) and noting.notes == []
 
 
+class Gated(MLP):
+    """One number for all tokens, whose gradient is a sum of many that cancel."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return super().forward(x) * self.gate
+
+
+def test_rounding_in_bfloat16_is_no_mixing():
+    torch.manual_seed(0)
+    answers = [ask(Gated().bfloat16(), inputs(2, 100).bfloat16()) for _ in range(100)]
+    assert answers.count("") >= 97
+
+
+def test_large_weights_cost_no_gradient(monkeypatch):
+    monkeypatch.setattr("ds_minis.tiling.verify._LARGEST_WEIGHT", 1)
+    asked, own = [], torch.autograd.grad
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda y, x, *args, **kw: asked.append(len(x)) or own(y, x, *args, **kw)
+    )
+    assert ask(MixesLater(), inputs(2, 23)) == "its gradients for a token depend on others"
+    assert set(asked) == {2}  # the input and the one number
+
+
 def test_what_is_given_to_the_module_is_not_written_to():
     class AddsInPlace(MLP):
         def forward(self, x, residual):
