@@ -87,7 +87,8 @@ def _is_token_wise(module: nn.Module, forward: Callable[..., Any], call: RowCall
         if not can_be_verified(call):
             return True
         require_weights(module)
-        reason = why_not_token_wise(module, forward, call, with_grads=with_grads)
+        with module.mini_sequence_chunking.guarded("chunk_size", call.num_rows, call.num_rows):
+            reason = why_not_token_wise(module, forward, call, with_grads=with_grads)
         if reason is None:
             return False
     verdicts[key] = reason

@@ -145,7 +145,8 @@ def _base(tensor: Tensor) -> Tensor:
 
 def unseen_graph() -> contextlib.AbstractContextManager:
     """Inside, nobody around (activation checkpointing, offloading) sees what a graph saves that is used up inside."""
-    return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+    # Detached, or what an operation saves of its own output would hold that operation, and never be freed.
+    return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _as_it_is)
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ds_minis.tiling.calls import RowCall
-from ds_minis.tiling.recompute import unseen_graph
+from ds_minis.tiling.recompute import AutocastState, unseen_graph
 from ds_minis.tiling.rows import GradientSums, ParameterSlots
 
 _BATCH, _TOKENS, _CHUNKS = 2, 32, 3
@@ -76,13 +76,23 @@ def _ask(module: nn.Module, forward: Callable[..., Any], call: RowCall, with_gra
         state = _State(module)
         actual = run.in_reversed_chunks()
         changed = state.changed(module)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the module
     except Exception as error:
         return f"it fails on a part of the tokens ({type(error).__name__}: {str(error)[:100]})"
     finally:
         first_state.restore(module)
     if changed:
         return f"it keeps state from one call to the next ({changed})"
-    return _compared(actual, expected)
+    return _compared(actual, expected, _tolerance([few.input, *module.parameters(), *actual]))
+
+
+def _tolerance(tensors: Sequence[Tensor | None]) -> float:
+    """For what is computed of these: as coarse as the coarsest of them, or as autocast."""
+    dtypes = {t.dtype for t in tensors if t is not None and t.is_floating_point()}
+    if AutocastState(tensors[0].device).dtype() is not None:
+        return _COARSE
+    return max(_TOLERANCE.get(dtype, _COARSE) for dtype in dtypes)
 
 
 class _Run:
@@ -133,23 +143,23 @@ class _Run:
         return [output, input_grad, *sums.result()]
 
 
-def _compared(actual: list[Tensor | None], expected: list[Tensor | None]) -> str | None:
+def _compared(actual: list[Tensor | None], expected: list[Tensor | None], tolerance: float) -> str | None:
     output, *grads = expected
     rows = output.float()
     alike = torch.equal(rows, rows[:1].expand_as(rows)) and not any(g is not None and g.any() for g in grads)
     if alike:
         return None
-    if not _is_close(actual[0], output):
+    if not _is_close(actual[0], output, tolerance):
         return _Answer.NO.value
-    close = (_is_close(a, e) for a, e in zip(actual[1:], grads, strict=True))
+    close = (_is_close(a, e, tolerance) for a, e in zip(actual[1:], grads, strict=True))
     return _Answer.YES.value if all(close) else _Answer.NOT_IN_BACKWARD.value
 
 
-def _is_close(actual: Tensor | None, expected: Tensor | None) -> bool:
+def _is_close(actual: Tensor | None, expected: Tensor | None, tolerance: float) -> bool:
     if actual is None or expected is None:
         return actual is expected
     error, scale = (actual.float() - expected.float()).abs().max(), expected.float().abs().max()
-    return bool(error <= _TOLERANCE.get(expected.dtype, _COARSE) * scale)
+    return bool(error <= tolerance * scale)
 
 
 def _why_not_one_tensor(output: Any, call: RowCall) -> str:
