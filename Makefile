@@ -7,7 +7,7 @@ lint:            ## style and formatting
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-test:            ## unit tests, one process, two minutes
+test:            ## unit tests, one process, five minutes
 	$(PYTHON) -m pytest -m "not engine"
 
 matrix:          ## real engines in two processes
