@@ -100,6 +100,18 @@ def test_activation_checkpointing_around_it():
     assert_same(head, x, reference, y)
 
 
+def test_weights_that_fsdp1_holds_in_two_places():
+    """In forward a view of its flat parameter stands in `_parameters` and in `__dict__`, which is where it is read."""
+    head, (x, labels) = Head(), data()
+    reference, own = copy.deepcopy(head), head.linear.weight
+    view = own * 1
+    head.linear._parameters["weight"] = head.linear.__dict__["weight"] = view
+    sum_rows(head, head, [x, labels], CHUNK, EXPECTED).backward()
+    assert head.linear._parameters["weight"] is view and head.linear.__dict__["weight"] is view
+    reference(x, labels).sum().backward()
+    torch.testing.assert_close(own.grad, reference.linear.weight.grad)
+
+
 def test_nothing_trainable_means_no_gradient_work():
     head, (x, labels) = Head().requires_grad_(False), data()
     calls = []

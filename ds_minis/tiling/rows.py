@@ -52,13 +52,14 @@ class ParameterSlots:
         before = []
         try:
             for submodule, name, index in self._slots:
-                # Looked up anew: FSDP1 moves a weight from `__dict__` to `_parameters` between forward and backward.
-                holder = submodule._parameters if name in submodule._parameters else submodule.__dict__
-                before.append((holder, name, dict.get(holder, name, _NOTHING)))
-                holder[name] = tensors[index]
+                # Looked up anew: FSDP1 holds a weight in both places in forward, and in `_parameters` alone in backward.
+                places = [holder for holder in (submodule._parameters, submodule.__dict__) if name in holder]
+                for holder in places or [submodule.__dict__]:
+                    before.append((holder, name, dict.get(holder, name, _NOTHING)))
+                    holder[name] = tensors[index]
             yield
         finally:
-            for holder, name, value in before:
+            for holder, name, value in reversed(before):
                 if value is _NOTHING:
                     del holder[name]
                 else:
