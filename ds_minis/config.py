@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-SCOPES = ("mlp", "tokens")
+SCOPES = ("mlp", "tokens", "layer")
 AUTO = "auto"
 
 
@@ -32,10 +32,12 @@ class MiniSequenceConfig:
 
     enabled: bool = _setting(True, "bool", "False leaves the model exactly as it is.")
     scope: str = _setting(
-        "tokens",
+        "layer",
         "scope",
         '"mlp": the feed-forward modules, as in the paper. "tokens": every token-wise module of the decoder stack, that '
-        "is feed-forward modules and norms; the norms' float32 temporaries are the next peak once the MLP is tiled.",
+        "is feed-forward modules and norms; the norms' float32 temporaries are the next peak once the MLP is tiled. "
+        '"layer": decoder layers as a whole, but for one call of the attention, in the place of activation checkpointing; '
+        'where that cannot be done, as "tokens".',
     )
     chunk_size: int | str = _setting(
         AUTO, "size", 'Tokens per chunk, counted over the whole batch, or "auto" (chosen from the hidden size).'

@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -17,7 +17,9 @@ from ds_minis.doors import BY_RUN, Request, agreed
 from ds_minis.ranks import is_main_process
 from ds_minis.tiling.chunking import Chunking
 from ds_minis.tiling.loss import attach_loss_tiling, detach_loss_tiling, loss_is_attached, why_loss_is_bypassed
-from ds_minis.tiling.module import TiledModule, tile_module, untile_module, untiled_class, why_whole
+from ds_minis.tiling.layer import TiledLayer
+from ds_minis.tiling.module import TiledModule
+from ds_minis.tiling.swap import Tiled, tile, untile, untiled_class, why_whole
 from ds_minis.versions import warn_of_old_versions
 
 _STATE = "_mini_sequence"
@@ -34,7 +36,8 @@ class ConversionReport:
     Attributes:
         config: the settings.
         door: where they came from.
-        tiled: qualified name -> class name, of every tiled module.
+        layers: qualified name -> class name, of every decoder layer that is tiled as a whole.
+        tiled: qualified name -> class name, of every tiled module; those of a layer are used where that is not tiled.
         untiled: qualified name -> (class name, reason), of every other part of the decoder stack.
         loss: what became of the LM head and the loss, in words.
     """
@@ -44,10 +47,16 @@ class ConversionReport:
     tiled: Mapping[str, str]
     untiled: Mapping[str, tuple[str, str]]
     loss: str
+    layers: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
+        inside = {fqn for fqn in self.tiled if any(fqn.startswith(f"{layer}.") for layer in self.layers)}
+        outside = Counter(name for fqn, name in self.tiled.items() if fqn not in inside)
+        spare = Counter(name for fqn, name in self.tiled.items() if fqn in inside)
         lines = [f"ds_minis ({self.door}): {self.config.to_dict(defaults=False) or 'all defaults'}"]
-        lines += [f"  tiled: {count} x {name}" for name, count in Counter(self.tiled.values()).items()]
+        lines += [f"  tiled as a whole: {count} x {name}" for name, count in Counter(self.layers.values()).items()]
+        lines += [f"  tiled: {count} x {name}" for name, count in outside.items()]
+        lines += [f"  tiled where their layer is not: {count} x {name}" for name, count in spare.items()]
         for (name, reason), count in Counter(self.untiled.values()).items():
             lines.append(f"  not tiled: {count} x {name} ({reason})")
         return "\n".join([*lines, f"  loss: {self.loss}"])
@@ -106,7 +115,7 @@ def convert(
 
     warn_of_old_versions()
     chunking = Chunking(config, find_hidden_size(model))
-    candidates = [_decided(c, config, module_filter) for c in find_candidates(model)]
+    candidates = _all_decided(list(find_candidates(model)), config, module_filter)
     loss_models = find_models_with_loss(model)
     if candidates or loss_models:  # else there is nothing for a pattern to match
         _require_matches(candidates, config, door)
@@ -114,14 +123,15 @@ def convert(
     if not tiled and not (config.loss and loss_models):
         raise NothingToTile(_nothing_to_tile(model, candidates, config, door))
     for candidate in tiled:
-        tile_module(candidate.module, chunking, candidate.fqn)
+        tile(candidate.module, TiledLayer if candidate.role == "layer" else TiledModule, chunking, candidate.fqn)
     for loss_model in loss_models:
         attach_loss_tiling(loss_model, chunking)
 
     report = ConversionReport(
         config=config,
         door=door,
-        tiled={c.fqn: untiled_class(type(c.module)).__name__ for c in tiled},
+        layers={c.fqn: untiled_class(type(c.module)).__name__ for c in tiled if c.role == "layer"},
+        tiled={c.fqn: untiled_class(type(c.module)).__name__ for c in tiled if c.role != "layer"},
         untiled={c.fqn: (type(c.module).__name__, c.reason) for c in candidates if c.reason},
         loss=_loss_in_words(model, config, loss_models),
     )
@@ -138,8 +148,8 @@ def revert_mini_sequence(model: nn.Module) -> nn.Module:
         RuntimeError: an engine has wrapped the tiled modules since (FSDP2).
     """
     for module in model.modules():
-        if isinstance(module, TiledModule):
-            untile_module(module)
+        if isinstance(module, Tiled):
+            untile(module)
         detach_loss_tiling(module)
         module.__dict__.pop(_STATE, None)
     return model
@@ -158,22 +168,42 @@ def mini_sequence_report(model: nn.Module) -> ConversionReport | None:
 
 def _with_verdicts(report: ConversionReport, model: nn.Module) -> ConversionReport:
     """The report, with what was found out about modules at their first calls."""
-    modules = [module for module in model.modules() if isinstance(module, TiledModule)]
+    modules = [module for module in model.modules() if isinstance(module, Tiled)]
     wrong = {m.mini_sequence_name: why_whole(m) for m in modules if why_whole(m)}
     if not wrong:
         return report
-    untiled = {fqn: (report.tiled[fqn], reason) for fqn, reason in wrong.items()}
+    names = {**report.layers, **report.tiled}
+    untiled = {fqn: (names[fqn], reason) for fqn, reason in wrong.items()}
     tiled = {fqn: name for fqn, name in report.tiled.items() if fqn not in wrong}
-    return dataclasses.replace(report, tiled=tiled, untiled={**report.untiled, **untiled})
+    layers = {fqn: name for fqn, name in report.layers.items() if fqn not in wrong}
+    return dataclasses.replace(report, tiled=tiled, layers=layers, untiled={**report.untiled, **untiled})
 
 
 def tiled_modules(model: nn.Module) -> list[nn.Module]:
     """Every module whose weights are used inside a tiled operation (an engine must gather each of them as a whole)."""
-    modules = [module for module in model.modules() if isinstance(module, TiledModule)]
+    modules = [module for module in model.modules() if isinstance(module, Tiled)]
     report = mini_sequence_report(model)
     if report is not None and report.config.enabled and report.config.loss:
         modules += dict.fromkeys(m.get_output_embeddings() for m in find_models_with_loss(model))
     return modules
+
+
+def _all_decided(candidates: list[Candidate], config: MiniSequenceConfig, module_filter) -> list[Candidate]:
+    """The candidates, each with the reason for leaving it alone; without what is said of the parts of a tiled layer."""
+    if config.scope != "layer":
+        candidates = [c for c in candidates if c.role != "layer"]
+    decided = [_decided(c, config, module_filter) for c in candidates]
+    wanted = {c.fqn: not c.reason or c.role in ("mixer", "other") for c in decided}
+    layers = [c.fqn for c in decided if c.role == "layer" and not c.reason]
+    left_out = {fqn for fqn in layers if not all(ok for part, ok in wanted.items() if part.startswith(f"{fqn}."))}
+    result = []
+    for c in decided:
+        if c.fqn in left_out:
+            c = dataclasses.replace(c, reason="as a whole: a part of it is left out")
+        inside = any(c.fqn.startswith(f"{fqn}.") for fqn in layers if fqn not in left_out)
+        if not (inside and c.reason):
+            result.append(c)
+    return result
 
 
 def _decided(candidate: Candidate, config: MiniSequenceConfig, module_filter) -> Candidate:

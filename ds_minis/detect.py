@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from ds_minis.tiling.loss import takes_labels
-from ds_minis.tiling.module import TiledModule, replaced_forward, untiled_class
+from ds_minis.tiling.attention import num_attentions
+from ds_minis.tiling.swap import replaced_forward, untiled_class
 
 _FEED_FORWARD = re.compile(r"mlp|feed_?forward|ffn", re.IGNORECASE)
 _MIXER = re.compile(r"attention|attn|mixer|mamba|ssm|retention|recurrent|rnn|conv|delta_?net|lstm", re.IGNORECASE)
@@ -28,7 +29,7 @@ class Candidate:
 
     Attributes:
         fqn: its qualified name.
-        role: what it is in its layer: "feed-forward", "experts", "norm", "mixer" or "other".
+        role: "layer", or what it is in its layer: "feed-forward", "experts", "norm", "mixer" or "other".
         reason: why it cannot be tiled; empty if it can.
     """
 
@@ -44,7 +45,7 @@ class Candidate:
 
 
 def find_candidates(model: nn.Module) -> Iterator[Candidate]:
-    """The parts of every decoder stack: feed-forward modules and norms by role, the rest with a reason.
+    """The layers of every decoder stack and their parts: feed-forward modules and norms by role, the rest with a reason.
 
     A decoder layer is an item of a `ModuleList`, see `_is_layer`; norms that stand beside that list (the final norm) belong
     to the stack. Whether a module is token-wise is not decided here but by its behaviour (`tiling/verify.py`). A module
@@ -62,6 +63,7 @@ def _all_candidates(model: nn.Module) -> Iterator[Candidate]:
         stacks = [(name, child) for name, child in owner.named_children() if _is_layer_list(child)]
         for stack_name, stack in stacks:
             for i, layer in enumerate(stack):
+                yield Candidate(_join(owner_fqn, stack_name, str(i)), layer, "layer", _why_no_layer(layer))
                 for name, child in layer.named_children():
                     yield from _part_candidates(_join(owner_fqn, stack_name, str(i), name), name, child)
         columns = _columns(owner)
@@ -130,6 +132,15 @@ def _is_layer_list(module: nn.Module) -> bool:
     return isinstance(module, nn.ModuleList) and any(map(_is_layer, module))
 
 
+def _why_no_layer(layer: nn.Module) -> str:
+    count = num_attentions(layer)
+    if count == 1:
+        return _why_replaced(layer)
+    if not count:
+        return "as a whole: no attention in it goes through transformers' attention interface"
+    return f"as a whole: it has {count} attentions"
+
+
 def _columns(owner: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     """Lists with one part of all layers each, where a model has those (XLM's `attentions` and `ffns`)."""
     lists = [(name, m) for name, m in owner.named_children() if isinstance(m, nn.ModuleList) and len(m)]
@@ -185,7 +196,7 @@ def _is_fused(module: nn.Module) -> bool:
 
 
 def _own_class(module: nn.Module) -> type[nn.Module]:
-    return untiled_class(type(module)) if isinstance(module, TiledModule) else type(module)
+    return untiled_class(type(module))
 
 
 def _is_norm(module: nn.Module) -> bool:

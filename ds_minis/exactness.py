@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ds_minis.convert import ConversionReport, NothingToTile, convert_to_mini_sequence, mini_sequence_report
-from ds_minis.tiling.module import TiledModule
+from ds_minis.tiling.layer import TiledLayer
+from ds_minis.tiling.swap import Tiled, why_whole
 from ds_minis.tiny import FIRST_SPECIAL_ID, FIRST_TEXT_ID, tiny_model, without_dropout
 
 LIMIT = 1e-5  # of a parameter's largest gradient, or of FLOOR times the model's where that is more
@@ -144,8 +145,10 @@ def text_batch(model: nn.Module, *, batch_size: int = BATCH_SIZE, length: int = 
 
 def _idle(model: nn.Module) -> tuple[str, ...]:
     """Modules without a verdict: they were never called with more rows than a chunk has."""
-    tiled = (module for module in model.modules() if isinstance(module, TiledModule))
-    return tuple(module.mini_sequence_name for module in tiled if not module.mini_sequence_verdicts)
+    tiled = [module for module in model.modules() if isinstance(module, Tiled)]
+    layers = [m for m in tiled if isinstance(m, TiledLayer) and m.mini_sequence_verdicts and not why_whole(m)]
+    inside = {part for layer in layers for part in layer.modules()}
+    return tuple(m.mini_sequence_name for m in tiled if not m.mini_sequence_verdicts and m not in inside)
 
 
 def gives_router_outputs(model: nn.Module) -> bool:

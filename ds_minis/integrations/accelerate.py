@@ -23,7 +23,7 @@ from ds_minis.convert import NothingToTile, convert, tiled_modules
 from ds_minis.doors import SECTION, Request, agreed, hand_to_ranks, read_section, requested_by_environment
 from ds_minis.integrations.autoload import register
 from ds_minis.ranks import is_main_process
-from ds_minis.tiling.module import TiledModule
+from ds_minis.tiling.swap import Tiled
 
 logger = logging.getLogger("ds_minis")
 
@@ -158,7 +158,8 @@ def fsdp1_units_around_tiled_modules(plugin, model: nn.Module) -> Iterator[None]
         return
     plugin.set_auto_wrap_policy(model)
     policy, tiled = plugin.auto_wrap_policy, tiled_modules(model)
-    inside = {part for module in tiled for part in module.modules()} - {m for m in tiled if isinstance(m, TiledModule)}
+    parts = {part for module in tiled for part in module.modules() if part is not module}
+    inside = parts | {module for module in tiled if not isinstance(module, Tiled)}
 
     def policy_outside(module, recurse, nonwrapped_numel):
         return module not in inside and policy(module=module, recurse=recurse, nonwrapped_numel=nonwrapped_numel)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum, type(None))
+CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum, type(None))
 
 
 class RowCall:
@@ -35,7 +35,7 @@ class RowCall:
         for key, value in (*enumerate(args), *kwargs.items()):
             if isinstance(value, Tensor):
                 self._add(key, value)
-            elif not isinstance(value, _CONSTANTS):
+            elif not isinstance(value, CONSTANTS):
                 self.reason = f"its argument {key!r} is a {type(value).__name__}, which may hold anything"
         if not self.keys:
             self.reason = "no tensor with a row for each token is given to it"

@@ -58,6 +58,15 @@ class Chunking:
                 self.passes[-1].close()
             raise
 
+    @contextlib.contextmanager
+    def untiled(self) -> Iterator[None]:
+        """Inside, tiled modules run as they are: what they are given is a chunk already."""
+        before, self.suspended = self.suspended, True
+        try:
+            yield
+        finally:
+            self.suspended = before
+
     def module_rows(self, num_rows: int, width: int, experts_per_choice: float = 1.0) -> int:
         """Rows per chunk for a module whose input has `num_rows` rows of `width` elements.
 

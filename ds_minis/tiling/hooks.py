@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import sys
 from collections.abc import Callable, Iterable
 
 from torch import nn
@@ -29,8 +31,18 @@ def foreign_global_hook(kinds: tuple[str, ...] = ALL) -> str:
     return next(filter(None, (_foreign(getattr(nn.modules.module, f"_global_{kind}").values()) for kind in kinds)), "")
 
 
+def _captures_nothing(hook: Callable) -> bool:
+    """Whether a hook is one of transformers', which hand router outputs or attentions on, and is not asked for any now."""
+    if getattr(hook, "__module__", None) != "transformers.utils.output_capturing":
+        return False
+    collector = sys.modules[hook.__module__]._active_collector.get()
+    return collector is None or inspect.getclosurevars(hook).nonlocals["key"] not in collector
+
+
 def _foreign(hooks: Iterable[Callable]) -> str:
     for hook in hooks:
+        if _captures_nothing(hook):
+            continue
         while isinstance(hook, functools.partial):
             hook = hook.func
         place = getattr(hook, "__module__", None) or type(hook).__module__

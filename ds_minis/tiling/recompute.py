@@ -64,24 +64,91 @@ class Replay:
             yield
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether there is anything to look at: not on the meta device, or when shapes alone are traced."""
+    return not tensor.is_meta and type(tensor).__name__ != "FakeTensor"
+
+
+class Seeds:
+    """Random numbers for the parts of one call, each part with a seed of its own: it draws the same ones whenever it is run.
+
+    The first seed is taken from the CPU's generator, which is left where it was if no part drew anything.
+    """
+
+    def __init__(self, device: torch.device):
+        generator = torch.Generator()
+        generator.set_state(torch.get_rng_state())
+        self._first = int(torch.randint(2**62, (), generator=generator))
+        self._device = None if device.type in ("cpu", "meta") else device
+        self._drawn = False
+
+    @contextlib.contextmanager
+    def part(self, index: int) -> Iterator[None]:
+        """Inside, the generators begin at the part's seed; the caller's random state is back at the end."""
+        devices = [] if self._device is None else [self._device]
+        with torch.random.fork_rng(devices, device_type="cuda" if self._device is None else self._device.type):
+            torch.default_generator.manual_seed(self._first + index)
+            if self._device is not None:
+                module = torch.get_device_module(self._device)
+                with module.device(self._device):
+                    module.manual_seed(self._first + index)
+            before = self._states()
+            try:
+                yield
+            finally:
+                if not self._drawn:
+                    self._drawn = any(not torch.equal(a, b) for a, b in zip(before, self._states(), strict=True))
+
+    def advance(self) -> None:
+        """To be called after forward: the next call gets other random numbers, if this one drew any."""
+        if self._drawn:
+            torch.rand(())
+
+    def _states(self) -> list[Tensor]:
+        if self._device is None:
+            return [torch.get_rng_state()]
+        return [torch.get_rng_state(), torch.get_device_module(self._device).get_rng_state(self._device)]
+
+
 class _LinearWithoutForward(torch.autograd.Function):
-    """`F.linear` for a result that nobody reads: the right gradients, and uninitialised memory for a value."""
+    """`F.linear` for a result that nobody reads: the right gradients, and `value` (one element) for a value."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx, x, weight, bias, value):
         ctx.save_for_backward(x, weight)
-        return x.new_empty((*x.shape[:-1], weight.shape[0]))
+        return x.new_full((), value).expand(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         grad_2d = grad.flatten(0, -2)
         return (
             grad @ weight if need_x else None,
             grad_2d.t() @ x.flatten(0, -2) if need_weight else None,
             grad_2d.sum(0) if need_bias else None,
+            None,
         )
+
+
+def linear_without_value(
+    linear: nn.Linear, autocast_dtype: torch.dtype | None, value: float = 0.0
+) -> Callable[[Tensor], Tensor]:
+    """A forward for a linear layer whose result nobody reads: no product, and the gradients all the same."""
+
+    def forward(input):
+        inputs = input, linear.weight, linear.bias
+        if autocast_dtype is not None:
+            inputs = [None if t is None else t.to(autocast_dtype) for t in inputs]
+        return _LinearWithoutForward.apply(*inputs, value)
+
+    return forward
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether nothing but the product of a linear layer is run by the module: not quantized, no forward of an instance's."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return type(module).forward is nn.Linear.forward and "forward" not in module.__dict__ and not hooks
 
 
 class LastLinear:
@@ -125,17 +192,10 @@ class LastLinear:
     @contextlib.contextmanager
     def skipped(self, autocast_dtype: torch.dtype | None) -> Iterator[None]:
         linear = self._found
-        if linear is None or any(hooks for hooks in (linear._forward_hooks, linear._forward_pre_hooks)):
+        if linear is None or not is_plain_linear(linear):
             yield
             return
-
-        def forward(input):
-            inputs = input, linear.weight, linear.bias
-            if autocast_dtype is not None:
-                inputs = [None if t is None else t.to(autocast_dtype) for t in inputs]
-            return _LinearWithoutForward.apply(*inputs)
-
-        with forwards_set({linear: forward}):
+        with forwards_set({linear: linear_without_value(linear, autocast_dtype)}):
             yield
 
 

@@ -14,6 +14,7 @@ Shapes: R rows of the whole input, C rows of one chunk; trailing dimensions are 
 
 from __future__ import annotations
 
+import abc
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
@@ -69,7 +70,7 @@ class ParameterSlots:
 _NOTHING = object()
 
 
-def _constants(module: nn.Module) -> list[tuple[nn.Module, dict[str, object]]]:
+def constants_of(module: nn.Module) -> list[tuple[nn.Module, dict[str, object]]]:
     """What the parts of a module are set to (training, a scale, whether an adapter is on), but for DeepSpeed's counters."""
     return [
         (part, {k: v for k, v in part.__dict__.items() if type(v) in _CONSTANTS and not k.startswith("ds_")})
@@ -81,7 +82,7 @@ _CONSTANTS = frozenset((bool, int, float, str, type(None)))
 
 
 @contextlib.contextmanager
-def _set_to(constants: Sequence[tuple[nn.Module, dict[str, object]]]) -> Iterator[None]:
+def set_to(constants: Sequence[tuple[nn.Module, dict[str, object]]]) -> Iterator[None]:
     """Parts are set as they were in forward; an evaluation or another use of the module may have come in between."""
     now = [
         (part, k, part.__dict__[k], v) for part, values in constants for k, v in values.items() if k in part.__dict__
@@ -96,22 +97,44 @@ def _set_to(constants: Sequence[tuple[nn.Module, dict[str, object]]]) -> Iterato
             holder[name] = value
 
 
-class _TiledCall:
-    """One call of a row function over chunks: what its forward and its backward share."""
+class Call(abc.ABC):
+    """One call of something tiled: what its forward and its backward share.
+
+    Attributes:
+        slots: the trainable tensors that it uses.
+        grad_output: the gradient of the result, from its arrival to the backward that uses it up.
+    """
+
+    slots: ParameterSlots
+    grad_output: Tensor | None = None
+
+    def saved(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What autograd has to save of the rows and parameters (in that order)."""
+        return tensors
+
+    @abc.abstractmethod
+    def forward(self, rows: Sequence[Tensor], *, with_backward: bool) -> Tensor:
+        """The result of all chunks, computed without a graph."""
+
+    @abc.abstractmethod
+    def backward(self, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
+        """Gradients of rows and parameters for `self.grad_output`, given what was saved."""
+
+
+class _TiledCall(Call):
+    """A row function over chunks."""
 
     def __init__(
         self, function: Callable[..., Tensor], module: nn.Module, chunk_rows: int, num_rows: int, guard: Guard
     ):
         self.slots = ParameterSlots(module)
-        self.grad_output: Tensor | None = None
         self._function = function
         self._module = module
         self._guard = guard
-        self._constants = _constants(module)
+        self._constants = constants_of(module)
         self._bounds = [(i, min(i + chunk_rows, num_rows)) for i in range(0, max(num_rows, 1), chunk_rows)]
 
     def forward(self, rows: Sequence[Tensor], *, with_backward: bool) -> Tensor:
-        """The result of all chunks, computed without a graph."""
         try:
             with self._guard():
                 return self._forward(rows, with_backward)
@@ -138,7 +161,6 @@ class _TiledCall:
         return output
 
     def backward(self, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
-        """Gradients of rows and parameters (in that order) for `self.grad_output`, each chunk run again."""
         with self._guard():
             return self._backward(tensors, needs_grad)
 
@@ -151,7 +173,7 @@ class _TiledCall:
         sums = GradientSums(leaves)
         dtype = self._replay.autocast.dtype()
         with contextlib.ExitStack() as stack:
-            for context in (self._replay.active(), _set_to(self._constants), torch.enable_grad()):
+            for context in (self._replay.active(), set_to(self._constants), torch.enable_grad()):
                 stack.enter_context(context)
             stack.enter_context(self.slots.holding(leaves))
             stack.enter_context(self._last_linear.skipped(dtype))
@@ -189,10 +211,15 @@ class GradientSums:
             if grad is None:
                 continue
             if self._sums[i] is not None:
-                self._sums[i].add_(grad)
+                wide = torch.promote_types(grad.dtype, torch.float32)
+                self._sums[i] = self._sums[i].to(wide).add_(grad)  # narrow where it was settled
             else:
                 # A copy also where it is float32 already: autograd may hand one tensor to two parameters.
                 self._sums[i] = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
+
+    def settle(self) -> None:
+        """Rounds the sums that are there to their parameters' dtypes, when it is known that hardly any is added to again."""
+        self._sums = self.result()
 
     def result(self) -> list[Tensor | None]:
         return [None if s is None else s.to(leaf.dtype) for s, leaf in zip(self._sums, self._leaves, strict=True)]
@@ -202,9 +229,9 @@ class _Record(torch.autograd.Function):
     """Saves the inputs; gives a token that carries the graph; its backward does all the work."""
 
     @staticmethod
-    def forward(ctx, call: _TiledCall, *tensors: Tensor):
+    def forward(ctx, call: Call, *tensors: Tensor):
         ctx.call = call
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*call.saved(tensors))
         return tensors[0].new_zeros(())
 
     @staticmethod
@@ -216,7 +243,7 @@ class _Compute(torch.autograd.Function):
     """Computes the result and saves nothing; hands its gradient to `_Record` beside the graph (shapes may differ)."""
 
     @staticmethod
-    def forward(ctx, call: _TiledCall, token: Tensor, *rows: Tensor):
+    def forward(ctx, call: Call, token: Tensor, *rows: Tensor):
         ctx.call = call
         return call.forward(rows, with_backward=True)
 
@@ -264,6 +291,11 @@ def tile_rows(
     if runs_whole(num_rows, chunk_rows):
         return function(*rows)
     call = _TiledCall(function, module, chunk_rows, num_rows, guard)
+    return run_call(call, rows)
+
+
+def run_call(call: Call, rows: Sequence[Tensor]) -> Tensor:
+    """The result of a call, with one autograd node for the gradients of all rows and parameters."""
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in (*rows, *call.slots.tensors)):
         with torch.no_grad():
             return call.forward(rows, with_backward=False)

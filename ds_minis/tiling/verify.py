@@ -26,19 +26,13 @@ _BATCH, _TOKENS, _CHUNKS = 2, 32, 3
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _COARSE = 2e-2  # bfloat16, float16
 # Elements. Larger weights get no gradient here: theirs would cost memory, and what mixes tokens is small, or seen already.
-_LARGEST_WEIGHT = 2**24
+LARGEST_WEIGHT = 2**24
 
 
 class _Answer(enum.Enum):
     YES = ""
     NO = "its result for a token depends on others"
     NOT_IN_BACKWARD = "its gradients for a token depend on others"
-
-
-def can_be_verified(call: RowCall) -> bool:
-    """Whether there are values to look at (there are none on the meta device, or when shapes alone are traced)."""
-    x = call.input
-    return not x.is_meta and type(x).__name__ != "FakeTensor"
 
 
 def why_not_token_wise(
@@ -56,7 +50,7 @@ def why_not_token_wise(
         An empty string if the module is token-wise; else the reason why it is not. None where it cannot be told: neither
         its output nor a gradient differs from token to token.
     """
-    with _quietly(module, call.input.device):
+    with quietly(module, call.input.device):
         answer = _ask(module, forward, call, with_grads)
         if answer == _Answer.NOT_IN_BACKWARD.value:
             # Once more, with other random numbers: the gradient of a single number may happen to be next to nothing, and all
@@ -67,13 +61,13 @@ def why_not_token_wise(
 
 def _ask(module: nn.Module, forward: Callable[..., Any], call: RowCall, with_grads: bool) -> str | None:
     few = call.narrowed(_BATCH, _TOKENS, torch.randn_like)
-    first_state = _State(module)
+    first_state = State(module)
     try:
         run = _Run(module, forward, few, with_grads)
         expected = run.whole()
         if run.reason:
             return run.reason
-        state = _State(module)
+        state = State(module)
         actual = run.in_reversed_chunks()
         changed = state.changed(module)
     except torch.OutOfMemoryError:
@@ -84,10 +78,10 @@ def _ask(module: nn.Module, forward: Callable[..., Any], call: RowCall, with_gra
         first_state.restore(module)
     if changed:
         return f"it keeps state from one call to the next ({changed})"
-    return _compared(actual, expected, _tolerance([few.input, *module.parameters(), *actual]))
+    return _compared(actual, expected, tolerance([few.input, *module.parameters(), *actual]))
 
 
-def _tolerance(tensors: Sequence[Tensor | None]) -> float:
+def tolerance(tensors: Sequence[Tensor | None]) -> float:
     """For what is computed of these: as coarse as the coarsest of them, or as autocast."""
     dtypes = {t.dtype for t in tensors if t is not None and t.is_floating_point()}
     if AutocastState(tensors[0].device).dtype() is not None:
@@ -115,7 +109,7 @@ class _Run:
     def _over(self, slices: Sequence[slice], arguments: Callable[[list[Tensor]], Any]) -> list[Tensor | None]:
         call = self._call
         slots = ParameterSlots(self._module)
-        leaves = [p.detach().requires_grad_(p.numel() <= _LARGEST_WEIGHT) for p in slots.tensors]
+        leaves = [p.detach().requires_grad_(p.numel() <= LARGEST_WEIGHT) for p in slots.tensors]
         sums, output, input_grad = GradientSums(leaves), None, None
         with torch.set_grad_enabled(self._with_grads), slots.holding(leaves):
             for rows in slices:
@@ -124,7 +118,7 @@ class _Run:
                 parts[0] = leaf * 1 if leaf.requires_grad else leaf  # what is no leaf may be written to
                 args, kwargs = arguments(parts)
                 y = self._forward(*args, **kwargs)
-                self.reason = _why_not_one_tensor(y, RowCall(tuple(args), kwargs)) or _foreign_weight(
+                self.reason = _why_not_one_tensor(y, RowCall(tuple(args), kwargs)) or foreign_weight(
                     y, [leaf, *leaves]
                 )
                 if self.reason:
@@ -149,13 +143,13 @@ def _compared(actual: list[Tensor | None], expected: list[Tensor | None], tolera
     alike = torch.equal(rows, rows[:1].expand_as(rows)) and not any(g is not None and g.any() for g in grads)
     if alike:
         return None
-    if not _is_close(actual[0], output, tolerance):
+    if not is_close(actual[0], output, tolerance):
         return _Answer.NO.value
-    close = (_is_close(a, e, tolerance) for a, e in zip(actual[1:], grads, strict=True))
+    close = (is_close(a, e, tolerance) for a, e in zip(actual[1:], grads, strict=True))
     return _Answer.YES.value if all(close) else _Answer.NOT_IN_BACKWARD.value
 
 
-def _is_close(actual: Tensor | None, expected: Tensor | None, tolerance: float) -> bool:
+def is_close(actual: Tensor | None, expected: Tensor | None, tolerance: float) -> bool:
     if actual is None or expected is None:
         return actual is expected
     error, scale = (actual.float() - expected.float()).abs().max(), expected.float().abs().max()
@@ -170,7 +164,7 @@ def _why_not_one_tensor(output: Any, call: RowCall) -> str:
     return ""
 
 
-def _foreign_weight(output: Tensor, known: Sequence[Tensor]) -> str:
+def foreign_weight(output: Tensor, known: Sequence[Tensor]) -> str:
     """A trainable tensor that the module uses and does not hold would get no gradient."""
     ids, seen, nodes = {id(t) for t in known}, set(), [output.grad_fn]
     while nodes:
@@ -194,7 +188,7 @@ class _WithoutDropout(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def _quietly(module: nn.Module, device: torch.device) -> Iterator[None]:
+def quietly(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Inside, nobody notices that the module runs: no hooks of its parts, no random numbers drawn.
 
     Nor do dispatch modes: selective activation checkpointing would take these results for the real call's.
@@ -222,7 +216,7 @@ def _quietly(module: nn.Module, device: torch.device) -> Iterator[None]:
             torch.clear_autocast_cache()  # of the detached weights
 
 
-class _State:
+class State:
     """What a module and its parts hold: buffers by value, lists and the like by their elements, all else by identity."""
 
     def __init__(self, module: nn.Module):

@@ -1,0 +1,99 @@
+"""The seam between a decoder layer and its attention: transformers' attention interface.
+
+Layers look their attention function up in `ALL_ATTENTION_FUNCTIONS` at each call. While a layer is run here, that lookup
+gives a function of ours, which is told what the layer would have called. transformers is not imported: a layer that uses
+its interface has done so already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+_REGISTRY = "ALL_ATTENTION_FUNCTIONS"
+
+
+@dataclass(frozen=True)
+class AttentionRequest:
+    """A layer's call of its attention function, `function(module, *tensors, *args, **kwargs)[0]`.
+
+    Attributes:
+        tensors: queries `(B, N, T, D)`, keys `(B, K, T, D)` and values `(B, K, T, E)` for T tokens, N heads, K KV heads.
+        args, kwargs: the rest: mask, scale, dropout, window, ...
+    """
+
+    function: Callable[..., Any]
+    module: nn.Module
+    tensors: tuple[Tensor, ...]
+    args: tuple
+    kwargs: Mapping[str, Any]
+
+    @classmethod
+    def of_call(cls, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> AttentionRequest:
+        """Raises TypeError for a call in another form."""
+        if len(args) < 4 or not all(isinstance(a, Tensor) and a.dim() == 4 for a in args[1:4]):
+            raise TypeError("its attention is not called with module, queries, keys and values, in this order")
+        return cls(function, args[0], tuple(args[1:4]), args[4:], kwargs)
+
+    def for_whole(self, whole_of: Callable[[Any], Any]) -> AttentionRequest:
+        """The call for all tokens, given what stands for each argument there; without queries, keys and values."""
+        kwargs = {name: whole_of(value) for name, value in self.kwargs.items()}
+        return dataclasses.replace(self, tensors=(), args=tuple(map(whole_of, self.args)), kwargs=kwargs)
+
+    def uses(self, tensor: Tensor) -> bool:
+        """Whether the tensor itself is among the arguments (a parameter, such as attention sinks)."""
+        return any(value is tensor for value in (*self.args, *self.kwargs.values()))
+
+    def run(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The attention's output for these queries, keys and values, `(B, T, N, E)`."""
+        return self.function(self.module, *tensors, *self.args, **self.kwargs)[0]
+
+
+class AttentionReached(Exception):
+    """Ends a run of a layer at its attention."""
+
+
+@contextlib.contextmanager
+def attention_answered_by(answer: Callable[[AttentionRequest], Tensor]) -> Iterator[None]:
+    """Inside, `answer` is given each call of an attention function, and gives its output."""
+    registry = getattr(sys.modules["transformers.modeling_utils"], _REGISTRY)
+    get_interface = registry.get_interface
+    before = registry.__dict__.get("get_interface")
+
+    def get_answering(*args, **kwargs):
+        function = get_interface(*args, **kwargs)
+
+        @functools.wraps(function)
+        def attention(*args, **kwargs):
+            return answer(AttentionRequest.of_call(function, args, kwargs)), None
+
+        return attention
+
+    registry.__dict__["get_interface"] = get_answering
+    try:
+        yield
+    finally:
+        if before is None:
+            del registry.__dict__["get_interface"]
+        else:
+            registry.__dict__["get_interface"] = before
+
+
+def num_attentions(layer: nn.Module) -> int:
+    """How many parts of a layer look their attention function up in the interface."""
+    return sum(_uses_interface(type(part)) for part in layer.modules())
+
+
+@functools.cache
+def _uses_interface(cls: type[nn.Module]) -> bool:
+    functions = (f for base in cls.__mro__ if base is not nn.Module for f in vars(base).values() if callable(f))
+    codes = (getattr(inspect.unwrap(f), "__code__", None) for f in functions)
+    return any(code is not None and _REGISTRY in code.co_names for code in codes)

@@ -1,0 +1,122 @@
+"""Whole decoder layers over chunks of tokens, in the place of activation checkpointing."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_minis.ranks import has_other_ranks
+from ds_minis.tiling.compiling import outside_of_graphs
+from ds_minis.tiling.layer_call import LayerCall
+from ds_minis.tiling.layer_node import LayerNode
+from ds_minis.tiling.layer_verify import Finding, examine
+from ds_minis.tiling.module import engine_inside, passing_state, require_weights
+from ds_minis.tiling.recompute import AutocastState
+from ds_minis.tiling.rows import run_call
+from ds_minis.tiling.swap import Tiled, tell_whole
+
+_CHECKPOINT = "_gradient_checkpointing_func"
+
+
+class TiledLayer(Tiled):
+    """Mixed into a decoder layer's class; runs that class's own forward over chunks, and attention once for all.
+
+    It saves its input and recomputes the rest in backward, so activation checkpointing is left to it. Where a call cannot be
+    tiled, the layer runs as its class does, checkpointed if it was asked to be; its norms and its feed-forward part are
+    then tiled each for itself.
+    """
+
+    def forward(self, *args, **kwargs):
+        forward, chunking = super().forward, self.mini_sequence_chunking
+        if chunking is None or chunking.suspended or torch.compiler.is_compiling():
+            return self._as_it_is(forward, args, kwargs)
+        call = LayerCall(args, kwargs)
+        if not call.reason and _runs_whole(self, call):
+            return self._as_it_is(forward, args, kwargs)
+        finding = _found_out(self, forward, call)
+        if finding.reason:
+            return self._as_it_is(forward, args, kwargs)
+        y = _forward_by_tokens(self, forward, call, finding)
+        return y if finding.rest is None else (y, *finding.rest)
+
+    def _as_it_is(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        checkpoint = self.__dict__.get(_CHECKPOINT)
+        if checkpoint is None or not (self.gradient_checkpointing and self.training):
+            return forward(*args, **kwargs)
+        return checkpoint(functools.partial(forward, **kwargs), *args)
+
+    @property
+    def _gradient_checkpointing_func(self) -> Callable[..., Any]:
+        """What transformers checkpoints a layer with. The layer does so itself, and only where it is not tiled."""
+        if _CHECKPOINT not in self.__dict__:
+            raise AttributeError(_CHECKPOINT)
+        return _run
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, value: Callable[..., Any]) -> None:
+        self.__dict__[_CHECKPOINT] = value
+
+
+def _run(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+@outside_of_graphs
+def _found_out(layer: TiledLayer, forward: Callable[..., Any], call: LayerCall) -> Finding:
+    """Examined once for each mode, dtype and way of calling; a hook on a part may come and go."""
+    passing, with_grads = passing_state(layer), torch.is_grad_enabled() or layer.training
+    reason = call.reason or passing or engine_inside(layer)
+    if reason:
+        _tell(layer, ("call", reason), Finding(reason))
+        return Finding(reason)
+    autocast = AutocastState(call.hidden.device).dtype()
+    key = layer.training, with_grads, call.hidden.dtype, autocast, call.key
+    if key not in layer.mini_sequence_verdicts:
+        require_weights(layer)
+        chunking = layer.mini_sequence_chunking
+        with chunking.guarded("chunk_size", *call.hidden.shape[:2]), chunking.untiled():
+            finding = examine(layer, forward, call, chunking)
+        if finding is None:  # cannot be told from this call
+            return Finding("its weights are such that nothing shows")
+        _tell(layer, key, finding)
+    return layer.mini_sequence_verdicts[key]
+
+
+def _tell(layer: TiledLayer, key: tuple, finding: Finding) -> None:
+    if key not in layer.mini_sequence_verdicts:
+        layer.mini_sequence_verdicts[key] = finding
+        if finding.reason:
+            tell_whole(layer, finding.reason)
+
+
+def _runs_whole(layer: TiledLayer, call: LayerCall) -> bool:
+    """Where one chunk is enough, as for a tiled module (`rows.runs_whole`)."""
+    chunk = _chunk_tokens(layer, call)
+    return call.hidden.shape[1] <= chunk and not (torch.is_grad_enabled() and has_other_ranks())
+
+
+def _chunk_tokens(layer: TiledLayer, call: LayerCall) -> int:
+    """Tokens of each sequence in a chunk."""
+    batch, num_tokens, width = call.hidden.shape
+    rows = layer.mini_sequence_chunking.module_rows(batch * num_tokens, width, _experts_per_choice(layer))
+    return max(1, rows // batch)
+
+
+def _experts_per_choice(layer: nn.Module) -> float:
+    """How many experts there are for each that a token is sent to, in the layer's mixture of experts; else 1."""
+    experts = max((p.shape[0] for p in layer.parameters() if p.dim() == 3), default=0)
+    names = ("top_k", "num_experts_per_tok", "num_experts_per_token")
+    choices = max((getattr(m, n, 0) or 0 for m in layer.modules() for n in names if n in m.__dict__), default=0)
+    return max(1.0, experts / choices) if experts and choices else 1.0
+
+
+@outside_of_graphs
+def _forward_by_tokens(layer: TiledLayer, forward: Callable[..., Any], call: LayerCall, finding: Finding) -> Tensor:
+    require_weights(layer)
+    x, chunk = call.hidden, _chunk_tokens(layer, call)
+    bounds = [(i, min(i + chunk, x.shape[1])) for i in range(0, x.shape[1], chunk)]
+    return run_call(LayerNode(layer, forward, call, bounds, layer.mini_sequence_chunking, finding.unread), [x])

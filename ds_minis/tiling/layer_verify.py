@@ -1,0 +1,240 @@
+"""Is all of a layer but its attention token-wise? Asked of its behaviour, as of modules (`verify`).
+
+A few random tokens go through the layer as a whole and by chunks in reversed order, both with a stand-in for the attention
+that mixes all tokens. Then it is found out what need not be computed: that which may be no number without changing any
+result or gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ds_minis.tiling.attention import AttentionReached, AttentionRequest, attention_answered_by
+from ds_minis.tiling.calls import CONSTANTS
+from ds_minis.tiling.chunking import Chunking
+from ds_minis.tiling.layer_call import LayerCall
+from ds_minis.tiling.layer_node import LayerNode, NoAttention, Unread
+from ds_minis.tiling.recompute import has_values, is_plain_linear
+from ds_minis.tiling.rows import ParameterSlots
+from ds_minis.tiling.verify import LARGEST_WEIGHT, State, foreign_weight, is_close, quietly, tolerance
+
+_BATCH, _TOKENS, _CHUNKS = 2, 32, 3
+_MOST_LINEARS = 32  # of those asked behind the attention; a mixture of experts may have hundreds
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found out about a layer.
+
+    Attributes:
+        reason: why it cannot be tiled as a whole; empty if it can.
+        rest: what its forward gives behind the hidden states; None where it gives the hidden states alone.
+        unread: what need not be computed.
+    """
+
+    reason: str = ""
+    rest: tuple | None = None
+    unread: Unread = Unread()
+
+
+def examine(layer: nn.Module, forward: Callable[..., Any], call: LayerCall, chunking: Chunking) -> Finding | None:
+    """Runs a few tokens of a call on detached weights, forward and backward.
+
+    Returns:
+        None where it cannot be told: nothing that was asked for differs from token to token.
+    """
+    x = call.hidden
+    if not has_values(x):
+        return Finding()
+    with quietly(layer, x.device):
+        first_state = State(layer)
+        try:
+            few = call.narrowed(_BATCH, _TOKENS, torch.randn_like)
+            return _Examination(layer, forward, few, chunking).finding()
+        except torch.OutOfMemoryError:
+            raise  # says nothing about the layer
+        except NoAttention:
+            return Finding("it does not call the attention interface")
+        except Exception as error:
+            return Finding(f"it fails on a part of the tokens ({type(error).__name__}: {str(error)[:100]})")
+        finally:
+            first_state.restore(layer)
+
+
+class _Examination:
+    def __init__(self, layer: nn.Module, forward: Callable[..., Any], call: LayerCall, chunking: Chunking):
+        self._layer, self._forward, self._call, self._chunking = layer, forward, call, chunking
+        self._x = call.hidden
+        num_tokens, size = self._x.shape[1], -(-self._x.shape[1] // _CHUNKS)
+        self._bounds = [(i, min(i + size, num_tokens)) for i in reversed(range(0, num_tokens, size))]
+        self._slots = ParameterSlots(layer)
+        self._params = [p.detach() for p in self._slots.tensors]
+        self._asked = [p.numel() <= LARGEST_WEIGHT for p in self._params]
+        self._grad: Tensor | None = None
+
+    def finding(self) -> Finding | None:
+        with torch.enable_grad():
+            expected, rest, reason = self._whole()
+        if reason:
+            return Finding(reason)
+        state = State(self._layer)
+        actual = self._by_chunks(Unread())
+        changed = state.changed(self._layer)
+        if changed:
+            return Finding(f"it keeps state from one call to the next ({changed})")
+        if not any(g is not None and g.any() for g in expected[1:]):
+            return None
+        coarse = tolerance([self._x, *self._params, *actual])
+        if not all(is_close(a, e, coarse) for a, e in zip(actual, expected, strict=True)):
+            return Finding("its result or gradients for a token depend on others, other than by way of its attention")
+        return Finding(rest=rest, unread=self._unread(actual))
+
+    def _whole(self) -> tuple[list[Tensor | None], tuple | None, str]:
+        """Result and gradients of the layer in one run; what it gives beside; why it cannot be tiled."""
+        leaves = [p.detach().requires_grad_(asked) for p, asked in zip(self._params, self._asked, strict=True)]
+        x = self._x.clone().requires_grad_()
+        requests: list[AttentionRequest] = []
+        part = self._call.with_tokens(x * 1, 0, x.shape[1])
+        reason = ""
+
+        def answer(request: AttentionRequest) -> Tensor:
+            nonlocal reason
+            requests.append(request)
+            reason = reason or _why_not_whole(request, part.is_argument, leaves, x.shape[1])
+            return _stand_in(request, request.tensors)
+
+        with self._slots.holding(leaves), attention_answered_by(answer):
+            y = self._forward(*part.args, **part.kwargs)
+        if len(requests) != 1:
+            return [], None, f"it calls the attention interface {len(requests)} times, not once"
+        y, *rest = y if isinstance(y, tuple) else (y,)
+        if not isinstance(y, Tensor) or y.dim() != 3 or y.shape[:2] != x.shape[:2]:
+            reason = reason or "it does not give hidden states of its input's length"
+        if any(value is not None for value in rest):
+            reason = reason or "it gives more than hidden states"
+        reason = reason or foreign_weight(y, [x, *leaves])
+        if reason:
+            return [], None, reason
+        self._grad = torch.randn_like(y)
+        grads = iter(torch.autograd.grad(y, [t for t in (x, *leaves) if t.requires_grad], self._grad, allow_unused=True))
+        return [y.detach(), *(next(grads) if t.requires_grad else None for t in (x, *leaves))], tuple(rest) or None, ""
+
+    def _by_chunks(self, unread: Unread) -> list[Tensor | None]:
+        """The same, by chunks in reversed order, in the way in which the layer would be run."""
+        self._call.hidden = self._x
+        node = LayerNode(
+            self._layer, self._forward, self._call, self._bounds, self._chunking, unread, attend=_stand_in
+        )
+        with torch.no_grad():
+            y = node.forward([self._x], with_backward=True)
+            node.grad_output = self._grad
+            return [y, *node.backward([self._x, *self._params], [True, *self._asked])]
+
+    def _unread(self, expected: Sequence[Tensor | None]) -> Unread:
+        """Each candidate is asked alone, and then all of them at once."""
+
+        def matters(unread: Unread) -> bool:
+            try:
+                actual = self._by_chunks(unread)
+            except RuntimeError:  # what stands for an output cannot be written to, say
+                return True
+            pairs = zip(actual, expected, strict=True)
+            return not all(a is e or (a is not None and e is not None and is_close(a, e, 1e-6)) for a, e in pairs)
+
+        nan = float("nan")
+        before, after = self._calls()
+        outputs = tuple(_unread_outputs(self._layer, before, lambda o: not matters(Unread(outputs=(o,), value=nan))))
+        linears_before = [m for m in before if is_plain_linear(m)]
+        linears_after = [m for m in after if is_plain_linear(m) and m not in before]
+        values_before = tuple(m for m in linears_before if not matters(Unread(values_before=(m,), value=nan)))
+        values_after = tuple(
+            m for m in linears_after[-_MOST_LINEARS:] if not matters(Unread(values_after=(m,), value=nan))
+        )
+        everything = Unread(outputs, values_before, values_after, value=nan)
+        if matters(everything):
+            return Unread()
+        return Unread(outputs, values_before, values_after)
+
+    def _calls(self) -> tuple[dict[nn.Module, tuple[int, torch.dtype]], dict[nn.Module, tuple[int, torch.dtype]]]:
+        """The parts that are called once, in front of the attention and in all, with width and dtype of their outputs."""
+        calls: dict[nn.Module, list] = {}
+        before: list[nn.Module] = []
+        handles = []
+
+        def watch(module, args, output):
+            row_wise = (
+                isinstance(output, Tensor)
+                and bool(args)
+                and isinstance(args[0], Tensor)
+                and output.shape[:-1] == args[0].shape[:-1]
+            )
+            calls.setdefault(module, []).append((output.shape[-1], output.dtype) if row_wise else None)
+
+        def answer(request: AttentionRequest) -> Tensor:
+            before.extend(calls)
+            return _stand_in(request, request.tensors)
+
+        part = self._call.with_tokens(self._x, 0, self._x.shape[1])
+        try:
+            for module in self._layer.modules():
+                if module is not self._layer:
+                    handles.append(module.register_forward_hook(watch))
+            with torch.no_grad(), attention_answered_by(answer):
+                self._forward(*part.args, **part.kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        once = {module: seen[0] for module, seen in calls.items() if len(seen) == 1 and seen[0] is not None}
+        return {m: v for m, v in once.items() if m in before}, {m: v for m, v in once.items() if m not in before}
+
+
+def _unread_outputs(
+    module: nn.Module, before: dict[nn.Module, tuple[int, torch.dtype]], is_unread: Callable[[tuple], bool]
+) -> Iterator[tuple[nn.Module, int, torch.dtype]]:
+    """The outermost parts, called in front of the attention, that may be left out behind it.
+
+    Not those that draw random numbers: what is drawn after them has to be drawn again in the same way.
+    """
+    for child in module.children():
+        draws = any("drop" in type(part).__name__.lower() and getattr(part, "p", 1) for part in child.modules())
+        output = (child, *before[child]) if child in before and not draws else None
+        if output is not None and is_unread(output):
+            yield output
+        else:
+            yield from _unread_outputs(child, before, is_unread)
+
+
+def _why_not_whole(
+    request: AttentionRequest, is_argument: Callable[[Tensor], bool], leaves: Sequence[Tensor], num_tokens: int
+) -> str:
+    """Whether a call of the attention for a part of the tokens tells what the call for all of them would be."""
+    if any(t.shape[2] != num_tokens for t in request.tensors):
+        return "its attention is given keys of other tokens too"
+    held = {id(t) for t in (*leaves, *request.module.buffers())}
+
+    def known(value: Any) -> bool:
+        if isinstance(value, tuple | list):
+            return all(map(known, value))
+        if isinstance(value, Tensor):
+            return is_argument(value) or id(value) in held
+        return isinstance(value, CONSTANTS) or type(value).__name__ == "BlockMask"
+
+    for name, value in (*enumerate(request.args), *request.kwargs.items()):
+        if not known(value):
+            return f"its attention's argument {name!r} is made in the layer, perhaps of all tokens"
+    return ""
+
+
+def _stand_in(request: AttentionRequest, tensors: Sequence[Tensor]) -> Tensor:
+    """An attention without a mask, over all tokens, `(B, T, N, E)`."""
+    queries, keys, values = tensors
+    groups = queries.shape[1] // keys.shape[1]
+    keys, values = (t.repeat_interleave(groups, 1) for t in (keys, values))
+    out = F.scaled_dot_product_attention(queries.float(), keys.float(), values.float())
+    return out.to(queries.dtype).transpose(1, 2).contiguous()

@@ -1,0 +1,129 @@
+"""Tiled classes: a module is tiled by a swap of its class, in place.
+
+`module.__class__ = tiled_class(mixin, type(module))` keeps parameter names, hooks, `isinstance`, copies and adapter
+injection as they were, and one assignment undoes it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import types
+
+from torch import nn
+
+from ds_minis.ranks import is_main_process
+from ds_minis.tiling.chunking import Chunking
+
+logger = logging.getLogger("ds_minis")
+
+
+class Tiled(nn.Module):
+    """Mixed into a module's class, by way of a subclass that has a forward of its own.
+
+    Attributes:
+        mini_sequence_chunking: the chunk sizes; None (as on a module built from such a class directly) means untiled.
+        mini_sequence_name: its qualified name in the model that was converted.
+        mini_sequence_verdicts: what was found out about this module, for each way of calling it: the reason why it is run as
+            a whole (empty if it is tiled), or something that has it as its `reason`.
+    """
+
+    mini_sequence_chunking: Chunking | None = None
+    mini_sequence_name: str
+    mini_sequence_verdicts: dict[tuple, object]
+
+    def __reduce_ex__(self, protocol):
+        # The class is made at run time, so copies and pickles name the classes it was made from.
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _new_tiled, (mixin_of(type(self)), untiled_class(type(self))), *state
+
+
+@functools.cache
+def tiled_class(mixin: type[Tiled], base: type[nn.Module]) -> type[nn.Module]:
+    """The tiled subclass of a module class; the same one each time.
+
+    It has its base's name: FSDP's wrapping policies and others look for modules by the names of their classes.
+    """
+    own = {"__module__": base.__module__, "__qualname__": f"MiniSequence[{base.__qualname__}]"}
+    return type(base.__name__, (mixin, base), own)
+
+
+def untiled_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that a tiled class was made from; any other class as it is."""
+    return cls.__mro__[cls.__mro__.index(Tiled) + 1] if issubclass(cls, Tiled) else cls
+
+
+def mixin_of(cls: type[nn.Module]) -> type[Tiled]:
+    """What makes a tiled class tiled: the first of its classes that stands on `Tiled` alone."""
+    return next(c for c in cls.__mro__ if Tiled in c.__bases__)
+
+
+def tile(module: nn.Module, mixin: type[Tiled], chunking: Chunking, name: str = "") -> None:
+    """Makes a module run over chunks from now on, where its behaviour allows it; `name` is for reports."""
+    _swap_class(module, tiled_class(mixin, type(module)))
+    module.mini_sequence_chunking, module.mini_sequence_name, module.mini_sequence_verdicts = chunking, name, {}
+
+
+def untile(module: nn.Module) -> None:
+    """Undoes `tile`.
+
+    Raises:
+        RuntimeError: an engine has put a class of its own on top since.
+    """
+    cls = type(module)
+    if not any(Tiled in base.__bases__ for base in cls.__bases__):
+        raise RuntimeError(
+            f"cannot revert a {cls.__name__}: an engine (FSDP2 wraps by class too) was applied after the conversion. "
+            "Revert before the engine wraps the model"
+        )
+    _swap_class(module, untiled_class(cls))
+    del module.mini_sequence_chunking, module.mini_sequence_name, module.mini_sequence_verdicts
+
+
+def why_whole(module: Tiled) -> str:
+    """The reason why some call of the module was run as a whole; empty if none was."""
+    return next(filter(None, (getattr(v, "reason", v) for v in module.mini_sequence_verdicts.values())), "")
+
+
+def tell_whole(module: Tiled, reason: str) -> None:
+    """Says, once, why a module is run as a whole."""
+    name = untiled_class(type(module)).__name__
+    if (name, reason) not in _told and is_main_process():
+        _told.add((name, reason))
+        logger.warning("%s is run as a whole: %s", name, reason)
+
+
+_told: set[tuple[str, str]] = set()
+
+
+def replaced_forward(module: nn.Module) -> str:
+    """What stands on the instance in front of its class's forward, and would go on running after a class swap.
+
+    Empty where nothing does, and where it is known to call the class's forward: accelerate's hooks (`device_map`), and
+    the bound method that they leave behind when they are removed.
+    """
+    name = _forward_attribute(module)
+    value = module.__dict__.get(name)
+    if value is None or (getattr(value, "__self__", None) is module and value.__func__ is type(module).forward):
+        return ""
+    return getattr(value, "__qualname__", None) or repr(value)
+
+
+def _forward_attribute(module: nn.Module) -> str:
+    """Where an instance holds its class's forward, if it holds it: accelerate's hooks keep it aside, and call it."""
+    hooked = getattr(getattr(module.__dict__.get("forward"), "func", None), "__module__", "")
+    return "_old_forward" if hooked == "accelerate.hooks" else "forward"
+
+
+def _swap_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Gives the module another class, and that class's forward wherever the instance holds the one it had."""
+    name = _forward_attribute(module)
+    holds_forward = name in module.__dict__ and not replaced_forward(module)
+    module.__class__ = cls
+    if holds_forward:
+        module.__dict__[name] = types.MethodType(cls.forward, module)
+
+
+def _new_tiled(mixin: type[Tiled], base: type[nn.Module]) -> nn.Module:
+    cls = tiled_class(mixin, base)
+    return cls.__new__(cls)
