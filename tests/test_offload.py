@@ -118,6 +118,27 @@ def test_one_device_tensor_at_most_is_held_after_its_copy():
     assert held[-1]() is None
 
 
+@pytest.mark.parametrize("how", ["release", "drop"])
+def test_none_is_held_of_what_is_given_up(how):
+    store, (x, y) = HostStore(), checkpoints(2)
+    keep_all(store, [y])
+    kept, held = store.keep(x), weakref.ref(x.untyped_storage())
+    del x
+    assert held() is not None
+    if how == "release":
+        kept.release()
+    else:
+        del kept
+    assert held() is None
+
+
+def test_no_graph_is_held():
+    (x,) = checkpoints(1)
+    weight = torch.ones(5, requires_grad=True)
+    kept = HostStore().keep(x * weight)
+    assert not kept.fetch().requires_grad and torch.equal(kept.fetch(), x)
+
+
 def test_the_one_kept_before_is_brought_while_a_layer_runs_backward():
     tensors = checkpoints(6)
     kept = keep_all(HostStore(), tensors)
@@ -138,6 +159,15 @@ def test_so_it_is_in_a_second_backward():
         assert torch.equal(kept[i].fetch(), tensors[i])
         spoil(kept[i - 1])
     assert torch.equal(kept[0].fetch(), tensors[0])
+
+
+def test_what_has_been_brought_is_not_brought_again():
+    tensors = checkpoints(3)
+    kept = keep_all(HostStore(), tensors)
+    kept[2].fetch()
+    spoil(kept[1])
+    kept[2].fetch()
+    assert torch.equal(kept[1].fetch(), tensors[1])
 
 
 def test_other_orders_leave_one_tensor_on_the_device_at_most():
@@ -181,7 +211,9 @@ def test_release_gives_the_memory_back_once():
     for k, x in zip([kept[0], *kept[2:], *again], [tensors[0], *tensors[2:], *tensors[2:]], strict=True):
         assert torch.equal(k.fetch(), x)
         k.release()
-    assert store.host_bytes_in_use == 0 and store.host_bytes_peak == 5 * per_tensor
+    assert store.host_bytes_in_use == 0
+    again = keep_all(store, tensors[:2])
+    assert (store.host_bytes_in_use, store.host_bytes_peak) == (2 * per_tensor, 5 * per_tensor)
 
 
 def test_what_nobody_holds_is_given_back_also_out_of_a_cycle():
@@ -298,6 +330,33 @@ def test_two_graphs_at_once_and_a_loss_that_is_dropped():
     grads = torch.autograd.grad(loss, weights)
     for grad, other in zip(grads, expected, strict=True):
         torch.testing.assert_close(grad, other)
+
+
+class Saved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad @ weight.mT, x.flatten(0, 1).mT @ grad.flatten(0, 1)
+
+
+def test_as_saved_tensor_hooks_a_backward_gives_memory_back_while_the_loss_is_held():
+    store, (x,), (weight,) = HostStore(), checkpoints(1), layers(1)
+    expected = torch.autograd.grad((x @ weight).sum(), weight)[0]
+    pack = lambda t: t if t.data_ptr() == weight.data_ptr() else store.keep(t)  # noqa: E731
+    unpack = lambda packed: packed if isinstance(packed, torch.Tensor) else packed.fetch()  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        loss = Saved.apply(x, weight).sum()
+    for retain in (True, False):
+        assert store.host_bytes_in_use == host_bytes_needed(1, 2, 37, 5, torch.float32)
+        torch.testing.assert_close(torch.autograd.grad(loss, weight, retain_graph=retain)[0], expected)
+    assert store.host_bytes_in_use == 0
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, weight)
 
 
 OUT_OF_MEMORY = """

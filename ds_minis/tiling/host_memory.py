@@ -29,7 +29,7 @@ def host_bytes_needed(num_layers: int, batch: int, seq: int, hidden: int, dtype:
 
 
 class BlockPool:
-    """Blocks of host memory. `give_back` may be called at any point of any thread (by a garbage collector)."""
+    """Blocks of host memory. `give_back` may be called at any point, by any thread (by a garbage collector)."""
 
     def __init__(self, *, pinned: bool):
         self._pinned = pinned
@@ -61,10 +61,8 @@ class BlockPool:
         return blocks
 
     def give_back(self, blocks: list[Tensor]) -> None:
-        """Empties the list too, so that a block is not given back twice."""
         if blocks:
-            self._free[len(blocks[0])].extend(blocks)
-            blocks.clear()
+            self._free[len(blocks[0])].extend(blocks)  # one operation, which nothing interrupts
 
 
 def available_host_bytes(root: Path = Path("/")) -> int | None:
