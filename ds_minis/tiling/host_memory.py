@@ -1,0 +1,104 @@
+"""Host memory for checkpoints: a pool of blocks, how much a run needs of it, and how much there is.
+
+Memory is taken in blocks of one size, since torch's pinned allocator rounds every request up to a power of two: 3.2 GB
+asked for in one piece would hold 4 GB. Free blocks are used again by any layer, at any length, so from the second step on
+none is allocated. None is given back to the system before the pool goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_BLOCK_BYTES = 2**24  # a power of two; copies of 16 MiB run at the bus's full speed, and at most so much is left unused
+
+
+def block_layout(num_bytes: int) -> tuple[int, int]:
+    """The size and the number of the blocks that hold so many bytes."""
+    size = min(_BLOCK_BYTES, 1 << max(num_bytes - 1, 0).bit_length())
+    return size, -(-num_bytes // size)
+
+
+def host_bytes_needed(num_layers: int, batch: int, seq: int, hidden: int, dtype: torch.dtype) -> int:
+    """Host memory for the checkpoints of one process: one `(batch, seq, hidden)` per layer, in whole blocks."""
+    size, count = block_layout(batch * seq * hidden * dtype.itemsize)
+    return num_layers * size * count
+
+
+class BlockPool:
+    """Blocks of host memory. `give_back` may be called at any point, by any thread (by a garbage collector)."""
+
+    def __init__(self, *, pinned: bool):
+        self._pinned = pinned
+        self._free: dict[int, list[Tensor]] = {}
+        self._bytes_allocated = 0
+
+    @property
+    def bytes_in_use(self) -> int:
+        # Not counted up and down, as a `give_back` may interrupt that.
+        return self._bytes_allocated - sum(size * len(blocks) for size, blocks in list(self._free.items()))
+
+    def take(self, num_bytes: int) -> list[Tensor]:
+        """Blocks that hold so many bytes; all of one size, the last one maybe filled in part."""
+        size, count = block_layout(num_bytes)
+        free = self._free.setdefault(size, [])
+        blocks = [free.pop() for _ in range(min(count, len(free)))]
+        try:
+            while len(blocks) < count:
+                blocks.append(torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self._pinned))
+                self._bytes_allocated += size
+        except (RuntimeError, MemoryError) as error:
+            free.extend(blocks)
+            raise RuntimeError(
+                f"no {'pinned ' if self._pinned else ''}host memory left for checkpoints: {self.bytes_in_use:,} bytes hold "
+                f"checkpoints, {self._bytes_allocated - self.bytes_in_use:,} are in free blocks, and the next checkpoint "
+                f'needs {count * size:,}. Use a larger "checkpoint_every" (fewer checkpoints) or shorter sequences in the '
+                "mini-sequence configuration, or let the process have more host memory"
+            ) from error
+        return blocks
+
+    def give_back(self, blocks: list[Tensor]) -> None:
+        if blocks:
+            self._free[len(blocks[0])].extend(blocks)  # one operation, which nothing interrupts
+
+
+def available_host_bytes(root: Path = Path("/")) -> int | None:
+    """Host memory that can still be taken: what the machine has available, or what a cgroup of this process leaves.
+
+    For all processes of the machine (or of the cgroup) together. None where Linux's files are not there.
+    """
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return None
+    return max(0, min([available, *_left_by_cgroups(root)]))
+
+
+# Where cgroups stand, and the names of: the limit, what is used, and what of it is cached files that can go.
+_CGROUPS_1 = "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+_CGROUPS_2 = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+
+
+def _left_by_cgroups(root: Path) -> Iterator[int]:
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for _, controllers, path in (line.split(":", 2) for line in groups):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        mount, limit, usage, cache = _CGROUPS_1 if controllers else _CGROUPS_2
+        group = Path(path.lstrip("/"))
+        # The limits of the groups above hold too. In a container the path may be the host's, and only the root be there.
+        for folder in (root / mount / group, *(root / mount / parent for parent in group.parents)):
+            try:
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                left = int((folder / limit).read_text()) - int((folder / usage).read_text())
+                yield left + int(stat.get(cache, 0))
+            except (OSError, ValueError):  # no such group, or "max": no limit
+                continue
