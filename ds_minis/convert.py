@@ -193,9 +193,9 @@ def _all_decided(candidates: list[Candidate], config: MiniSequenceConfig, module
     if config.scope != "layer":
         candidates = [c for c in candidates if c.role != "layer"]
     decided = [_decided(c, config, module_filter) for c in candidates]
-    wanted = {c.fqn: not c.reason or c.role in ("mixer", "other") for c in decided}
+    unwanted = [after.fqn for before, after in zip(candidates, decided, strict=True) if after.reason != before.reason]
     layers = [c.fqn for c in decided if c.role == "layer" and not c.reason]
-    left_out = {fqn for fqn in layers if not all(ok for part, ok in wanted.items() if part.startswith(f"{fqn}."))}
+    left_out = {fqn for fqn in layers if any(part.startswith(f"{fqn}.") for part in unwanted)}
     result = []
     for c in decided:
         if c.fqn in left_out:

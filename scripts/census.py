@@ -109,10 +109,11 @@ def examine(architecture: str) -> dict[str, Any]:
         "checkpointing_error": result.checkpointing_error,
         "router_error": result.router_error,
         "logits_held": result.logits_held,
+        "layers": dict(Counter(report.layers.values())) if report else {},
         "tiled": dict(Counter(report.tiled.values())) if report else {},
         "untiled": [[*what, count] for what, count in Counter(_parts(report)).items()] if report else [],
         "loss": report.loss if report else "",
-        "idle": dict(Counter(report.tiled[name] for name in result.idle)) if report else {},
+        "idle": dict(Counter({**report.layers, **report.tiled}[name] for name in result.idle)) if report else {},
         "notes": list(result.notes),
     }
 

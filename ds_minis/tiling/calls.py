@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import math
 from collections.abc import Callable, Sequence
@@ -25,11 +26,12 @@ class RowCall:
         reason: why the call cannot be run by rows; empty if it can.
     """
 
-    __slots__ = ("_args", "_kwargs", "_leading", "keys", "num_rows", "reason")
+    __slots__ = ("_args", "_kwargs", "_leading", "_leading_of", "keys", "num_rows", "reason")
 
     def __init__(self, args: tuple, kwargs: dict[str, Any]):
         self._args, self._kwargs = args, kwargs
         self._leading: tuple[int, ...] = ()
+        self._leading_of: dict[int | str, int] = {}
         self.keys: tuple[int | str, ...] = ()
         self.num_rows, self.reason = 0, ""
         for key, value in (*enumerate(args), *kwargs.items()):
@@ -51,6 +53,7 @@ class RowCall:
                 self.reason = f"its argument {key!r} does not have one row for each token"
             return
         self.keys = (*self.keys, key)
+        self._leading_of[key] = self._num_leading(value)
 
     def _argument(self, key: int | str) -> Any:
         return self._args[key] if isinstance(key, int) else self._kwargs[key]
@@ -83,11 +86,20 @@ class RowCall:
         """The arguments that have rows, each `(R, ...)`."""
         return [v.reshape(self.num_rows, *v.shape[self._num_leading(v) :]) for v in map(self._argument, self.keys)]
 
+    def without_rows(self) -> RowCall:
+        """The same call, good for `with_rows` alone: it keeps no tensor that has rows alive."""
+        args, kwargs = list(self._args), dict(self._kwargs)
+        for key in self.keys:
+            (args if isinstance(key, int) else kwargs)[key] = None
+        bare = copy.copy(self)
+        bare._args, bare._kwargs = tuple(args), kwargs
+        return bare
+
     def with_rows(self, rows: Sequence[Tensor]) -> tuple[list, dict[str, Any]]:
         """The arguments of the same call for other rows; leading dimensions but the last are 1."""
         args, kwargs = list(self._args), dict(self._kwargs)
         for key, value in zip(self.keys, rows, strict=True):
-            ones = [1] * (self._num_leading(self._argument(key)) - 1)
+            ones = [1] * (self._leading_of[key] - 1)
             (args if isinstance(key, int) else kwargs)[key] = value.view(*ones, *value.shape)
         return args, kwargs
 

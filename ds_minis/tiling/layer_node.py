@@ -10,7 +10,6 @@ Shapes: B batch, S tokens of the whole, C of a chunk, H hidden size, N heads of 
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from ds_minis.tiling.attention import AttentionReached, AttentionRequest, attent
 from ds_minis.tiling.chunking import Chunking
 from ds_minis.tiling.layer_call import LayerCall, TokensOfCall
 from ds_minis.tiling.recompute import AutocastState, Seeds, forwards_set, has_values, linear_without_value
+from ds_minis.tiling.reuse import is_ours_alone
 from ds_minis.tiling.rows import Call, GradientSums, ParameterSlots, constants_of, set_to
 
 _ATTENTION_SEED = 0
@@ -107,7 +107,7 @@ class LayerNode(Call):
 
     def backward(self, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
         grad_y, self.grad_output = self.grad_output, None
-        reuse = _is_ours_alone(grad_y)
+        reuse = is_ours_alone(grad_y)
         (x, *params), (x_needs_grad, *params_need_grad) = tensors, needs_grad
         leaves = [p.detach().requires_grad_(need) for p, need in zip(params, params_need_grad, strict=True)]
         sums = GradientSums(leaves)
@@ -162,6 +162,7 @@ class LayerNode(Call):
                     _put(grad_x[:, start:stop], next(grads))
                 _put(grad_out[:, start:stop], next(grads))
                 sums.add(grads)
+                del grads  # or they would be there beside the next chunk's
         return grad_x, grad_out
 
     def _backward_of_before(
@@ -193,6 +194,7 @@ class LayerNode(Call):
                     if grad is not None:
                         grad_x[:, start:stop].add_(grad)
                 sums.add(grads)
+                del grads  # or they would be there beside the next chunk's
 
     def _before(self, x: Tensor) -> tuple[AttentionRequest, list[Tensor]]:
         """The attention's call, for all tokens, and its queries, keys and values."""
@@ -265,19 +267,3 @@ def _for_all_tokens(heads: Tensor, num_tokens: int) -> Tensor:
     if heads.stride(1) < heads.stride(2):
         return heads.new_empty(batch, num_tokens, num_heads, width).transpose(1, 2)
     return heads.new_empty(batch, num_heads, num_tokens, width)
-
-
-def _is_ours_alone(grad: Tensor) -> bool:
-    """Whether nobody else holds an incoming gradient or its memory, so that it may be written over.
-
-    Others do where a gradient goes two ways (a residual around the layer), or where a hook has kept it.
-    """
-    # Two in Python: the caller's variable and this argument (and one for the call). In C++ Python's own; the memory is
-    # held by the tensor and by the object asked here.
-    return (
-        sys.getrefcount(grad) <= 3
-        and grad._use_count() == 1
-        and torch._C._storage_Use_Count(grad.untyped_storage()._cdata) <= 2
-        and grad.is_contiguous()
-        and not grad.requires_grad
-    )

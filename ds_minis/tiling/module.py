@@ -43,8 +43,10 @@ def _forward_by_rows(module: TiledModule, forward: Callable[..., Any], call: Row
         return call.run(forward)
     require_weights(module)
 
+    bare = call.without_rows()  # the graph holds `run` until the loss is let go of, long after its own backward
+
     def run(*rows: Tensor) -> Tensor:
-        args, kwargs = call.with_rows(rows)
+        args, kwargs = bare.with_rows(rows)
         return forward(*args, **kwargs).flatten(0, -2)
 
     guard = functools.partial(module.mini_sequence_chunking.guarded, "chunk_size", chunk_rows, call.num_rows)

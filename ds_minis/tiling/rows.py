@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ds_minis.ranks import has_other_ranks
 from ds_minis.tiling.recompute import LastLinear, Replay
+from ds_minis.tiling.reuse import is_ours_alone
 
 Guard = Callable[[], contextlib.AbstractContextManager]
 
@@ -166,9 +167,13 @@ class _TiledCall(Call):
 
     def _backward(self, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
         grad_output, self.grad_output = self.grad_output, None
+        reuse = is_ours_alone(grad_output)
         num_rows = len(tensors) - len(self.slots.tensors)
         rows, params = tensors[:num_rows], tensors[num_rows:]
-        row_grads = [torch.empty_like(x) if need else None for x, need in zip(rows, needs_grad, strict=False)]
+        reuse = reuse and needs_grad[0] and grad_output.dtype == rows[0].dtype and grad_output.shape == rows[0].shape
+        # A chunk of the incoming gradient is not needed any more once the chunk is done.
+        row_grads = [grad_output if reuse else torch.empty_like(rows[0]) if needs_grad[0] else None]
+        row_grads += [torch.empty_like(x) if need else None for x, need in zip(rows[1:], needs_grad[1:], strict=False)]
         leaves = [p.detach().requires_grad_(need) for p, need in zip(params, needs_grad[num_rows:], strict=True)]
         sums = GradientSums(leaves)
         dtype = self._replay.autocast.dtype()
@@ -191,6 +196,7 @@ class _TiledCall(Call):
                         grad = next(grads)
                         total[start:stop].zero_() if grad is None else total[start:stop].copy_(grad)
                 sums.add(grads)
+                del grads  # or they would be there beside the next chunk's
         return [*row_grads, *sums.result()]
 
 
@@ -219,10 +225,14 @@ class GradientSums:
 
     def settle(self) -> None:
         """Rounds the sums that are there to their parameters' dtypes, when it is known that hardly any is added to again."""
-        self._sums = self.result()
+        self.result()
 
     def result(self) -> list[Tensor | None]:
-        return [None if s is None else s.to(leaf.dtype) for s, leaf in zip(self._sums, self._leaves, strict=True)]
+        """The sums in their parameters' dtypes; to be called once, as each wide sum is let go of when it is rounded."""
+        for i, leaf in enumerate(self._leaves):
+            if self._sums[i] is not None:
+                self._sums[i] = self._sums[i].to(leaf.dtype)
+        return self._sums
 
 
 class _Record(torch.autograd.Function):
