@@ -16,8 +16,8 @@ from ds_minis.detect import Candidate, find_candidates, find_hidden_size, find_m
 from ds_minis.doors import BY_RUN, Request, agreed
 from ds_minis.ranks import is_main_process
 from ds_minis.tiling.chunking import Chunking
-from ds_minis.tiling.loss import attach_loss_tiling, detach_loss_tiling, loss_is_attached, why_loss_is_bypassed
 from ds_minis.tiling.layer import TiledLayer
+from ds_minis.tiling.loss import attach_loss_tiling, detach_loss_tiling, loss_is_attached, why_loss_is_bypassed
 from ds_minis.tiling.module import TiledModule
 from ds_minis.tiling.swap import Tiled, tile, untile, untiled_class, why_whole
 from ds_minis.versions import warn_of_old_versions

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ds_minis.tiling.loss import takes_labels
 from ds_minis.tiling.attention import num_attentions
+from ds_minis.tiling.loss import takes_labels
 from ds_minis.tiling.swap import replaced_forward, untiled_class
 
 _FEED_FORWARD = re.compile(r"mlp|feed_?forward|ffn", re.IGNORECASE)

@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ds_minis.config import MiniSequenceConfig
 from ds_minis.tiling.chunking import Chunking
-from ds_minis.tiling.module import TiledModule, tile_module, untile_module
+from ds_minis.tiling.module import TiledModule
 from ds_minis.tiling.rows import tile_rows
+from ds_minis.tiling.swap import tile, untile
 
 H, I, CHUNK = 16, 24, 5
 
@@ -32,7 +33,7 @@ class MLP(nn.Module):
 
 def tiled(module, chunk_size=CHUNK):
     module = copy.deepcopy(module)
-    tile_module(module, Chunking(MiniSequenceConfig(chunk_size=chunk_size), hidden_size=H))
+    tile(module, TiledModule, Chunking(MiniSequenceConfig(chunk_size=chunk_size), hidden_size=H))
     return module
 
 
@@ -396,7 +397,7 @@ def test_revert_under_an_engines_class_is_refused():
     mini = tiled(MLP())
     mini.__class__ = type("FSDPMLP", (type(mini),), {})
     with pytest.raises(RuntimeError, match="Revert before the engine"):
-        untile_module(mini)
+        untile(mini)
 
 
 def test_result_that_is_a_part_of_the_last_linear():
@@ -434,9 +435,9 @@ def test_gradient_of_a_part_of_the_inputs_costs_only_that():
 def test_class_swap_is_undone():
     module = MLP()
     before = module.__dict__.keys()
-    tile_module(module, Chunking(MiniSequenceConfig(), H))
+    tile(module, TiledModule, Chunking(MiniSequenceConfig(), H))
     assert isinstance(module, MLP) and isinstance(module, TiledModule)
-    untile_module(module)
+    untile(module)
     assert type(module) is MLP and module.__dict__.keys() == before
 
 
@@ -451,7 +452,7 @@ def test_more_than_2_to_the_31_elements():
             return x * self.weight
 
     module = Double()
-    tile_module(module, Chunking(MiniSequenceConfig(chunk_size=65536), hidden_size=4096))
+    tile(module, TiledModule, Chunking(MiniSequenceConfig(chunk_size=65536), hidden_size=4096))
     rows = 2**31 // 4096 + 8
     x = torch.zeros(1, rows, 4096, dtype=torch.bfloat16)
     x[0, -1], x[0, 0] = 3, 1

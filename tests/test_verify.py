@@ -15,8 +15,9 @@ import ds_minis.tiling.module as tiling
 from ds_minis.config import MiniSequenceConfig
 from ds_minis.tiling.calls import RowCall
 from ds_minis.tiling.chunking import Chunking
-from ds_minis.tiling.module import tile_module, untile_module, why_whole
-from ds_minis.tiling.verify import can_be_verified, why_not_token_wise
+from ds_minis.tiling.module import TiledModule
+from ds_minis.tiling.swap import tile, untile, why_whole
+from ds_minis.tiling.verify import why_not_token_wise
 
 H = 8
 
@@ -274,7 +275,7 @@ def test_without_values_nothing_can_be_asked():
 
 
 def tiled(module):
-    tile_module(module, Chunking(MiniSequenceConfig(chunk_size=5), hidden_size=H))
+    tile(module, TiledModule, Chunking(MiniSequenceConfig(chunk_size=5), hidden_size=H))
     return module
 
 
@@ -319,7 +320,7 @@ def test_every_module_is_asked_for_itself():
     x = inputs(2, 23)
     for module in modules:
         reference = copy.deepcopy(module)
-        untile_module(reference)
+        untile(reference)
         torch.testing.assert_close(module(x), reference(x))
     assert [bool(why_whole(module)) for module in modules] == [False, True, False, True]
 
@@ -356,7 +357,7 @@ def test_dispatch_modes_do_not_see_the_asking():
     save = functools.partial(create_selective_checkpoint_contexts, matmuls)
     checkpoint(layer, x, use_reentrant=False, context_fn=save).sum().backward()
     reference, y = copy.deepcopy(layer), x.detach().clone().requires_grad_()
-    untile_module(reference[0])
+    untile(reference[0])
     reference(y).sum().backward()
     torch.testing.assert_close(x.grad, y.grad)
     assert not why_whole(module)

@@ -12,7 +12,7 @@ from ds_minis.config import AUTO, MiniSequenceConfig
 
 # A feed-forward module needs about this many rows in one matmul before the weights' own traffic stops to show; beyond
 # it a larger chunk only costs memory.
-_MIN_AUTO_TOKENS, _MAX_AUTO_TOKENS = 1024, 4096
+_MIN_AUTO_TOKENS, _MAX_AUTO_TOKENS = 1024, 3072
 # A chunk that is shared out among many experts must leave each of them so many tokens on average.
 _AUTO_TOKENS_PER_EXPERT, _MAX_AUTO_EXPERT_TOKENS = 128, 16384
 # Logits of one chunk, in elements: 2**26 float32 logits are 256 MiB.

@@ -22,7 +22,7 @@ from ds_minis.tiling.chunking import Chunking
 from ds_minis.tiling.layer_call import LayerCall, TokensOfCall
 from ds_minis.tiling.recompute import AutocastState, Seeds, forwards_set, has_values, linear_without_value
 from ds_minis.tiling.reuse import is_ours_alone
-from ds_minis.tiling.rows import Call, GradientSums, ParameterSlots, constants_of, set_to
+from ds_minis.tiling.rows import Call, GradientSums, ParameterSlots, constants_of, let_go, set_to
 
 _ATTENTION_SEED = 0
 Attend = Callable[[AttentionRequest, Sequence[Tensor]], Tensor]
@@ -46,7 +46,9 @@ class Unread:
     def output_forwards(self) -> dict[nn.Module, Callable]:
         return {module: self._without_output(width, dtype) for module, width, dtype in self.outputs}
 
-    def value_forwards(self, linears: Sequence[nn.Linear], autocast_dtype: torch.dtype | None) -> dict[nn.Module, Callable]:
+    def value_forwards(
+        self, linears: Sequence[nn.Linear], autocast_dtype: torch.dtype | None
+    ) -> dict[nn.Module, Callable]:
         return {linear: linear_without_value(linear, autocast_dtype, self.value) for linear in linears}
 
     def _without_output(self, width: int, dtype: torch.dtype) -> Callable[..., Tensor]:
@@ -54,6 +56,9 @@ class Unread:
             return input.new_full((), self.value, dtype=dtype).expand(*input.shape[:-1], width)
 
         return forward
+
+
+NOTHING_UNREAD = Unread()
 
 
 def attend_once(request: AttentionRequest, tensors: Sequence[Tensor]) -> Tensor:
@@ -156,7 +161,7 @@ class LayerNode(Call):
                 out_chunk = out[:, start:stop].detach().requires_grad_()
                 inputs = [t for t in (chunk, out_chunk, *leaves) if t.requires_grad]
                 y = self._after(chunk, out_chunk, i)
-                grads = iter(torch.autograd.grad(y, inputs, grad_y[:, start:stop], allow_unused=True))
+                grads = let_go(torch.autograd.grad(y, inputs, grad_y[:, start:stop], allow_unused=True))
                 del y
                 if x_needs_grad:
                     _put(grad_x[:, start:stop], next(grads))
@@ -187,7 +192,7 @@ class LayerNode(Call):
                 if not pairs or not inputs:
                     continue
                 outputs, grads = zip(*pairs, strict=True)
-                grads = iter(torch.autograd.grad(outputs, inputs, grads, allow_unused=True))
+                grads = let_go(torch.autograd.grad(outputs, inputs, grads, allow_unused=True))
                 del heads, pairs, outputs
                 if grad_x is not None:
                     grad = next(grads)

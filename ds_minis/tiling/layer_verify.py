@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_minis.tiling.attention import AttentionReached, AttentionRequest, attention_answered_by
+from ds_minis.tiling.attention import AttentionRequest, attention_answered_by
 from ds_minis.tiling.calls import CONSTANTS
 from ds_minis.tiling.chunking import Chunking
 from ds_minis.tiling.layer_call import LayerCall
-from ds_minis.tiling.layer_node import LayerNode, NoAttention, Unread
+from ds_minis.tiling.layer_node import NOTHING_UNREAD, LayerNode, NoAttention, Unread
 from ds_minis.tiling.recompute import has_values, is_plain_linear
 from ds_minis.tiling.rows import ParameterSlots
 from ds_minis.tiling.verify import LARGEST_WEIGHT, State, foreign_weight, is_close, quietly, tolerance
@@ -39,7 +39,7 @@ class Finding:
 
     reason: str = ""
     rest: tuple | None = None
-    unread: Unread = Unread()
+    unread: Unread = NOTHING_UNREAD
 
 
 def examine(layer: nn.Module, forward: Callable[..., Any], call: LayerCall, chunking: Chunking) -> Finding | None:
@@ -83,7 +83,7 @@ class _Examination:
         if reason:
             return Finding(reason)
         state = State(self._layer)
-        actual = self._by_chunks(Unread())
+        actual = self._by_chunks(NOTHING_UNREAD)
         changed = state.changed(self._layer)
         if changed:
             return Finding(f"it keeps state from one call to the next ({changed})")
@@ -122,15 +122,15 @@ class _Examination:
         if reason:
             return [], None, reason
         self._grad = torch.randn_like(y)
-        grads = iter(torch.autograd.grad(y, [t for t in (x, *leaves) if t.requires_grad], self._grad, allow_unused=True))
+        grads = iter(
+            torch.autograd.grad(y, [t for t in (x, *leaves) if t.requires_grad], self._grad, allow_unused=True)
+        )
         return [y.detach(), *(next(grads) if t.requires_grad else None for t in (x, *leaves))], rest, ""
 
     def _by_chunks(self, unread: Unread) -> list[Tensor | None]:
         """The same, by chunks in reversed order, in the way in which the layer would be run."""
         self._call.hidden = self._x
-        node = LayerNode(
-            self._layer, self._forward, self._call, self._bounds, self._chunking, unread, attend=_stand_in
-        )
+        node = LayerNode(self._layer, self._forward, self._call, self._bounds, self._chunking, unread, attend=_stand_in)
         with torch.no_grad():
             y = node.forward([self._x], with_backward=True)
             node.grad_output = self._grad
@@ -158,7 +158,7 @@ class _Examination:
         )
         everything = Unread(outputs, values_before, values_after, value=nan)
         if matters(everything):
-            return Unread()
+            return NOTHING_UNREAD
         return Unread(outputs, values_before, values_after)
 
     def _calls(self) -> tuple[dict[nn.Module, tuple[int, torch.dtype]], dict[nn.Module, tuple[int, torch.dtype]]]:

@@ -187,7 +187,7 @@ class _TiledCall(Call):
                 inputs = [x for x in (*chunk, *leaves) if x.requires_grad]
                 y = self._function(*chunk)
                 if y.requires_grad:
-                    grads = iter(torch.autograd.grad(y, inputs, grad_output[start:stop], allow_unused=True))
+                    grads = let_go(torch.autograd.grad(y, inputs, grad_output[start:stop], allow_unused=True))
                 else:  # trainable tensors that took no part, such as a disabled adapter's
                     grads = iter([None] * len(inputs))
                 del y
@@ -198,6 +198,14 @@ class _TiledCall(Call):
                 sums.add(grads)
                 del grads  # or they would be there beside the next chunk's
         return [*row_grads, *sums.result()]
+
+
+def let_go(tensors: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
+    """Gives one after the other and holds none that it gave: a layer's gradients together are as large as its weights."""
+    waiting = list(reversed(tensors))
+    del tensors
+    while waiting:
+        yield waiting.pop()
 
 
 class GradientSums:

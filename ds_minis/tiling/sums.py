@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_minis.tiling.recompute import Replay, unseen_graph
-from ds_minis.tiling.rows import GradientSums, Guard, ParameterSlots
+from ds_minis.tiling.rows import GradientSums, Guard, ParameterSlots, let_go
 
 
 class _SumCall:
@@ -59,7 +59,7 @@ class _SumCall:
                 total = y.detach() if total is None else total + y.detach()
                 if not y.requires_grad:  # trainable tensors that took no part, such as a disabled adapter's
                     continue
-                grads = iter(torch.autograd.grad(y, inputs, self.expected.to(y.dtype), allow_unused=True))
+                grads = let_go(torch.autograd.grad(y, inputs, self.expected.to(y.dtype), allow_unused=True))
                 del y
                 for row_grad in row_grads:
                     grad = next(grads) if row_grad is not None else None

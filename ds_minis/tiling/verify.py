@@ -118,9 +118,7 @@ class _Run:
                 parts[0] = leaf * 1 if leaf.requires_grad else leaf  # what is no leaf may be written to
                 args, kwargs = arguments(parts)
                 y = self._forward(*args, **kwargs)
-                self.reason = _why_not_one_tensor(y, RowCall(tuple(args), kwargs)) or foreign_weight(
-                    y, [leaf, *leaves]
-                )
+                self.reason = _why_not_one_tensor(y, RowCall(tuple(args), kwargs)) or foreign_weight(y, [leaf, *leaves])
                 if self.reason:
                     return []
                 y = y.flatten(0, -2)
