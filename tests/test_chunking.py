@@ -22,7 +22,7 @@ def chunking(hidden_size=512, **settings):
         ({"num_mini_sequences": 1}, 8192, 512, 8192),
         ({}, 8192, 512, 1024),
         ({"hidden_size": 2048}, 8192, 2048, 2048),
-        ({"hidden_size": 8192}, 100_000, 8192, 4096),
+        ({"hidden_size": 8192}, 100_000, 8192, 3072),
     ],
 )
 def test_rows_of_a_module(settings, num_rows, width, rows):

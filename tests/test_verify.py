@@ -270,8 +270,8 @@ def test_flags_are_asked_for_each_value():
 
 
 def test_without_values_nothing_can_be_asked():
-    assert not can_be_verified(RowCall((torch.empty(2, 3, H, device="meta"),), {}))
-    assert can_be_verified(RowCall((inputs(2, 3),), {}))
+    assert not has_values(torch.empty(2, 3, H, device="meta"))
+    assert has_values(inputs(2, 3))
 
 
 def tiled(module):
