@@ -16,6 +16,7 @@ from ds_minis.config import MiniSequenceConfig
 from ds_minis.tiling.calls import RowCall
 from ds_minis.tiling.chunking import Chunking
 from ds_minis.tiling.module import TiledModule
+from ds_minis.tiling.recompute import has_values
 from ds_minis.tiling.swap import tile, untile, why_whole
 from ds_minis.tiling.verify import why_not_token_wise
 
