@@ -62,7 +62,9 @@ def examine(layer: nn.Module, forward: Callable[..., Any], call: LayerCall, chun
     """
     x = call.hidden
     if not has_values(x):
-        return _Examination(layer, forward, call, chunking).finding_by_shapes()
+        return _Examination(
+            layer, forward, call.narrowed(_BATCH, _TOKENS, torch.empty_like), chunking
+        ).finding_by_shapes()
     with quietly(layer, x.device):
         first_state = State(layer)
         try:
