@@ -78,31 +78,31 @@ SHAPES = {
 
 def build(config, *, attention: str, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
     """A randomly initialised model in training mode with non-reentrant gradient checkpointing."""
-    # Some models have constants that fake tensors on the meta device refuse, so there the model moves as a whole.
-    with torch.device("cpu" if device == "meta" else device):
+    with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    if device == "meta":
-        _move_fakes(model, device)
     return checkpointed(model.train())
 
 
-def _move_fakes(model: nn.Module, device: str) -> None:
-    """What `model.to(device)` does; that fails on fake tensors, which cannot be swapped in place."""
-    moved: dict[Tensor, Tensor] = {}
+def make_fake(model: nn.Module, device: str) -> None:
+    """Puts fake tensors on `device` in the place of all parameters and buffers. To be called under a FakeTensorMode.
+
+    Models are built on the meta device before: neither PEFT nor some models can be built from fake tensors.
+    """
+    made: dict[Tensor, Tensor] = {}
     for module in model.modules():
         for holder in (module._parameters, module._buffers):
             for name, tensor in holder.items():
-                if tensor is None:
-                    continue
-                if tensor not in moved:
-                    new = tensor.detach().to(device)
+                if tensor is not None and tensor not in made:
+                    new = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
                     is_parameter = isinstance(tensor, nn.Parameter)
-                    moved[tensor] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
-                holder[name] = moved[tensor]
+                    made[tensor] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+                if tensor is not None:
+                    holder[name] = made[tensor]
 
 
 def checkpointed(model: PreTrainedModel) -> PreTrainedModel:
-    warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated")  # its successor is too new
+    # The successors of what is deprecated here are not in the oldest transformers that is supported.
+    warnings.filterwarnings("ignore", ".*is deprecated and will be removed in v6", FutureWarning)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 

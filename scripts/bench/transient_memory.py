@@ -28,21 +28,21 @@ import argparse
 
 import stubs
 import torch
-from common import GIB, KIB, SHAPES, Shape, build, envelope, write
+from common import GIB, KIB, SHAPES, Shape, build, envelope, make_fake, write
 from live_bytes import LiveBytes
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from variants import ALL, OFFLOADED, PLAIN, VARIANTS, Unavailable, Variant
 
 
 class Step:
-    """A model on fake tensors, changed by a variant, with parameters and gradients in place; `run` it once."""
+    """A model on fake tensors, changed by a variant, with parameters and gradients in place. Made under a FakeTensorMode."""
 
-    def __init__(self, shape: Shape, variant: Variant, device: str = "cpu", **changes):
-        self.variant, self.device = variant, device
-        config = shape.config(**changes)
-        self.model = build(config, attention=stubs.register(), dtype=torch.bfloat16, device=device)
-        self.note = variant.apply(self.model)
+    def __init__(self, model: PreTrainedModel, variant: Variant, device: str = "cpu"):
+        self.model, self.variant, self.device = model, variant, device
+        make_fake(model, device)
+        self.note = variant.apply(model)
 
     def live(self, *, trace: bool = False) -> LiveBytes:
         live = LiveBytes(self.device, trace=trace)
@@ -67,10 +67,11 @@ class Step:
 def decoder_memory(shape: Shape, variant: Variant, seq: int, layers: int, *, trace: bool = False) -> dict:
     """Bytes of one step of the decoder, and its FLOPs."""
     offloaded = variant in OFFLOADED.values()
+    config = shape.config(num_hidden_layers=layers)
+    model = build(config, attention=stubs.register(), dtype=torch.bfloat16, device="meta")
     with FakeTensorMode():
         # The host is told from the device by the device of the tensors, so that the device must be another than the CPU.
-        step = Step(shape, variant, "meta" if offloaded else "cpu", num_hidden_layers=layers)
-        config = step.model.config
+        step = Step(model, variant, "meta" if offloaded else "cpu")
         input_ids = torch.zeros(1, seq, dtype=torch.int64, device=step.device)
         with step.live(trace=trace) as live:
             before = live.now
@@ -92,9 +93,10 @@ def decoder_memory(shape: Shape, variant: Variant, seq: int, layers: int, *, tra
 
 def loss_memory(shape: Shape, variant: Variant, seq: int, vocab_size: int, *, trace: bool = False) -> dict:
     """Bytes of LM head and loss above the hidden states."""
+    config = shape.config(num_hidden_layers=1, vocab_size=vocab_size)
+    model, width = build(config, attention=stubs.register(), dtype=torch.bfloat16, device="meta"), config.hidden_size
     with FakeTensorMode():
-        step = Step(shape, variant, num_hidden_layers=1, vocab_size=vocab_size)
-        model, width = step.model, step.model.config.hidden_size
+        step = Step(model, variant)
         hidden_states = torch.zeros(1, seq, width, dtype=torch.bfloat16, requires_grad=True)
         model.base_model.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden_states)
         labels = torch.zeros(1, seq, dtype=torch.int64)
@@ -146,7 +148,7 @@ def measure_model(name: str, args: argparse.Namespace) -> dict:
         print(f"{name:12} {variant.title:66} {line(result)}", flush=True)
         if args.snapshot:
             print(snapshot)
-    for key in [k for k in args.loss_variants if k in args.variants]:
+    for key in args.loss_variants:
         try:
             result = loss_memory(shape, ALL[key], args.seq, args.loss_vocab, trace=args.snapshot)
         except Unavailable as reason:
@@ -181,12 +183,12 @@ def line(result: dict) -> str:
 def parsed(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--variants", nargs="+", choices=list(ALL), default=list(ALL))
+    parser.add_argument("--variants", nargs="+", choices=list(ALL), default=[*VARIANTS, *OFFLOADED])
     parser.add_argument("--seq", type=int, default=262144)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--layers_again", type=int, default=4, help="a second depth, to see growth; 0: none")
     parser.add_argument("--flops_seq", type=int, default=8192, help="length at which FLOPs are compared")
-    parser.add_argument("--loss_variants", nargs="*", choices=list(VARIANTS), default=[PLAIN, "tokens"])
+    parser.add_argument("--loss_variants", nargs="*", choices=list(ALL), default=[PLAIN, "tokens", "alst-loss"])
     parser.add_argument("--loss_vocab", type=int, default=128256)
     parser.add_argument(
         "--snapshot", action="store_true", help="print what is alive at the peak, and where it was made"

@@ -13,7 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ds_minis import MiniSequenceConfig, convert_to_mini_sequence, mini_sequence_report
 
@@ -88,6 +92,40 @@ def _deepspeed(model: nn.Module) -> str:
     return ""
 
 
+def _deepspeed_with_loss(model: nn.Module) -> str:
+    """DeepSpeed's tiled MLP, and the causal language model's loss by its tiled head, with a GiB of float32 logits a shard."""
+    note = _deepspeed(model)
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss
+
+    class Loss(TiledFusedLogitsLoss):
+        """Its backward asks whether the incoming gradient is 1, which fake tensors cannot tell; here it is."""
+
+        @staticmethod
+        def backward(ctx, grad):
+            return TiledFusedLogitsLoss.backward(ctx, 1.0 if isinstance(grad, FakeTensor) else grad)
+
+    causal = next(
+        m for m in model.modules() if isinstance(m, PreTrainedModel) and m.get_output_embeddings() is not None
+    )
+    head = causal.get_output_embeddings()
+
+    def forward(input_ids, labels, **others):  # PEFT hands on arguments that are None
+        hidden_states = causal.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+        # The mean is taken inside: the op hands its weights' gradients on without the factor that comes in from outside.
+        factor = 1 / (shifted != -100).sum()
+
+        def loss(self, x, y):
+            return F.cross_entropy(self(x).float(), y, ignore_index=-100, reduction="sum") * factor
+
+        shards = math.ceil(shifted.numel() * causal.config.vocab_size * 4 / 2**30)
+        total = Loss.apply(loss, head, hidden_states, shifted, None, shards, list(head.parameters()), "sum")
+        return CausalLMOutputWithPast(loss=total)
+
+    causal.forward = forward
+    return note
+
+
 def _liger(model: nn.Module) -> str:
     try:
         from liger_kernel.ops.tiled_mlp import apply_tiled_mlp
@@ -141,4 +179,5 @@ OFFLOADED = {
         'ds_minis, scope "layer", every 2nd checkpoint offloaded', scope="layer", offload="cpu", checkpoint_every=2
     ),
 }
-ALL = VARIANTS | OFFLOADED
+WITH_LOSS = {"alst-loss": Variant("DeepSpeed TiledMLP and TiledFusedLogitsLoss (ALST)", _deepspeed_with_loss)}
+ALL = VARIANTS | WITH_LOSS | OFFLOADED
