@@ -51,7 +51,8 @@ def _ours(settings: dict[str, Any], model: nn.Module) -> str:
     try:
         MiniSequenceConfig.from_value(settings, door="the benchmark")
     except ValueError as error:
-        raise Unavailable(f"not in this version of ds_minis ({error})") from None
+        reason = str(error).partition("; allowed keys")[0]
+        raise Unavailable(f"not in this version of ds_minis ({reason})") from None
     with contextlib.redirect_stdout(io.StringIO()):
         convert_to_mini_sequence(model, settings)
     return str(mini_sequence_report(model))
