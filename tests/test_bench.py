@@ -168,6 +168,7 @@ def test_search_finds_the_largest_length(truth, start):
 
 def test_search_from_a_good_prediction_takes_few_trials():
     assert len(largest(lambda tokens: tokens <= 100, 96, 4, 100000).trials) <= 4
+    assert len(largest(lambda tokens: tokens <= 11000, 9600, 10, 100000).trials) <= 11
 
 
 def test_search_that_is_cut_off_keeps_what_it_knows():
