@@ -154,16 +154,19 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def forwards_set(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
-    """Each module runs the given forward in the place of its own; hooks around it run as ever."""
+def forwards_set(forwards: dict[nn.Module, Callable | None]) -> Iterator[None]:
+    """Each module runs the given forward (None: its class's) in the place of its own; hooks around it run as ever."""
     before = {module: module.__dict__.get("forward") for module in forwards}
-    for module, forward in forwards.items():
-        module.__dict__["forward"] = forward
+    _set_forwards(forwards)
     try:
         yield
     finally:
-        for module, forward in before.items():
-            if forward is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = forward
+        _set_forwards(before)
+
+
+def _set_forwards(forwards: dict[nn.Module, Callable | None]) -> None:
+    for module, forward in forwards.items():
+        if forward is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.__dict__["forward"] = forward
