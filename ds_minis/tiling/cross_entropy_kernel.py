@@ -69,9 +69,7 @@ def _rows(
             tl.store(gradients + offsets, gradient.to(gradients.dtype.element_ty), mask=offsets < vocab_size)
 
 
-def losses(
-    logits_CV: Tensor, target_C: Tensor, ignore_index: int, factor: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def losses(logits_CV: Tensor, target_C: Tensor, ignore_index: int, factor: Tensor | None) -> tuple[Tensor, Tensor]:
     """The losses, and the logarithm of each row's sum of exponentials; with `factor` the logits become gradients."""
     require_targets_in_range(target_C, ignore_index, logits_CV.shape[1])
     rows_CV = logits_CV if logits_CV.stride(1) == 1 else logits_CV.contiguous()
@@ -84,9 +82,7 @@ def losses(
     return losses_C, normalizers_C
 
 
-def gradients(
-    logits_CV: Tensor, target_C: Tensor, ignore_index: int, normalizers_C: Tensor, grad_C: Tensor
-) -> Tensor:
+def gradients(logits_CV: Tensor, target_C: Tensor, ignore_index: int, normalizers_C: Tensor, grad_C: Tensor) -> Tensor:
     """The gradient of the logits for the losses' gradient `grad_C`."""
     rows_CV = logits_CV if logits_CV.stride(1) == 1 else logits_CV.contiguous()
     gradients_CV = torch.empty_like(rows_CV, memory_format=torch.contiguous_format)

@@ -229,7 +229,7 @@ _PRODUCT_ELEMENTS = 2**22
 def _add_product(total_VH: Tensor, left_VC: Tensor, right_CH: Tensor, beta: int = 1) -> None:
     """`total = beta * total + left @ right` in the total's dtype."""
     if left_VC.dtype == total_VH.dtype:
-        total_VH.addmm_(left_VC, right_CH, beta=beta)
+        torch.addmm(total_VH, left_VC, right_CH, beta=beta, out=total_VH)  # as `addmm_`, and counted as FLOPs
     elif _multiplies_into_float32(total_VH, left_VC.dtype):
         torch.addmm(total_VH, left_VC, right_CH, beta=beta, out_dtype=total_VH.dtype, out=total_VH)
     else:

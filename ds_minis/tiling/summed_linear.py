@@ -25,7 +25,9 @@ class _SummedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, leaf: Tensor, weight: Tensor, bias: Tensor | None, add: Callable[[Tensor, Tensor], None]):
+    def forward(
+        ctx, x: Tensor, leaf: Tensor, weight: Tensor, bias: Tensor | None, add: Callable[[Tensor, Tensor], None]
+    ):
         ctx.save_for_backward(x, weight)
         ctx.add = add
         return F.linear(x, weight, bias)
