@@ -70,6 +70,7 @@ class _SumCall:
                     if grad is not None:
                         row_grad[start:stop].copy_(grad)
                 sums.add(grads)
+                grads = grad = None  # not beside the next chunk's logits
         return total, [*row_grads, *sums.result()]
 
     @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -49,6 +50,7 @@ class _Head(nn.Module):
 
     def __init__(self, weight_VH: Tensor):
         super().__init__()
+        self.config = SimpleNamespace(hidden_size=weight_VH.shape[1])
         self.lm_head = nn.Linear(*weight_VH.shape[::-1], bias=False, device="meta")
         self.lm_head.weight = weight_VH
 
