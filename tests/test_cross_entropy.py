@@ -1,6 +1,7 @@
 """The loss of a chunk inside of a step: whose memory it may write over, and what the step needs at its peak."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,8 +32,31 @@ def test_the_kernel_under_tritons_interpreter():
     assert run.returncode == 0 and "30 passed" in run.stdout, run.stdout[-5000:] + run.stderr[-2000:]
 
 
+@pytest.mark.parametrize("with_loss, with_gradient", [(True, False), (True, True), (False, True)])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernel_compiles_for_a_gpu_that_is_not_here(capability, with_loss, with_gradient, tmp_path, monkeypatch):
+    """The interpreter takes what the compiler refuses."""
+    compiler = pytest.importorskip("triton.compiler")
+    from triton.backends.compiler import GPUTarget
+
+    from ds_minis.tiling.cross_entropy_kernel import _rows
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    pointers = {"logits": "*bf16", "targets": "*i64", "losses": "*fp32", "normalizers": "*fp32", "gradients": "*bf16"}
+    numbers = {"row_stride": "i32", "gradient_stride": "i32", "factor_stride": "i32", "vocab_size": "i32"}
+    constants = {"WITH_LOSS": with_loss, "WITH_GRADIENT": with_gradient, "BLOCK": 8192}
+    types = pointers | numbers | {"factors": "*fp32", "ignore_index": "i64"} | dict.fromkeys(constants, "constexpr")
+    signature = {name: types[name] for name in _rows.arg_names}
+    source = compiler.ASTSource(fn=_rows, signature=signature, constexprs=constants)
+    compiled = compiler.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+    assert compiled.asm["cubin"]
+    for rows_of in ["logits"] + ["gradients"] * with_gradient:  # the row times its stride, in 64 bits
+        assert re.search(rf"%{rows_of}\w* = arith.muli [^\n]* : i64", compiled.asm["ttir"])
+
+
 def test_without_triton_the_loss_is_computed_by_torch(monkeypatch):
     cross_entropy._kernel.cache_clear()
+    monkeypatch.delattr("ds_minis.tiling.cross_entropy_kernel", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "ds_minis.tiling.cross_entropy_kernel", raising=False)
     assert cross_entropy._kernel() is None
@@ -221,14 +245,17 @@ def step(num_rows, vocab_size, hidden_size, chunk_rows, dtype):
     return live.peak, head, hidden, target, factor
 
 
+@pytest.mark.parametrize("chunk_rows", [512, 2048])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_one_buffer_of_logits_and_one_sum_of_the_weight_gradient(dtype, monkeypatch):
+def test_one_buffer_of_logits_and_one_sum_of_the_weight_gradient(dtype, chunk_rows, monkeypatch):
     monkeypatch.setattr(rows, "_PRODUCT_ELEMENTS", 2**18)
-    num_rows, vocab_size, hidden_size, chunk_rows = 2048, 4001, 512, 512
+    num_rows, vocab_size, hidden_size = 2048, 4001, 512
     peak, head, hidden, target, factor = step(num_rows, vocab_size, hidden_size, chunk_rows, dtype)
     size = dtype.itemsize
     logits, hidden_grad = chunk_rows * vocab_size * size, num_rows * hidden_size * size
     weight_sum, weight_grad = vocab_size * hidden_size * 4, vocab_size * hidden_size * (2 if size == 2 else 0)
+    if chunk_rows == num_rows:  # nothing to sum
+        weight_sum, weight_grad = vocab_size * hidden_size * size, 0
     # Beside the logits: a chunk's gradient of its hidden states, or blocks: 2**18 logits in float32 a few times.
     beside = max(chunk_rows * hidden_size * size, 3 * MIB)
     assert peak < max(logits + beside, weight_grad) + weight_sum + hidden_grad + MIB
@@ -236,6 +263,17 @@ def test_one_buffer_of_logits_and_one_sum_of_the_weight_gradient(dtype, monkeypa
     expected = torch.autograd.grad(reference, [hidden, head.linear.weight])
     for actual, exact in zip((hidden.grad, head.linear.weight.grad), expected, strict=True):
         assert (actual - exact).float().norm() <= (1e-2 if dtype == torch.bfloat16 else 1e-5) * exact.float().norm()
+
+
+@pytest.mark.parametrize("in_blocks", [True, False])
+def test_the_weight_gradient_of_many_chunks_is_summed_in_float32(in_blocks, monkeypatch):
+    """Summed in bfloat16, 128 chunks would be 2% off."""
+    if in_blocks:
+        monkeypatch.setattr(rows, "_PRODUCT_ELEMENTS", 100)
+    _, head, hidden, target, factor = step(2048, 101, 64, 16, torch.bfloat16)
+    wide = head.linear.weight.detach().double().requires_grad_()
+    (F.cross_entropy(F.linear(hidden.double(), wide), target, reduction="sum") * factor).backward()
+    assert (head.linear.weight.grad - wide.grad).norm() <= 5e-3 * wide.grad.norm()
 
 
 def test_the_loss_stage_at_the_size_of_llama_3_8b(monkeypatch):

@@ -39,7 +39,7 @@ def token_losses(logits_CV: Tensor, target_C: Tensor, ignore_index: int, expecte
         expected: the gradient that every one of these losses is sure to receive, once, before anything else is done with
             the graph. The logits may then be written over.
     """
-    overwrite = expected is not None and logits_CV.requires_grad and _is_fresh(logits_CV)
+    overwrite = expected is not None and _is_fresh(logits_CV)
     return _TokenLosses.apply(logits_CV, target_C, ignore_index, expected if overwrite else None)
 
 

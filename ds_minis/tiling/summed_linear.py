@@ -37,7 +37,7 @@ class _SummedLinear(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
         need_x, _, _, need_bias, _ = ctx.needs_input_grad
-        with torch.autocast(grad.device.type, enabled=False):  # or autocast would round the float32 sum
+        with torch.autocast(grad.device.type, enabled=False):  # the operands are cast; the float32 sum must not be
             grad_2d = grad.flatten(0, -2)
             ctx.add(grad_2d, x.flatten(0, -2))
             return grad @ weight if need_x else None, None, None, grad_2d.sum(0) if need_bias else None, None
