@@ -23,7 +23,8 @@ from ds_minis.tiling.head_groups import HeadGroups
 from ds_minis.tiling.layer_call import LayerCall
 from ds_minis.tiling.layer_node import LayerNode
 from ds_minis.tiling.layer_passes import NOTHING_UNREAD, LayerPasses, NoAttention, Unread
-from ds_minis.tiling.recompute import has_values, is_plain_linear
+from ds_minis.tiling.linears import is_plain_linear
+from ds_minis.tiling.recompute import has_values
 from ds_minis.tiling.rows import ParameterSlots
 from ds_minis.tiling.verify import LARGEST_WEIGHT, State, foreign_weight, is_close, quietly, tolerance
 
