@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ds_minis import convert_to_mini_sequence
 from ds_minis.config import MiniSequenceConfig
-from ds_minis.tiling import cross_entropy, rows
+from ds_minis.tiling import cross_entropy, gradient_sums
 from ds_minis.tiling.chunking import Chunking
 from ds_minis.tiling.cross_entropy import token_losses
 from ds_minis.tiling.sums import sum_rows
@@ -280,7 +280,7 @@ def step(num_rows, vocab_size, hidden_size, chunk_rows, dtype):
 @pytest.mark.parametrize("chunk_rows", [512, 2048])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_one_buffer_of_logits_and_one_sum_of_the_weight_gradient(dtype, chunk_rows, monkeypatch):
-    monkeypatch.setattr(rows, "_PRODUCT_ELEMENTS", 2**18)
+    monkeypatch.setattr(gradient_sums, "_PRODUCT_ELEMENTS", 2**18)
     num_rows, vocab_size, hidden_size = 2048, 4001, 512
     peak, head, hidden, target, factor = step(num_rows, vocab_size, hidden_size, chunk_rows, dtype)
     size = dtype.itemsize
@@ -301,7 +301,7 @@ def test_one_buffer_of_logits_and_one_sum_of_the_weight_gradient(dtype, chunk_ro
 def test_the_weight_gradient_of_many_chunks_is_summed_in_float32(in_blocks, monkeypatch):
     """Summed in bfloat16, 128 chunks would be 2% off."""
     if in_blocks:
-        monkeypatch.setattr(rows, "_PRODUCT_ELEMENTS", 100)
+        monkeypatch.setattr(gradient_sums, "_PRODUCT_ELEMENTS", 100)
     _, head, hidden, target, factor = step(2048, 101, 64, 16, torch.bfloat16)
     wide = head.linear.weight.detach().double().requires_grad_()
     (F.cross_entropy(F.linear(hidden.double(), wide), target, reduction="sum") * factor).backward()
@@ -313,7 +313,7 @@ def test_the_loss_stage_at_the_size_of_llama_3_8b(monkeypatch):
     num_rows, vocab_size, hidden_size = 262_144, 128_256, 4096
     chunk_rows = Chunking(MiniSequenceConfig(), hidden_size).loss_rows(2 * num_rows * hidden_size, 2 * vocab_size)
     monkeypatch.setitem(cross_entropy._BLOCK_ELEMENTS, "cpu", 2**25)  # fewer blocks: quicker here
-    monkeypatch.setattr(rows, "_PRODUCT_ELEMENTS", 2**26)
+    monkeypatch.setattr(gradient_sums, "_PRODUCT_ELEMENTS", 2**26)
     with FakeTensorMode():
         peak, *_ = step(num_rows, vocab_size, hidden_size, chunk_rows, torch.bfloat16)
     weight_sum = 4 * vocab_size * hidden_size

@@ -46,7 +46,9 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.add = add
         if value is None:
-            return F.linear(x, weight, bias)
+            # Not a view, as which `F.linear` gives three dimensions: the module may write to it.
+            y = F.linear(x.flatten(0, -2), weight, bias)
+            return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
         return x.new_full((), value).expand(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -109,6 +111,8 @@ def _forward(linear: nn.Linear, add: Callable[[Tensor, Tensor], None] | None, va
 
     def forward(input: Tensor) -> Tensor:
         leaf, bias, dtype = linear.weight, linear.bias, AutocastState(input.device).dtype()
+        if input.dim() < 2:
+            return F.linear(input, leaf, bias)
         if dtype is not None:
             input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
         if add is None:

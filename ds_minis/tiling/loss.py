@@ -205,7 +205,7 @@ class _Arm:
         self.chunking = chunking
 
     @outside_of_graphs
-    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         _disarm(model)  # a forward pass that Ctrl-C ended outside of any chunk has run no hook
         config, scope, head = self.chunking.config, contextlib.ExitStack(), None
         scope.callback(model.__dict__.pop, _ARMED, None)
@@ -224,6 +224,17 @@ class _Arm:
             scope.callback(setattr, self.chunking, "suspended", False)
         self.chunking.passes.append(scope)
         model.__dict__[_ARMED] = scope, head
+        return (args, {**kwargs, "use_cache": False}) if self._caches_for_nobody(model, args, kwargs) else None
+
+    def _caches_for_nobody(self, model: nn.Module, args: tuple, kwargs: dict) -> bool:
+        """Whether a cache of all keys and values would be made in training that nobody asked for.
+
+        transformers makes none under activation checkpointing, in whose place tiled layers are.
+        """
+        training = model.training and torch.is_grad_enabled() and self.chunking.config.scope == "layer"
+        if not training or "use_cache" not in _argument_names(type(model).forward):
+            return False
+        return all(_argument(model, name, args, kwargs) is None for name in ("use_cache", "past_key_values"))
 
 
 def _disarm(model: nn.Module) -> _Head | None:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
-_MATMULS = {aten.mm.default: (0, 1), aten.bmm.default: (0, 1), aten.addmm.default: (1, 2), aten.baddbmm.default: (1, 2)}
+_MATMULS = {aten.mm: (0, 1), aten.bmm: (0, 1), aten.addmm: (1, 2), aten.baddbmm: (1, 2)}
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,9 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         self.ops[str(func)] += 1
-        if func in _MATMULS:
-            a, b = (args[i] for i in _MATMULS[func])
+        operands = _MATMULS.get(func.overloadpacket)
+        if operands:
+            a, b = (args[i] for i in operands)
             self.matmul_flops += 2 * math.prod(a.shape) * b.shape[-1]
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):

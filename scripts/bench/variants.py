@@ -164,17 +164,16 @@ VARIANTS = {
     "mlp": ours('ds_minis, scope "mlp"', scope="mlp"),
     "tokens": ours('ds_minis, scope "tokens"', scope="tokens"),
     "layer": ours('ds_minis, scope "layer"', scope="layer"),
-    "layer-groups": ours('ds_minis, scope "layer", head groups', scope="layer", head_groups=True),
+    "layer-groups": ours('ds_minis, scope "layer", head groups', scope="layer", head_groups="auto"),
     "alst": Variant("DeepSpeed TiledMLP (ALST)", _deepspeed),
     "liger": Variant("Liger tiled MLP", _liger),
     "mini-s": Variant("mini-s MLP loop (stand-in)", _minis),
 }
 OFFLOADED = {
     "plain-offload": Variant("plain checkpointing in torch's save_on_cpu", _plain, around=_save_on_cpu),
-    "tokens-offload": ours('ds_minis, scope "tokens", checkpoints offloaded', scope="tokens", offload="cpu"),
     "layer-offload": ours('ds_minis, scope "layer", checkpoints offloaded', scope="layer", offload="cpu"),
     "layer-groups-offload": ours(
-        'ds_minis, scope "layer", head groups, checkpoints offloaded', scope="layer", head_groups=True, offload="cpu"
+        'ds_minis, scope "layer", head groups, checkpoints offloaded', scope="layer", head_groups="auto", offload="cpu"
     ),
     "layer-offload-every-2": ours(
         'ds_minis, scope "layer", every 2nd checkpoint offloaded', scope="layer", offload="cpu", checkpoint_every=2
