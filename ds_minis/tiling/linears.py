@@ -62,7 +62,7 @@ class _Linear(torch.autograd.Function):
                 ctx.add(grad_2d, x.flatten(0, -2))
             elif need_weight:
                 grad_weight = grad_2d.t() @ x.flatten(0, -2)
-            grad_x = grad @ weight if need_x else None
+            grad_x = (grad_2d @ weight).view(x.shape) if need_x else None
             return grad_x, grad_weight, grad_2d.sum(0) if need_bias else None, None, None, None
 
 
