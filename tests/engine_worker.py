@@ -19,7 +19,9 @@ import torch.distributed as dist
 from engine_cases import LEARNING_RATE, RANKS, STEPS, Case, deepspeed_config, make_model, micro_batch, mini_sequence
 
 from ds_minis import convert_to_mini_sequence
+from ds_minis.tiling.layer import TiledLayer
 from ds_minis.tiling.module import TiledModule
+from ds_minis.tiling.swap import why_whole
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=100)  # of ranks that wait for each other: an error, not a hang
 
@@ -30,6 +32,12 @@ def trainable(model) -> list[torch.nn.Parameter]:
 
 def count_tiled(model) -> int:
     return sum(isinstance(m, TiledModule) for m in model.modules())
+
+
+def count_layers(model) -> int:
+    """Decoder layers that ran as a whole over chunks, in every call."""
+    layers = [m for m in model.modules() if isinstance(m, TiledLayer)]
+    return sum(bool(m.mini_sequence_verdicts) and not why_whole(m) for m in layers)
 
 
 def train_deepspeed(case: Case, *, converted: bool, seed: int | None = None) -> dict:
@@ -56,6 +64,7 @@ def train_deepspeed(case: Case, *, converted: bool, seed: int | None = None) -> 
         "zero_stage": engine.zero_optimization_stage(),
         "offload": bool(engine.zero_cpu_offload()),
         "tiled": count_tiled(model),
+        "layers": count_layers(model),
         "losses": losses,
         "params": params,
     }
@@ -124,6 +133,7 @@ def train_torch(case: Case, *, converted: bool, seed: int | None = None) -> dict
         "zero_stage": None,
         "offload": False,
         "tiled": count_tiled(model),
+        "layers": count_layers(model),
         "losses": losses,
         "params": params,
     }
@@ -158,6 +168,7 @@ def train_alone(case: Case, *, converted: bool = False, seed: int | None = None)
         "zero_stage": None,
         "offload": False,
         "tiled": count_tiled(model),
+        "layers": count_layers(model),
         "losses": losses,
         "norms": norms,
         "params": {n: p.detach().float() for n, p in model.named_parameters() if p.requires_grad},

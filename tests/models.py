@@ -51,6 +51,11 @@ MOE_CONFIGS = {
     ),
 }
 LORA_TARGETS = "all-linear"
+# What runs over chunks in one training forward of the tiny Llama, in each scope. The linear layer is the LM head.
+LLAMA_CALLS = {
+    "layer": {"LlamaDecoderLayer": 2, "LlamaRMSNorm": 1, "Linear": 1},
+    "tokens": {"LlamaMLP": 2, "LlamaRMSNorm": 5, "Linear": 1},
+}
 
 
 def build(family: str, *, seed: int = 0, attention: str = "eager") -> PreTrainedModel:

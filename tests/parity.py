@@ -119,6 +119,8 @@ def _require_engine(case: Case, result: dict) -> None:
         assert run["processes"] == (1 if case.engine == "none" else RANKS), f"{kind}: {run['processes']} processes ran"
         tiled = {"gemma2": 11, "qwen3": 11, "qwen2_moe": 9}.get(case.family, 7) if kind == "converted" else 0
         assert run["tiled"] == tiled, f"{kind}: {run['tiled']} modules were tiled, not {tiled}"
+        layers = 2 if kind == "converted" and case.scope == "layer" else 0
+        assert run["layers"] == layers, f"{kind}: {run['layers']} layers were tiled as a whole, not {layers}"
 
 
 def _differences(case: Case, converted: dict, plain: dict) -> str:

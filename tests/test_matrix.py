@@ -25,7 +25,7 @@ def run_of(case, **changes) -> dict:
 
 @pytest.fixture(scope="module")
 def result() -> dict:
-    return {"plain": run_of(FULL, tiled=0), "converted": run_of(FULL)}
+    return {"plain": run_of(FULL, tiled=0, layers=0), "converted": run_of(FULL)}
 
 
 def test_a_run_without_a_fault_is_exact(result):
@@ -40,6 +40,7 @@ def test_a_run_without_a_fault_is_exact(result):
         ({"zero_stage": 2}, "ZeRO stage was 2"),
         ({"offload": True}, "offload was True"),
         ({"tiled": 0}, "0 modules were tiled"),
+        ({"layers": 1}, "1 layers were tiled as a whole"),
         ({"losses": [float("nan")] * 8}, "NaN"),
         ({"losses": [5.0] * 8}, "loss"),
     ],

@@ -18,42 +18,41 @@ LENGTHS = (4, 5, 23, 20)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_loss_and_gradients_are_those_of_the_unconverted_model(family, lora, checkpointing):
+def test_loss_and_gradients_are_those_of_the_unconverted_model(family, lora, checkpointing, scope):
     model, reference = twins(family)
     if lora:
         model, reference = add_lora(model), add_lora(reference)
     if checkpointing:
         checkpointed(model), checkpointed(reference)
-    convert_to_mini_sequence(model, CHUNKS)
+    convert_to_mini_sequence(model, {**CHUNKS, "scope": scope})
     for length in LENGTHS:
         assert_same_training(model, reference, batch(length))
         assert_same_training(model, reference, batch(length, prompt=length // 2, padding=length // 3))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_sdpa_attention_and_position_ids(family):
+def test_sdpa_attention_and_position_ids(family, scope):
     model, reference = twins(family, attention="sdpa")
-    convert_to_mini_sequence(model, CHUNKS)
+    convert_to_mini_sequence(model, {**CHUNKS, "scope": scope})
     inputs = batch(24) | {"position_ids": torch.arange(24).remainder(9).expand(2, -1)}
     del inputs["attention_mask"]
     assert_same_training(model, reference, inputs)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"num_mini_sequences": 4}, {"chunk_size": 1, "loss_chunk_size": 1}, {"scope": "mlp"}]
-)
-def test_every_way_to_choose_chunks(settings):
+@pytest.mark.parametrize("settings", [{"num_mini_sequences": 4}, {"chunk_size": 1, "loss_chunk_size": 1}, {}])
+@pytest.mark.parametrize("scope", ["mlp", "tokens", "layer"])
+def test_every_way_to_choose_chunks(settings, scope):
     model, reference = twins("llama")
-    convert_to_mini_sequence(model, {"loss_chunk_size": 5, **settings})
+    convert_to_mini_sequence(model, {"loss_chunk_size": 5, "scope": scope, **settings})
     assert_same_training(model, reference, batch(23))
 
 
-def test_reentrant_checkpointing():
+def test_reentrant_checkpointing(scope):
     model, reference = twins("llama")
     for m in (model, reference):
         checkpointed(m, use_reentrant=True)
         m.enable_input_require_grads()
-    convert_to_mini_sequence(model, CHUNKS)
+    convert_to_mini_sequence(model, {**CHUNKS, "scope": scope})
     assert_same_training(model, reference, batch(23))
 
 

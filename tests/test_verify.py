@@ -16,6 +16,7 @@ from ds_minis.config import MiniSequenceConfig
 from ds_minis.tiling.calls import RowCall
 from ds_minis.tiling.chunking import Chunking
 from ds_minis.tiling.module import TiledModule
+from ds_minis.tiling.recompute import has_values
 from ds_minis.tiling.swap import tile, untile, why_whole
 from ds_minis.tiling.verify import why_not_token_wise
 
@@ -221,7 +222,7 @@ def test_rounding_in_bfloat16_is_no_mixing():
 
 
 def test_large_weights_cost_no_gradient(monkeypatch):
-    monkeypatch.setattr("ds_minis.tiling.verify._LARGEST_WEIGHT", 1)
+    monkeypatch.setattr("ds_minis.tiling.verify.LARGEST_WEIGHT", 1)
     asked, own = [], torch.autograd.grad
     monkeypatch.setattr(
         torch.autograd, "grad", lambda y, x, *args, **kw: asked.append(len(x)) or own(y, x, *args, **kw)
@@ -280,7 +281,7 @@ def tiled(module):
 
 
 def test_a_module_that_is_not_token_wise_runs_as_a_whole_and_says_so_once(caplog, monkeypatch):
-    monkeypatch.setattr(tiling, "_told", set())
+    monkeypatch.setattr("ds_minis.tiling.swap._told", set())
     torch.manual_seed(0)
     module, x = TokenShift().eval(), inputs(2, 23)
     expected = module(x)
