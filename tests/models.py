@@ -58,9 +58,11 @@ LLAMA_CALLS = {
 }
 
 
-def build(family: str, *, seed: int = 0, attention: str = "eager") -> PreTrainedModel:
+def build(family: str, *, seed: int = 0, attention: str = "eager", **settings) -> PreTrainedModel:
+    """A model of a family; `settings` are for its configuration."""
     torch.manual_seed(seed)
     config = (CONFIGS | MOE_CONFIGS)[family]()
+    config.update(settings)
     config._attn_implementation = attention
     model = AutoModelForCausalLM.from_config(config).train()
     model.config.use_cache = False
