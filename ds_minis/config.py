@@ -61,6 +61,25 @@ class MiniSequenceConfig:
         "Tile a language model's forward passes without labels and without gradients too (long prompts in `generate`). By "
         "default those are bit-identical to the unconverted model; tiled, they equal it to rounding.",
     )
+    head_groups: int | str = _setting(
+        1,
+        "groups",
+        "Run the attention of a tiled layer in this many groups of KV heads, one after the other, so that queries, keys, "
+        'values and their gradients exist for one group at a time; "auto": one KV head each. Less memory, for one more run '
+        "of the attention and of its projections in backward.",
+    )
+    offload: str | None = _setting(
+        None,
+        "offload",
+        '"cpu": keep the inputs of tiled layers in (pinned) host memory from forward to backward, copied while the device '
+        "computes. How much that takes is said before the first step.",
+    )
+    checkpoint_every: int = _setting(
+        1,
+        "every",
+        "Keep the input of every k-th tiled layer only, on the device or in host memory, and compute the others once more in "
+        "backward. Not with FSDP or ZeRO-3, which hold the weights of one layer at a time.",
+    )
     include: tuple[str, ...] = _setting(
         (), "patterns", 'Tile only modules whose qualified name matches one of these patterns, e.g. ["*.layers.*.mlp"].'
     )
@@ -79,6 +98,12 @@ class MiniSequenceConfig:
                 f"chunk_size={self.chunk_size!r} and num_mini_sequences={self.num_mini_sequences!r} both set the size of "
                 "a chunk: give one of the two"
             )
+        for name in ("head_groups", "offload", "checkpoint_every"):
+            default = next(spec.default for spec in dataclasses.fields(self) if spec.name == name)
+            if self.scope != "layer" and getattr(self, name) != default:
+                raise ValueError(
+                    f'{name}={getattr(self, name)!r} is for whole layers: it needs scope "layer", not {self.scope!r}'
+                )
 
     @classmethod
     def from_value(cls, value: Any, *, door: str = "config") -> MiniSequenceConfig:
@@ -138,6 +163,9 @@ _RULES = {
     "scope": (" or ".join(f'"{scope}"' for scope in SCOPES), lambda value: value in SCOPES),
     "size": ('a whole number of tokens from 1 or "auto"', _is_size),
     "count": ("a whole number from 1", lambda value: value is None or (_is_int(value) and value >= 1)),
+    "every": ("a whole number from 1", lambda value: _is_int(value) and value >= 1),
+    "groups": ('a whole number of groups from 1 or "auto"', _is_size),
+    "offload": ('"cpu" or null', lambda value: value is None or value == "cpu"),
     "patterns": ("a list of name patterns", _is_patterns),
 }
 

@@ -123,6 +123,7 @@ def convert(
     tiled = [c for c in candidates if not c.reason]
     if not tiled and not (config.loss and loss_models):
         raise NothingToTile(_nothing_to_tile(model, candidates, config, door))
+    chunking.checkpoints.num_layers = sum(candidate.role == "layer" for candidate in tiled)
     for candidate in tiled:
         tile(candidate.module, TiledLayer if candidate.role == "layer" else TiledModule, chunking, candidate.fqn)
     for loss_model in loss_models:

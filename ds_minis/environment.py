@@ -3,7 +3,7 @@
 DS_MINIS_AUTOLOAD   "0", "false" or "off": `import torch` attaches nothing
 DS_MINIS_CONFIG     settings, as JSON (a launcher hands them to its ranks in it); DS_MINIS_CONFIG_DOOR where they came from
 DS_MINIS_RUN        set where `python -m ds_minis.run` started this process
-RANK                the launcher's
+RANK, LOCAL_WORLD_SIZE  the launcher's
 """
 
 from __future__ import annotations
@@ -23,6 +23,12 @@ def process_rank() -> int:
     """This process's rank as its launcher set it (`RANK`), 0 when there was none."""
     rank = os.environ.get("RANK", "0")
     return int(rank) if rank.isdigit() else 0
+
+
+def local_world_size() -> int:
+    """How many processes its launcher started on this machine (`LOCAL_WORLD_SIZE`), 1 when there was none."""
+    size = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return int(size) if size.isdigit() else 1
 
 
 def config_text() -> tuple[str, str]:

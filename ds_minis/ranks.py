@@ -2,7 +2,7 @@
 
 import torch.distributed
 
-from ds_minis.environment import process_rank
+from ds_minis.environment import local_world_size, process_rank
 
 
 def is_main_process() -> bool:
@@ -16,3 +16,8 @@ def has_other_ranks() -> bool:
     """Whether this process trains together with others."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return distributed and torch.distributed.get_world_size() > 1
+
+
+def num_local_ranks() -> int:
+    """How many processes train on this machine, by the launcher's variable."""
+    return local_world_size()

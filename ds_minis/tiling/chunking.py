@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ds_minis.config import AUTO, MiniSequenceConfig
+from ds_minis.tiling.checkpoints import Checkpoints
 
 # A feed-forward module needs about this many rows in one matmul before the weights' own traffic stops to show; beyond
 # it a larger chunk only costs memory.
@@ -28,13 +29,19 @@ class Chunking:
         config: the user's settings.
         hidden_size: width of the model's hidden states, in elements; what one token is for `chunk_size`.
         suspended: True while the model runs a forward pass that must equal the unconverted model's to the bit.
+        checkpoints: the inputs of its tiled layers.
         passes: what the end of each forward pass in progress must undo (`ds_minis.tiling.loss`).
     """
 
     config: MiniSequenceConfig
     hidden_size: int
     suspended: bool = False
+    checkpoints: Checkpoints = field(default=None, repr=False, compare=False)
     passes: list[contextlib.ExitStack] = field(default_factory=list, repr=False, compare=False)
+
+    def __post_init__(self):
+        if self.checkpoints is None:
+            self.checkpoints = Checkpoints(self.config)
 
     @contextlib.contextmanager
     def guarded(self, setting: str, chunk_rows: int, num_rows: int) -> Iterator[None]:

@@ -34,12 +34,12 @@ class BlockPool:
     def __init__(self, *, pinned: bool):
         self._pinned = pinned
         self._free: dict[int, list[Tensor]] = {}
-        self._bytes_allocated = 0
+        self.bytes_allocated = 0
 
     @property
     def bytes_in_use(self) -> int:
         # Not counted up and down, as a `give_back` may interrupt that.
-        return self._bytes_allocated - sum(size * len(blocks) for size, blocks in list(self._free.items()))
+        return self.bytes_allocated - sum(size * len(blocks) for size, blocks in list(self._free.items()))
 
     def take(self, num_bytes: int) -> list[Tensor]:
         """Blocks that hold so many bytes; all of one size, the last one maybe filled in part."""
@@ -49,12 +49,12 @@ class BlockPool:
         try:
             while len(blocks) < count:
                 blocks.append(torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self._pinned))
-                self._bytes_allocated += size
+                self.bytes_allocated += size
         except (RuntimeError, MemoryError) as error:
             free.extend(blocks)
             raise RuntimeError(
                 f"no {'pinned ' if self._pinned else ''}host memory left for checkpoints: {self.bytes_in_use:,} bytes hold "
-                f"checkpoints, {self._bytes_allocated - self.bytes_in_use:,} are in free blocks, and the next checkpoint "
+                f"checkpoints, {self.bytes_allocated - self.bytes_in_use:,} are in free blocks, and the next checkpoint "
                 f'needs {count * size:,}. Use a larger "checkpoint_every" (fewer checkpoints) or shorter sequences in the '
                 "mini-sequence configuration, or let the process have more host memory"
             ) from error

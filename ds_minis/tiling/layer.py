@@ -13,6 +13,7 @@ from ds_minis.ranks import has_other_ranks
 from ds_minis.tiling.compiling import outside_of_graphs
 from ds_minis.tiling.layer_call import LayerCall
 from ds_minis.tiling.layer_node import LayerNode
+from ds_minis.tiling.layer_passes import LayerPasses
 from ds_minis.tiling.layer_verify import Finding, examine
 from ds_minis.tiling.module import engine_inside, passing_state, require_weights
 from ds_minis.tiling.recompute import AutocastState
@@ -117,6 +118,11 @@ def _experts_per_choice(layer: nn.Module) -> float:
 @outside_of_graphs
 def _forward_by_tokens(layer: TiledLayer, forward: Callable[..., Any], call: LayerCall, finding: Finding) -> Tensor:
     require_weights(layer)
-    x, chunk = call.hidden, _chunk_tokens(layer, call)
+    chunking, x, chunk = layer.mini_sequence_chunking, call.hidden, _chunk_tokens(layer, call)
     bounds = [(i, min(i + chunk, x.shape[1])) for i in range(0, x.shape[1], chunk)]
-    return run_call(LayerNode(layer, forward, call, bounds, layer.mini_sequence_chunking, finding.unread), [x])
+    source, depth = chunking.checkpoints.source(layer, x) if torch.is_grad_enabled() else (None, 0)
+    passes = LayerPasses(layer, forward, call, bounds, chunking)
+    node = LayerNode(layer, passes, finding.unread, finding.groups, source)
+    y = run_call(node, [x])
+    chunking.checkpoints.made(node, y, depth)
+    return y

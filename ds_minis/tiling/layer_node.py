@@ -4,186 +4,197 @@ All but the attention is token-wise. So the layer is run on one chunk after the 
 the attention once for all tokens, then the layer on each chunk once more with the attention answered (*after*). Backward
 does the same and goes back: *after* chunk by chunk, the attention, *before* chunk by chunk.
 
-Shapes: B batch, S tokens of the whole, C of a chunk, H hidden size, N heads of D.
+With groups of heads, queries, keys, values and their gradients exist for one group at a time: *before* and the attention are
+run group by group, in backward once more than without groups.
+
+Shapes: B batch, S tokens, H hidden size, N heads of D.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ds_minis.tiling.attention import AttentionReached, AttentionRequest, attention_answered_by
-from ds_minis.tiling.chunking import Chunking
-from ds_minis.tiling.layer_call import LayerCall, TokensOfCall
-from ds_minis.tiling.recompute import AutocastState, Seeds, forwards_set, has_values, linear_without_value
+from ds_minis.tiling.attention import AttentionRequest
+from ds_minis.tiling.checkpoints import Source
+from ds_minis.tiling.head_groups import CutWeights, HeadGroups
+from ds_minis.tiling.layer_passes import LayerPasses, Unread, chunk_of
+from ds_minis.tiling.recompute import forwards_set
 from ds_minis.tiling.reuse import is_ours_alone
-from ds_minis.tiling.rows import Call, GradientSums, ParameterSlots, constants_of, let_go, set_to
+from ds_minis.tiling.rows import Call, GradientSums, ParameterSlots, let_go
 
-_ATTENTION_SEED = 0
 Attend = Callable[[AttentionRequest, Sequence[Tensor]], Tensor]
 
 
-@dataclass(frozen=True)
-class Unread:
-    """What nobody reads in a run of a layer, and need not be computed; found by `layer_verify`.
-
-    Attributes:
-        outputs: modules in front of the attention whose output only the attention sees, with its width and dtype.
-        values_before, values_after: linear layers in front of and behind the attention whose output no gradient depends on.
-        value: what stands in their place; not a number where it is tested that nobody reads it.
-    """
-
-    outputs: tuple[tuple[nn.Module, int, torch.dtype], ...] = ()
-    values_before: tuple[nn.Linear, ...] = ()
-    values_after: tuple[nn.Linear, ...] = ()
-    value: float = 0.0
-
-    def output_forwards(self) -> dict[nn.Module, Callable]:
-        return {module: self._without_output(width, dtype) for module, width, dtype in self.outputs}
-
-    def value_forwards(
-        self, linears: Sequence[nn.Linear], autocast_dtype: torch.dtype | None
-    ) -> dict[nn.Module, Callable]:
-        return {linear: linear_without_value(linear, autocast_dtype, self.value) for linear in linears}
-
-    def _without_output(self, width: int, dtype: torch.dtype) -> Callable[..., Tensor]:
-        def forward(input, *args, **kwargs):
-            return input.new_full((), self.value, dtype=dtype).expand(*input.shape[:-1], width)
-
-        return forward
-
-
-NOTHING_UNREAD = Unread()
-
-
 def attend_once(request: AttentionRequest, tensors: Sequence[Tensor]) -> Tensor:
-    """The attention of the layer itself, for all tokens and heads."""
-    return request.run(tuple(tensors))
+    """The attention of the layer itself, for all tokens."""
+    return request.run(tensors)
 
 
 class LayerNode(Call):
     """One call of a layer over chunks of tokens.
 
     Args:
-        forward: the layer's own forward.
-        bounds: first and last token of each chunk, in the order in which they are run.
+        groups: of heads; None for one call of the attention.
+        source: where the layer's input is until backward; None for autograd's own.
         attend: stands for the attention while a layer is being verified.
+
+    Attributes:
+        source: as above.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        forward: Callable[..., Any],
-        call: LayerCall,
-        bounds: Sequence[tuple[int, int]],
-        chunking: Chunking,
+        passes: LayerPasses,
         unread: Unread,
+        groups: HeadGroups | None = None,
+        source: Source | None = None,
         attend: Attend = attend_once,
     ):
-        x, call.hidden = call.hidden, None  # which autograd saves, or somebody keeps
         self.slots = ParameterSlots(module)
-        self._forward_of_layer, self._call, self._bounds = forward, call, bounds
-        self._chunking, self._unread, self._attend = chunking, unread, attend
-        self._autocast = AutocastState(x.device)
-        self._constants = constants_of(module)
-        self._seeds = Seeds(x.device) if module.training and has_values(x) else None
+        self._passes, self._unread, self._groups = passes, unread, groups
+        self.source, self._attend = source, attend
+
+    def saved(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        if self.source is None:
+            return tensors
+        self.source.keep(tensors[0])
+        return tensors[1:]
 
     def forward(self, rows: Sequence[Tensor], *, with_backward: bool) -> Tensor:
-        with self._running():
-            request, heads = self._before(rows[0])
-            with self._seeded(_ATTENTION_SEED):
-                out = self._attend(request, heads)
-            del request, heads
-            output = None
-            with forwards_set(self._unread.output_forwards()):
-                for i, (start, stop) in enumerate(self._bounds):
-                    y = self._after(_chunk(rows[0], start, stop), out[:, start:stop], i)
-                    if output is None:
-                        output = y.new_empty(y.shape[0], rows[0].shape[1], y.shape[2])
-                    output[:, start:stop].copy_(y)
-        if self._seeds is not None:
-            self._seeds.advance()
+        with self._passes.running():
+            y = self._forward(rows[0])
+        self._passes.advance()
+        return y
+
+    def forward_again(self, x: Tensor) -> Tensor:
+        """The result once more, in backward, without a graph."""
+        with torch.no_grad(), self._passes.running(), self._passes.again():
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        out, output = self._attended(x), None
+        with forwards_set(self._unread.output_forwards()):
+            for i, (start, stop) in enumerate(self._passes.bounds):
+                y = self._passes.after(chunk_of(x, start, stop), out[:, start:stop], i)
+                if output is None:
+                    output = y.new_empty(y.shape[0], x.shape[1], y.shape[2])
+                output[:, start:stop].copy_(y)
         return output
+
+    def _attended(self, x: Tensor) -> Tensor:
+        """The attention's output for all tokens and heads."""
+        if self._groups is None:
+            request, heads = self._passes.before(x)
+            with self._passes.attending():
+                return self._attend(request, heads)
+        out = None
+        for group in range(self._groups.count):
+            with self._groups.cut(group):
+                request, heads = self._passes.before(x)
+            with self._passes.attending(group):
+                part = self._attend(request, heads)
+            if out is None:
+                out = part.new_empty(*part.shape[:2], part.shape[2] * self._groups.count, part.shape[3])
+            self._groups.of_output(out, group).copy_(part)
+        return out
 
     def backward(self, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
         grad_y, self.grad_output = self.grad_output, None
         reuse = is_ours_alone(grad_y)
-        (x, *params), (x_needs_grad, *params_need_grad) = tensors, needs_grad
+        x, params = (tensors[0], tensors[1:]) if self.source is None else (self.source.fetch(), tensors)
+        x_needs_grad, *params_need_grad = needs_grad
         leaves = [p.detach().requires_grad_(need) for p, need in zip(params, params_need_grad, strict=True)]
-        sums = GradientSums(leaves)
-        with self._running(), self._autocast.entered(), set_to(self._constants), self.slots.holding(leaves):
-            request, heads = self._before(x)
-            heads = [t.requires_grad_() for t in heads]
-            with torch.enable_grad(), self._seeded(_ATTENTION_SEED):
-                out = self._attend(request, heads)
-            edge, out = torch.autograd.graph.get_gradient_edge(out), out.detach()
-            grad_x, grad_out = self._backward_of_after(x, out, grad_y, sums, leaves, reuse, x_needs_grad)
+        sums, grad_x = GradientSums(leaves), None
+        if x_needs_grad:
+            # A chunk of the incoming gradient is not needed any more once the chunk is done.
+            reuse = reuse and grad_y.dtype == x.dtype and grad_y.shape == x.shape
+            grad_x = grad_y if reuse else torch.empty_like(x)
+        with self._passes.running(), self._passes.again(), self.slots.holding(leaves):
+            if self._groups is None:
+                request, heads, edge, out = self._attended_with_graph(x)
+                grad_out = torch.empty_like(out)
+            else:
+                out = grad_out = self._attended(x)  # which is computed again, so that its gradient may take its place
+            self._backward_of_after(x, out, grad_y, grad_x, grad_out, sums, leaves)
             del out, grad_y
             sums.settle()
-            of_attention = [leaf for leaf in leaves if leaf.requires_grad and request.uses(leaf)]
-            grads = torch.autograd.grad(edge, [*heads, *of_attention], grad_out, allow_unused=True)
-            del edge, heads, grad_out, request
-            by_leaf = dict(zip(map(id, of_attention), grads[3:], strict=True))
-            sums.add(by_leaf.get(id(leaf)) for leaf in leaves if leaf.requires_grad)
-            grads = list(grads[:3])
-            self._backward_of_before(x, grads, grad_x, sums, leaves)
+            if self._groups is None:
+                grads = self._backward_of_attention(request, heads, edge, grad_out, sums, leaves)
+                del heads, edge, grad_out
+                self._backward_of_before(x, grads, grad_x, sums, leaves)
+            else:
+                self._backward_by_groups(x, grad_out, grad_x, sums, leaves)
+        if self.source is not None:
+            self.source.release()
         return [grad_x, *sums.result()]
+
+    def _attended_with_graph(self, x: Tensor, group: int = 0):
+        request, heads = self._passes.before(x)
+        heads = [t.requires_grad_() for t in heads]
+        with torch.enable_grad(), self._passes.attending(group):
+            out = self._attend(request, heads)
+        # Through the edge nothing holds the output, which not every attention needs in its backward.
+        return request, heads, torch.autograd.graph.get_gradient_edge(out), out.detach()
 
     def _backward_of_after(
         self,
         x: Tensor,
         out: Tensor,
         grad_y: Tensor,
+        grad_x: Tensor | None,
+        grad_out: Tensor,
         sums: GradientSums,
         leaves: Sequence[Tensor],
-        reuse: bool,
-        x_needs_grad: bool,
-    ) -> tuple[Tensor | None, Tensor]:
+    ) -> None:
         """Gradients of the layer's input (but for what came by way of the attention) and of the attention's output."""
-        grad_x = None
-        if x_needs_grad:
-            # A chunk of the incoming gradient is not needed any more once the chunk is done.
-            reuse = reuse and grad_y.dtype == x.dtype and grad_y.shape == x.shape
-            grad_x = grad_y if reuse else torch.empty_like(x)
-        grad_out = torch.empty_like(out)
         forwards = {
             **self._unread.output_forwards(),
-            **self._unread.value_forwards(self._unread.values_after, self._autocast.dtype()),
+            **self._unread.value_forwards(self._unread.values_after, self._passes.autocast.dtype()),
         }
         with torch.enable_grad(), forwards_set(forwards):
-            for i, (start, stop) in enumerate(self._bounds):
-                chunk = _chunk(x, start, stop).detach().requires_grad_(x_needs_grad)
+            for i, (start, stop) in enumerate(self._passes.bounds):
+                chunk = chunk_of(x, start, stop).detach().requires_grad_(grad_x is not None)
                 out_chunk = out[:, start:stop].detach().requires_grad_()
                 inputs = [t for t in (chunk, out_chunk, *leaves) if t.requires_grad]
-                y = self._after(chunk, out_chunk, i)
+                y = self._passes.after(chunk, out_chunk, i)
                 grads = let_go(torch.autograd.grad(y, inputs, grad_y[:, start:stop], allow_unused=True))
                 del y
-                if x_needs_grad:
+                if grad_x is not None:
                     _put(grad_x[:, start:stop], next(grads))
                 _put(grad_out[:, start:stop], next(grads))
                 sums.add(grads)
                 del grads  # or they would be there beside the next chunk's
-        return grad_x, grad_out
+
+    def _backward_of_attention(
+        self, request: AttentionRequest, heads: list[Tensor], edge, grad_out: Tensor, sums: GradientSums, leaves
+    ) -> list[Tensor | None]:
+        """Gradients of queries, keys and values; those of parameters among the attention's arguments are added."""
+        own = [leaf for leaf in leaves if leaf.requires_grad and request.uses(leaf)]
+        grads = torch.autograd.grad(edge, [*heads, *own], grad_out, allow_unused=True)
+        by_leaf = dict(zip(map(id, own), grads[3:], strict=True))
+        sums.add(by_leaf.get(id(leaf)) for leaf in leaves if leaf.requires_grad)
+        return list(grads[:3])
 
     def _backward_of_before(
         self,
         x: Tensor,
-        grads_of_heads: list[Tensor],
+        grads_of_heads: list[Tensor | None],
         grad_x: Tensor | None,
         sums: GradientSums,
         leaves: Sequence[Tensor],
+        cut: CutWeights | None = None,
     ) -> None:
-        forwards = self._unread.value_forwards(self._unread.values_before, self._autocast.dtype())
+        forwards = self._unread.value_forwards(self._unread.values_before, self._passes.autocast.dtype())
+        cut_leaves = [] if cut is None else cut.leaves
         with torch.enable_grad(), forwards_set(forwards):
-            for i, (start, stop) in enumerate(self._bounds):
-                chunk = _chunk(x, start, stop).detach().requires_grad_(grad_x is not None)
-                inputs = [t for t in (chunk, *leaves) if t.requires_grad]
-                heads = self._reach(chunk, i)[0].tensors
+            for i, (start, stop) in enumerate(self._passes.bounds):
+                chunk = chunk_of(x, start, stop).detach().requires_grad_(grad_x is not None)
+                inputs = [t for t in (chunk, *cut_leaves, *leaves) if t.requires_grad]
+                heads = self._passes.reach(chunk, i)[0].tensors
                 pairs = [
                     (t, g[:, :, start:stop])
                     for t, g in zip(heads, grads_of_heads, strict=True)
@@ -198,65 +209,23 @@ class LayerNode(Call):
                     grad = next(grads)
                     if grad is not None:
                         grad_x[:, start:stop].add_(grad)
+                if cut is not None:
+                    cut.sums.add(next(grads) for _ in cut_leaves)
                 sums.add(grads)
                 del grads  # or they would be there beside the next chunk's
 
-    def _before(self, x: Tensor) -> tuple[AttentionRequest, list[Tensor]]:
-        """The attention's call, for all tokens, and its queries, keys and values."""
-        whole: list[Tensor] = []
-        with torch.no_grad():
-            for i, (start, stop) in enumerate(self._bounds):
-                request, part = self._reach(_chunk(x, start, stop), i)
-                if not whole:
-                    first = request.for_whole(part.whole_of)
-                    whole = [_for_all_tokens(t, x.shape[1]) for t in request.tensors]
-                for t, chunk in zip(whole, request.tensors, strict=True):
-                    t[:, :, start:stop].copy_(chunk)
-        return first, whole
-
-    def _reach(self, chunk: Tensor, index: int) -> tuple[AttentionRequest, TokensOfCall]:
-        """Runs the layer on a chunk up to its attention."""
-        part = self._call.with_tokens(chunk, *self._bounds[index])
-        reached: list[AttentionRequest] = []
-
-        def stop_here(request: AttentionRequest) -> Tensor:
-            reached.append(request)
-            raise AttentionReached
-
-        with contextlib.suppress(AttentionReached), attention_answered_by(stop_here), self._seeded(index + 1):
-            self._forward_of_layer(*part.args, **part.kwargs)
-        if not reached:
-            raise NoAttention
-        return reached[0], part
-
-    def _after(self, chunk: Tensor, out: Tensor, index: int) -> Tensor:
-        """The layer's result for a chunk, given the attention's."""
-        part = self._call.with_tokens(chunk, *self._bounds[index])
-        with attention_answered_by(lambda request: out), self._seeded(index + 1):
-            y = self._forward_of_layer(*part.args, **part.kwargs)
-        return y[0] if isinstance(y, tuple) else y
-
-    def _seeded(self, index: int) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if self._seeds is None else self._seeds.part(index)
-
-    @contextlib.contextmanager
-    def _running(self) -> Iterator[None]:
-        start, stop = self._bounds[0]
-        try:
-            with self._chunking.guarded("chunk_size", stop - start, self._bounds[-1][1]), self._chunking.untiled():
-                yield
-        finally:
-            # Weights that autocast cast in here were cast without a graph; a later use with gradients must not find them.
-            torch.clear_autocast_cache()
-
-
-class NoAttention(RuntimeError):
-    """A layer did not call the attention interface."""
-
-
-def _chunk(x: Tensor, start: int, stop: int) -> Tensor:
-    """Tokens of all sequences, without gaps: layers view them as rows."""
-    return x[:, start:stop].contiguous()
+    def _backward_by_groups(
+        self, x: Tensor, grad_out: Tensor, grad_x: Tensor | None, sums: GradientSums, leaves: Sequence[Tensor]
+    ) -> None:
+        for group in range(self._groups.count):
+            cut = CutWeights(leaves)
+            with self._groups.cut(group, cut):
+                request, heads, edge, _ = self._attended_with_graph(x, group)
+                part = self._groups.of_output(grad_out, group)
+                grads = self._backward_of_attention(request, heads, edge, part, sums, leaves)
+                del heads, edge, part
+                self._backward_of_before(x, grads, grad_x, sums, leaves, cut)
+            cut.add_to(sums)
 
 
 def _put(place: Tensor, grad: Tensor | None) -> None:
@@ -264,11 +233,3 @@ def _put(place: Tensor, grad: Tensor | None) -> None:
         place.zero_()
     else:
         place.copy_(grad)
-
-
-def _for_all_tokens(heads: Tensor, num_tokens: int) -> Tensor:
-    """Memory like that of queries `(B, N, C, D)`, for S tokens; with the heads of a token side by side if they are here."""
-    batch, num_heads, _, width = heads.shape
-    if heads.stride(1) < heads.stride(2):
-        return heads.new_empty(batch, num_tokens, num_heads, width).transpose(1, 2)
-    return heads.new_empty(batch, num_heads, num_tokens, width)

@@ -7,6 +7,7 @@ result or gradient.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_minis.config import AUTO
 from ds_minis.tiling.attention import AttentionRequest, attention_answered_by
 from ds_minis.tiling.calls import CONSTANTS
 from ds_minis.tiling.chunking import Chunking
+from ds_minis.tiling.head_groups import HeadGroups
 from ds_minis.tiling.layer_call import LayerCall
-from ds_minis.tiling.layer_node import NOTHING_UNREAD, LayerNode, NoAttention, Unread
+from ds_minis.tiling.layer_node import LayerNode
+from ds_minis.tiling.layer_passes import NOTHING_UNREAD, LayerPasses, NoAttention, Unread
 from ds_minis.tiling.recompute import has_values, is_plain_linear
 from ds_minis.tiling.rows import ParameterSlots
 from ds_minis.tiling.verify import LARGEST_WEIGHT, State, foreign_weight, is_close, quietly, tolerance
@@ -35,11 +39,19 @@ class Finding:
         reason: why it cannot be tiled as a whole; empty if it can.
         rest: what its forward gives behind the hidden states; None where it gives the hidden states alone.
         unread: what need not be computed.
+        groups: how its attention can be run in groups of heads, where that was asked for.
+        one_call: why it cannot; empty if it can, or was not asked for.
     """
 
     reason: str = ""
     rest: tuple | None = None
     unread: Unread = NOTHING_UNREAD
+    groups: HeadGroups | None = None
+    one_call: str = ""
+
+
+class WrongGroups(ValueError):
+    """The groups of heads that were asked for cannot be made."""
 
 
 def examine(layer: nn.Module, forward: Callable[..., Any], call: LayerCall, chunking: Chunking) -> Finding | None:
@@ -50,13 +62,13 @@ def examine(layer: nn.Module, forward: Callable[..., Any], call: LayerCall, chun
     """
     x = call.hidden
     if not has_values(x):
-        return Finding()
+        return _Examination(layer, forward, call, chunking).finding_by_shapes()
     with quietly(layer, x.device):
         first_state = State(layer)
         try:
             few = call.narrowed(_BATCH, _TOKENS, torch.randn_like)
             return _Examination(layer, forward, few, chunking).finding()
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, WrongGroups):
             raise  # says nothing about the layer
         except NoAttention:
             return Finding("it does not call the attention interface")
@@ -92,7 +104,18 @@ class _Examination:
         coarse = tolerance([self._x, *self._params, *actual])
         if not all(is_close(a, e, coarse) for a, e in zip(actual, expected, strict=True)):
             return Finding("its result or gradients for a token depend on others, other than by way of its attention")
-        return Finding(rest=rest, unread=self._unread(actual))
+        finding = Finding(rest=rest, unread=self._unread(actual))
+        return finding if self._chunking.config.head_groups == 1 else self._with_groups(finding, actual)
+
+    def finding_by_shapes(self) -> Finding:
+        """Without values there is nothing to compare; that heads can be cut shows in their number."""
+        if self._chunking.config.head_groups == 1:
+            return Finding()
+        groups, shapes = self._groups()
+        with torch.no_grad(), groups.cut(0):
+            _, heads = self._passes().before(self._x)
+        cut = [t.shape[1] * groups.count for t in heads] == [shape[1] for shape in shapes]
+        return Finding(groups=groups if cut else None)
 
     def _whole(self) -> tuple[list[Tensor | None], tuple | None, str]:
         """Result and gradients of the layer in one run; what it gives beside; why it cannot be tiled."""
@@ -127,10 +150,13 @@ class _Examination:
         )
         return [y.detach(), *(next(grads) if t.requires_grad else None for t in (x, *leaves))], rest, ""
 
-    def _by_chunks(self, unread: Unread) -> list[Tensor | None]:
-        """The same, by chunks in reversed order, in the way in which the layer would be run."""
+    def _passes(self) -> LayerPasses:
         self._call.hidden = self._x
-        node = LayerNode(self._layer, self._forward, self._call, self._bounds, self._chunking, unread, attend=_stand_in)
+        return LayerPasses(self._layer, self._forward, self._call, self._bounds, self._chunking)
+
+    def _by_chunks(self, unread: Unread, groups: HeadGroups | None = None) -> list[Tensor | None]:
+        """The same, by chunks in reversed order, in the way in which the layer would be run."""
+        node = LayerNode(self._layer, self._passes(), unread, groups, attend=_stand_in)
         with torch.no_grad():
             y = node.forward([self._x], with_backward=True)
             node.grad_output = self._grad
@@ -160,6 +186,34 @@ class _Examination:
         if matters(everything):
             return NOTHING_UNREAD
         return Unread(outputs, values_before, values_after)
+
+    def _with_groups(self, finding: Finding, expected: Sequence[Tensor | None]) -> Finding:
+        """The finding, with the groups of heads that were asked for, or the reason why there are none."""
+        groups, _ = self._groups()
+        try:
+            actual = self._by_chunks(finding.unread, groups)
+        except RuntimeError:
+            actual = [None] * len(expected)
+        coarse = tolerance([self._x, *self._params, *expected])
+        if all(is_close(a, e, coarse) for a, e in zip(actual, expected, strict=True)):
+            return dataclasses.replace(finding, groups=groups)
+        return dataclasses.replace(finding, one_call="the projections in front of its attention cannot be cut by heads")
+
+    def _groups(self) -> tuple[HeadGroups, list[torch.Size]]:
+        """The groups that were asked for, of the projections as wide as heads; and the shapes of all heads."""
+        wanted = self._chunking.config.head_groups
+        _, (queries, keys, values) = self._passes().before(self._x)
+        num_kv_heads = keys.shape[1]
+        count = num_kv_heads if wanted == AUTO else wanted
+        if num_kv_heads % count:
+            divisors = [n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0]
+            raise WrongGroups(
+                f'"head_groups": {wanted} groups cannot be made of {num_kv_heads} KV heads; allowed: '
+                f'{", ".join(map(str, divisors))} or "auto"'
+            )
+        widths = {t.shape[1] * t.shape[3] for t in (queries, keys, values)}
+        linears = tuple(m for m in self._calls()[0] if is_plain_linear(m) and m.out_features in widths)
+        return HeadGroups(count, linears), [t.shape for t in (queries, keys, values)]
 
     def _calls(self) -> tuple[dict[nn.Module, tuple[int, torch.dtype]], dict[nn.Module, tuple[int, torch.dtype]]]:
         """The parts that are called once, in front of the attention and in all, with width and dtype of their outputs."""

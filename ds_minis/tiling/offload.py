@@ -38,6 +38,11 @@ class HostStore:
         """Bytes of the blocks that hold checkpoints; free blocks are not counted."""
         return sum(lane.pool.bytes_in_use for lane in list(self._lanes.values()))
 
+    @property
+    def host_bytes_allocated(self) -> int:
+        """Bytes of all blocks, those that are free included."""
+        return sum(lane.pool.bytes_allocated for lane in list(self._lanes.values()))
+
     def keep(self, x: Tensor) -> Kept:
         """Starts to copy `x` to host memory. Its device memory is free once the caller and the copy are done with it.
 

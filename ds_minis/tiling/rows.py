@@ -231,6 +231,18 @@ class GradientSums:
                 # A copy also where it is float32 already: autograd may hand one tensor to two parameters.
                 self._sums[i] = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
 
+    def watch(self) -> None:
+        """To be called when a leaf was appended to the list that was given."""
+        self._sums.append(None)
+
+    def add_rows(self, index: int, rows: slice, grad: Tensor) -> None:
+        """Adds to some rows of one sum."""
+        leaf = self._leaves[index]
+        before = self._sums[index]
+        wide = torch.promote_types(leaf.dtype, torch.float32)
+        self._sums[index] = torch.zeros_like(leaf, dtype=wide) if before is None else before.to(wide)
+        self._sums[index][rows].add_(grad)
+
     def settle(self) -> None:
         """Rounds the sums that are there to their parameters' dtypes, when it is known that hardly any is added to again."""
         self.result()

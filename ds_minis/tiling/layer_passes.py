@@ -1,0 +1,158 @@
+"""Runs of a decoder layer on chunks of tokens: up to its attention (*before*), and with the attention answered (*after*).
+
+Shapes: B batch, S tokens of the whole, C of a chunk, H hidden size, N heads, K KV heads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_minis.tiling.attention import AttentionReached, AttentionRequest, attention_answered_by
+from ds_minis.tiling.chunking import Chunking
+from ds_minis.tiling.layer_call import LayerCall, TokensOfCall
+from ds_minis.tiling.recompute import AutocastState, Seeds, has_values, linear_without_value
+from ds_minis.tiling.rows import constants_of, set_to
+
+
+@dataclass(frozen=True)
+class Unread:
+    """What nobody reads in a run of a layer, and need not be computed; found by `layer_verify`.
+
+    Attributes:
+        outputs: modules in front of the attention whose output only the attention sees, with its width and dtype.
+        values_before, values_after: linear layers in front of and behind the attention whose output no gradient depends on.
+        value: what stands in their place; not a number where it is tested that nobody reads it.
+    """
+
+    outputs: tuple[tuple[nn.Module, int, torch.dtype], ...] = ()
+    values_before: tuple[nn.Linear, ...] = ()
+    values_after: tuple[nn.Linear, ...] = ()
+    value: float = 0.0
+
+    def output_forwards(self) -> dict[nn.Module, Callable]:
+        return {module: self._without_output(width, dtype) for module, width, dtype in self.outputs}
+
+    def value_forwards(
+        self, linears: Sequence[nn.Linear], autocast_dtype: torch.dtype | None
+    ) -> dict[nn.Module, Callable]:
+        return {linear: linear_without_value(linear, autocast_dtype, self.value) for linear in linears}
+
+    def _without_output(self, width: int, dtype: torch.dtype) -> Callable[..., Tensor]:
+        def forward(input, *args, **kwargs):
+            return input.new_full((), self.value, dtype=dtype).expand(*input.shape[:-1], width)
+
+        return forward
+
+
+NOTHING_UNREAD = Unread()
+
+
+class NoAttention(RuntimeError):
+    """A layer did not call the attention interface."""
+
+
+class LayerPasses:
+    """One call of a layer, to be run on its chunks any number of times, in the same way each time.
+
+    Args:
+        forward: the layer's own forward.
+        bounds: first and last token of each chunk, in the order in which they are run.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        call: LayerCall,
+        bounds: Sequence[tuple[int, int]],
+        chunking: Chunking,
+    ):
+        x, call.hidden = call.hidden, None  # which autograd saves, or somebody keeps
+        self.bounds = bounds
+        self.autocast = AutocastState(x.device)
+        self._forward, self._call, self._chunking = forward, call, chunking
+        self._constants = constants_of(module)
+        self._seeds = Seeds(x.device) if module.training and has_values(x) else None
+
+    def before(self, x: Tensor) -> tuple[AttentionRequest, list[Tensor]]:
+        """The attention's call, for all tokens, and its queries, keys and values."""
+        whole: list[Tensor] = []
+        with torch.no_grad():
+            for i, (start, stop) in enumerate(self.bounds):
+                request, part = self.reach(chunk_of(x, start, stop), i)
+                if not whole:
+                    first = request.for_whole(part.whole_of)
+                    whole = [_for_all_tokens(t, x.shape[1]) for t in request.tensors]
+                for t, chunk in zip(whole, request.tensors, strict=True):
+                    t[:, :, start:stop].copy_(chunk)
+        return first, whole
+
+    def reach(self, chunk: Tensor, index: int) -> tuple[AttentionRequest, TokensOfCall]:
+        """Runs the layer on a chunk up to its attention."""
+        part = self._call.with_tokens(chunk, *self.bounds[index])
+        reached: list[AttentionRequest] = []
+
+        def stop_here(request: AttentionRequest) -> Tensor:
+            reached.append(request)
+            raise AttentionReached
+
+        with contextlib.suppress(AttentionReached), attention_answered_by(stop_here), self._seeded(index + 1):
+            self._forward(*part.args, **part.kwargs)
+        if not reached:
+            raise NoAttention
+        return reached[0], part
+
+    def after(self, chunk: Tensor, out: Tensor, index: int) -> Tensor:
+        """The layer's result for a chunk, given the attention's."""
+        part = self._call.with_tokens(chunk, *self.bounds[index])
+        with attention_answered_by(lambda request: out), self._seeded(index + 1):
+            y = self._forward(*part.args, **part.kwargs)
+        return y[0] if isinstance(y, tuple) else y
+
+    def attending(self, group: int = 0) -> contextlib.AbstractContextManager:
+        """Around the attention of a group of heads."""
+        return self._seeded(-group)
+
+    def advance(self) -> None:
+        """To be called once, after forward."""
+        if self._seeds is not None:
+            self._seeds.advance()
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Around runs in backward: as in forward."""
+        with self.autocast.entered(), set_to(self._constants):
+            yield
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Around all runs."""
+        start, stop = self.bounds[0]
+        try:
+            with self._chunking.guarded("chunk_size", stop - start, self.bounds[-1][1]), self._chunking.untiled():
+                yield
+        finally:
+            # Weights that autocast cast in here were cast without a graph; a later use with gradients must not find them.
+            torch.clear_autocast_cache()
+
+    def _seeded(self, index: int) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self._seeds is None else self._seeds.part(index)
+
+
+def chunk_of(x: Tensor, start: int, stop: int) -> Tensor:
+    """Tokens of all sequences, without gaps: layers view them as rows."""
+    return x[:, start:stop].contiguous()
+
+
+def _for_all_tokens(heads: Tensor, num_tokens: int) -> Tensor:
+    """Memory like that of queries `(B, N, C, D)`, for S tokens; with the heads of a token side by side if they are here."""
+    batch, num_heads, _, width = heads.shape
+    if heads.stride(1) < heads.stride(2):
+        return heads.new_empty(batch, num_tokens, num_heads, width).transpose(1, 2)
+    return heads.new_empty(batch, num_heads, num_tokens, width)
