@@ -33,8 +33,8 @@ def tiled_calls(monkeypatch) -> list[tuple[str, int]]:
         calls.append((type(module).__name__, call.hidden.shape[:2].numel()))
         return own(module, forward, call, *args)
 
-    own = layer.LayerNode
-    monkeypatch.setattr("ds_minis.tiling.layer.LayerNode", counted_layer)
+    own = layer.LayerPasses
+    monkeypatch.setattr("ds_minis.tiling.layer.LayerPasses", counted_layer)
 
     def count(function):
         def counted(row_function, module, inputs, *args, **kwargs):

@@ -191,13 +191,24 @@ class _TiledCall(Call):
                 else:  # trainable tensors that took no part, such as a disabled adapter's
                     grads = iter([None] * len(inputs))
                 del y
-                for total in row_grads:
+                first = next(grads) if needs_grad[0] else None
+                for total in row_grads[1:]:
                     if total is not None:
-                        grad = next(grads)
-                        total[start:stop].zero_() if grad is None else total[start:stop].copy_(grad)
+                        put(total[start:stop], next(grads))
                 sums.add(grads)
-                del grads  # or they would be there beside the next chunk's
+                if needs_grad[
+                    0
+                ]:  # at last, as the others may be parts of the incoming gradient that this is written over
+                    put(row_grads[0][start:stop], first)
+                del grads, first  # or they would be there beside the next chunk's
         return [*row_grads, *sums.result()]
+
+
+def put(place: Tensor, grad: Tensor | None) -> None:
+    if grad is None:
+        place.zero_()
+    else:
+        place.copy_(grad)
 
 
 def let_go(tensors: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
