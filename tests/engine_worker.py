@@ -17,11 +17,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from engine_cases import LEARNING_RATE, RANKS, STEPS, Case, deepspeed_config, make_model, micro_batch, mini_sequence
+from models import count_layers
 
 from ds_minis import convert_to_mini_sequence
-from ds_minis.tiling.layer import TiledLayer
 from ds_minis.tiling.module import TiledModule
-from ds_minis.tiling.swap import why_whole
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=100)  # of ranks that wait for each other: an error, not a hang
 
@@ -32,12 +31,6 @@ def trainable(model) -> list[torch.nn.Parameter]:
 
 def count_tiled(model) -> int:
     return sum(isinstance(m, TiledModule) for m in model.modules())
-
-
-def count_layers(model) -> int:
-    """Decoder layers that ran as a whole over chunks, in every call."""
-    layers = [m for m in model.modules() if isinstance(m, TiledLayer)]
-    return sum(bool(m.mini_sequence_verdicts) and not why_whole(m) for m in layers)
 
 
 def train_deepspeed(case: Case, *, converted: bool, seed: int | None = None) -> dict:
