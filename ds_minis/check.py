@@ -72,6 +72,7 @@ def check(model: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
         report = outcome and outcome.report
         result["structure_of"] = f"the tiny instance, as the full size cannot be laid out without weights ({failure})"
     if report is not None:
+        result["layers"] = dict(Counter(report.layers.values()))
         result["tiled"] = dict(Counter(report.tiled.values()))
         untiled = Counter(report.untiled.values())
         result["untiled"] = [{"class": c, "reason": r, "count": n} for (c, r), n in untiled.items()]
@@ -173,6 +174,7 @@ def in_words(result: dict[str, Any]) -> str:
     lines = [f"{result['model']}: {result['class']}"]
     if "tiled" in result:
         lines.append(f"What is tiled in {result['structure_of']}:")
+        lines += [f"  tiled as a whole: {count} x {name}" for name, count in result["layers"].items()]
         lines += [f"  tiled: {count} x {name}" for name, count in result["tiled"].items()]
         lines += [f"  not tiled: {u['count']} x {u['class']} ({u['reason']})" for u in result["untiled"]]
         lines.append(f"  loss: {result['loss']}")

@@ -115,10 +115,11 @@ def convert(
 
     warn_of_old_versions()
     chunking = Chunking(config, find_hidden_size(model))
-    candidates = _all_decided(list(find_candidates(model)), config, module_filter)
+    candidates = [c for c in find_candidates(model) if config.scope == "layer" or c.role != "layer"]
     loss_models = find_models_with_loss(model)
     if candidates or loss_models:  # else there is nothing for a pattern to match
         _require_matches(candidates, config, door)
+    candidates = _all_decided(candidates, config, module_filter)
     tiled = [c for c in candidates if not c.reason]
     if not tiled and not (config.loss and loss_models):
         raise NothingToTile(_nothing_to_tile(model, candidates, config, door))
@@ -191,31 +192,38 @@ def tiled_modules(model: nn.Module) -> list[nn.Module]:
 
 def _all_decided(candidates: list[Candidate], config: MiniSequenceConfig, module_filter) -> list[Candidate]:
     """The candidates, each with the reason for leaving it alone; without what is said of the parts of a tiled layer."""
-    if config.scope != "layer":
-        candidates = [c for c in candidates if c.role != "layer"]
-    decided = [_decided(c, config, module_filter) for c in candidates]
-    unwanted = [after.fqn for before, after in zip(candidates, decided, strict=True) if after.reason != before.reason]
+    included = [c.fqn for c in candidates if c.role == "layer" and _matches(c.fqn, config.include)]
+    decided = [_decided(c, config, module_filter, _is_part_of(c.fqn, included)) for c in candidates]
+    unwanted = [
+        after.fqn
+        for before, after in zip(candidates, decided, strict=True)
+        if after.reason != before.reason or _matches(after.fqn, config.exclude)
+    ]
     layers = [c.fqn for c in decided if c.role == "layer" and not c.reason]
-    left_out = {fqn for fqn in layers if any(part.startswith(f"{fqn}.") for part in unwanted)}
+    left_out = {fqn for fqn in layers if any(_is_part_of(part, [fqn]) for part in unwanted)}
     result = []
     for c in decided:
         if c.fqn in left_out:
             c = dataclasses.replace(c, reason="as a whole: a part of it is left out")
-        inside = any(c.fqn.startswith(f"{fqn}.") for fqn in layers if fqn not in left_out)
+        inside = _is_part_of(c.fqn, [fqn for fqn in layers if fqn not in left_out])
         if not (inside and c.reason):
             result.append(c)
     return result
 
 
-def _decided(candidate: Candidate, config: MiniSequenceConfig, module_filter) -> Candidate:
+def _is_part_of(fqn: str, layers: list[str]) -> bool:
+    return any(fqn.startswith(f"{layer}.") for layer in layers)
+
+
+def _decided(candidate: Candidate, config: MiniSequenceConfig, module_filter, in_included_layer: bool) -> Candidate:
     """The candidate, with the reason the user's settings give for leaving it alone (if they do)."""
     reason = candidate.reason
     if not reason:
         if config.scope == "mlp" and candidate.role not in ("feed-forward", "experts"):
             reason = 'outside of scope "mlp"'
-        elif candidate.in_tower and not _matches(candidate.fqn, config.include):
+        elif candidate.in_tower and not in_included_layer and not _matches(candidate.fqn, config.include):
             reason = "encodes images or sound; tiled only where include names it"
-        elif config.include and not _matches(candidate.fqn, config.include):
+        elif config.include and not in_included_layer and not _matches(candidate.fqn, config.include):
             reason = "not in include"
         elif _matches(candidate.fqn, config.exclude):
             reason = "in exclude"

@@ -3,8 +3,9 @@
 import psutil
 import pytest
 import torch
+from models import LLAMA_CALLS
 
-from ds_minis.tiling import rows, sums
+from ds_minis.tiling import layer, rows, sums
 
 LARGE_GIB = 19
 
@@ -18,10 +19,22 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(params=LLAMA_CALLS)
+def scope(request) -> str:
+    return request.param
+
+
 @pytest.fixture
 def tiled_calls(monkeypatch) -> list[tuple[str, int]]:
-    """Class of the module and number of rows of each call that ran over chunks."""
+    """Class of the module (also of a whole layer) and number of rows of each call that ran over chunks."""
     calls = []
+
+    def counted_layer(module, forward, call, *args):
+        calls.append((type(module).__name__, call.hidden.shape[:2].numel()))
+        return own(module, forward, call, *args)
+
+    own = layer.LayerPasses
+    monkeypatch.setattr("ds_minis.tiling.layer.LayerPasses", counted_layer)
 
     def count(function):
         def counted(row_function, module, inputs, *args, **kwargs):

@@ -19,6 +19,7 @@ class Case:
     """One training run.
 
     Attributes:
+        scope: what is tiled.
         engine: "deepspeed", "ddp", "fsdp2", "fsdp1", "fsdp1_flat" (FSDP1 with use_orig_params=False), "fsdp1_peft"
             (the same, every adapter wrapped by PEFT's policy), "fsdp1_trainer" (FSDP1 by PEFT's policy, as accelerate makes
             of it), or "none" (one process, on the data of all ranks).
@@ -38,6 +39,7 @@ class Case:
     """
 
     family: str = "llama"
+    scope: str = "layer"
     engine: str = "deepspeed"
     zero_stage: int | None = None
     offload: bool = False
@@ -74,7 +76,8 @@ def micro_batch(case: Case, rank: int, step: int, micro: int) -> dict:
 
 
 def mini_sequence(case: Case, rank: int) -> dict:
-    return {key: size * COPIES if case.dropout else size for key, size in CHUNKS[rank].items()}
+    chunks = {key: size * COPIES if case.dropout else size for key, size in CHUNKS[rank].items()}
+    return {"scope": case.scope, **chunks}
 
 
 def make_model(case: Case, seed: int | None = None):

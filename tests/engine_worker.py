@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from engine_cases import LEARNING_RATE, RANKS, STEPS, Case, deepspeed_config, make_model, micro_batch, mini_sequence
+from models import count_layers
 
 from ds_minis import convert_to_mini_sequence
 from ds_minis.tiling.module import TiledModule
@@ -56,6 +57,7 @@ def train_deepspeed(case: Case, *, converted: bool, seed: int | None = None) -> 
         "zero_stage": engine.zero_optimization_stage(),
         "offload": bool(engine.zero_cpu_offload()),
         "tiled": count_tiled(model),
+        "layers": count_layers(model),
         "losses": losses,
         "params": params,
     }
@@ -124,6 +126,7 @@ def train_torch(case: Case, *, converted: bool, seed: int | None = None) -> dict
         "zero_stage": None,
         "offload": False,
         "tiled": count_tiled(model),
+        "layers": count_layers(model),
         "losses": losses,
         "params": params,
     }
@@ -158,6 +161,7 @@ def train_alone(case: Case, *, converted: bool = False, seed: int | None = None)
         "zero_stage": None,
         "offload": False,
         "tiled": count_tiled(model),
+        "layers": count_layers(model),
         "losses": losses,
         "norms": norms,
         "params": {n: p.detach().float() for n, p in model.named_parameters() if p.requires_grad},

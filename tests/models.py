@@ -6,17 +6,26 @@ import copy
 
 import torch
 from transformers import (
+    CohereConfig,
     Gemma2Config,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
     Phi3Config,
+    PhiConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from ds_minis.tiling.layer import TiledLayer
+from ds_minis.tiling.swap import why_whole
 
 VOCAB_SIZE = 131
 _SIZES = {
@@ -50,12 +59,30 @@ MOE_CONFIGS = {
         output_router_logits=True,
     ),
 }
+_SPARSE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+# Others whose layers are not like the ones above: parallel attention, sinks, norms of another kind, rotation of a part.
+LAYER_CONFIGS = {
+    "phi": lambda: PhiConfig(**_SIZES, resid_pdrop=0.0, partial_rotary_factor=0.5),
+    "gpt_neox": lambda: GPTNeoXConfig(**_SIZES),
+    "cohere": lambda: CohereConfig(**_SIZES),
+    "gpt_oss": lambda: GptOssConfig(**_SIZES, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=8),
+    "gemma3": lambda: Gemma3TextConfig(**_SIZES, head_dim=8, sliding_window=8, sliding_window_pattern=2),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**_SIZES, **_SPARSE, head_dim=8),
+    "mixtral without router outputs": lambda: MixtralConfig(**_SIZES, num_local_experts=4),
+}
 LORA_TARGETS = "all-linear"
+# What runs over chunks in one training forward of the tiny Llama, in each scope. The linear layer is the LM head.
+LLAMA_CALLS = {
+    "layer": {"LlamaDecoderLayer": 2, "LlamaRMSNorm": 1, "Linear": 1},
+    "tokens": {"LlamaMLP": 2, "LlamaRMSNorm": 5, "Linear": 1},
+}
 
 
-def build(family: str, *, seed: int = 0, attention: str = "eager") -> PreTrainedModel:
+def build(family: str, *, seed: int = 0, attention: str = "eager", **settings) -> PreTrainedModel:
+    """A model of a family; `settings` are for its configuration."""
     torch.manual_seed(seed)
-    config = (CONFIGS | MOE_CONFIGS)[family]()
+    config = (CONFIGS | MOE_CONFIGS | LAYER_CONFIGS)[family]()
+    config.update(settings)
     config._attn_implementation = attention
     model = AutoModelForCausalLM.from_config(config).train()
     model.config.use_cache = False
@@ -133,6 +160,12 @@ def loss_and_grads(model, inputs: dict, **kwargs) -> tuple[torch.Tensor, dict[st
     loss = model(**inputs, **kwargs).loss
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def count_layers(model) -> int:
+    """Decoder layers that ran as a whole over chunks, in every call."""
+    layers = [m for m in model.modules() if isinstance(m, TiledLayer)]
+    return sum(bool(m.mini_sequence_verdicts) and not why_whole(m) for m in layers)
 
 
 def assert_same_training(model, reference, inputs: dict, *, rtol: float = 1e-5, **kwargs) -> None:

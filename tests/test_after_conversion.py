@@ -2,22 +2,22 @@
 
 import copy
 import pickle
+from collections import Counter
 
 import pytest
 import torch
-from models import add_lora, assert_same_training, batch, build, checkpointed, twins
+from models import LLAMA_CALLS, add_lora, assert_same_training, batch, build, checkpointed, twins
 
 from ds_minis import convert_to_mini_sequence
 
 CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
 INPUTS = batch(23, prompt=2, padding=3)
-PARTS = ["Linear", *["LlamaMLP"] * 2, *["LlamaRMSNorm"] * 5]
 
 
-def assert_tiled_and_exact(model, reference, tiled_calls, *, rtol=1e-5, inputs=INPUTS):
+def assert_tiled_and_exact(model, reference, tiled_calls, scope, *, rtol=1e-5, inputs=INPUTS):
     tiled_calls.clear()
     assert_same_training(model, reference, inputs, rtol=rtol)
-    assert sorted(name for name, _ in tiled_calls) == PARTS
+    assert Counter(name for name, _ in tiled_calls) == LLAMA_CALLS[scope]
 
 
 CASTS = {
@@ -31,35 +31,35 @@ CASTS = {
 
 
 @pytest.mark.parametrize("cast", CASTS)
-def test_casts(cast, tiled_calls):
+def test_casts(cast, tiled_calls, scope):
     model, reference = twins("llama")
-    convert_to_mini_sequence(model, CHUNKS)
-    assert_tiled_and_exact(CASTS[cast](model), CASTS[cast](reference), tiled_calls)
+    convert_to_mini_sequence(model, {**CHUNKS, "scope": scope})
+    assert_tiled_and_exact(CASTS[cast](model), CASTS[cast](reference), tiled_calls, scope)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_training_in_a_lower_precision(dtype, tiled_calls):
+def test_training_in_a_lower_precision(dtype, tiled_calls, scope):
     model, reference = twins("llama")
-    convert_to_mini_sequence(model, CHUNKS)
-    assert_tiled_and_exact(model.to(dtype), reference.to(dtype), tiled_calls, rtol=0.05)
+    convert_to_mini_sequence(model, {**CHUNKS, "scope": scope})
+    assert_tiled_and_exact(model.to(dtype), reference.to(dtype), tiled_calls, scope, rtol=0.05)
     assert {p.grad.dtype for p in model.parameters()} == {dtype}
 
 
-def test_frozen_base_in_bfloat16_with_float32_adapters(tiled_calls):
+def test_frozen_base_in_bfloat16_with_float32_adapters(tiled_calls, scope):
     model, reference = (add_lora(m.to(torch.bfloat16)) for m in twins("llama"))
-    convert_to_mini_sequence(model, CHUNKS)
+    convert_to_mini_sequence(model, {**CHUNKS, "scope": scope})
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    assert_tiled_and_exact(model, reference, tiled_calls, rtol=0.05)
+    assert_tiled_and_exact(model, reference, tiled_calls, scope, rtol=0.05)
 
 
 @pytest.mark.parametrize("vocab_size", [160, 140])
 @pytest.mark.parametrize("family", ["llama", "llama-tied-bias"])
 @pytest.mark.parametrize("adapted", [False, True])
-def test_resized_embeddings(vocab_size, family, adapted, tiled_calls):
+def test_resized_embeddings(vocab_size, family, adapted, tiled_calls, scope):
     models = []
     for m in twins(family):
         if not models:
-            convert_to_mini_sequence(m, CHUNKS)
+            convert_to_mini_sequence(m, {**CHUNKS, "scope": scope})
         torch.manual_seed(3)
         m.resize_token_embeddings(vocab_size)
         models.append(add_lora(m, modules_to_save=["lm_head", "embed_tokens"]) if adapted else m)
@@ -68,13 +68,13 @@ def test_resized_embeddings(vocab_size, family, adapted, tiled_calls):
     inputs["input_ids"][0, :5] = inputs["labels"][0, :5] = vocab_size - 1
     tiled_calls.clear()
     assert_same_training(*models, inputs)
-    assert len(tiled_calls) == len(PARTS)
+    assert len(tiled_calls) == sum(LLAMA_CALLS[scope].values())
     assert_same_training(*map(checkpointed, models), inputs)
 
 
-def test_a_run_goes_on_in_an_unconverted_model_and_back():
+def test_a_run_goes_on_in_an_unconverted_model_and_back(scope):
     model, reference = twins("llama")
-    convert_to_mini_sequence(model, CHUNKS)
+    convert_to_mini_sequence(model, {**CHUNKS, "scope": scope})
     for source, target in ((model, reference), (reference, model), (model, reference)):
         optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in (source, target)]
         source.zero_grad()
@@ -88,23 +88,23 @@ def test_a_run_goes_on_in_an_unconverted_model_and_back():
                 optimizer.step()
 
 
-def test_copies_of_a_model_in_the_middle_of_a_step(tiled_calls):
+def test_copies_of_a_model_in_the_middle_of_a_step(tiled_calls, scope):
     model, reference = twins("llama")
-    convert_to_mini_sequence(model, CHUNKS)
+    convert_to_mini_sequence(model, {**CHUNKS, "scope": scope})
     loss = model(**INPUTS).loss  # nothing of a forward pass may stay on the modules that could not be copied
     for duplicate in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
-        assert_tiled_and_exact(duplicate(model), reference, tiled_calls)
+        assert_tiled_and_exact(duplicate(model), reference, tiled_calls, scope)
     loss.backward()
     for param, other in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(param.grad, other.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_assigned_weights_from_a_meta_model(tiled_calls):
+def test_assigned_weights_from_a_meta_model(tiled_calls, scope):
     reference = build("llama")
     with torch.device("meta"):
         model = type(reference)(reference.config)
     model.config._attn_implementation = "eager"
-    convert_to_mini_sequence(model.train(), CHUNKS)
+    convert_to_mini_sequence(model.train(), {**CHUNKS, "scope": scope})
     model.load_state_dict({name: w.clone() for name, w in reference.state_dict().items()}, assign=True)
     model.model.rotary_emb = copy.deepcopy(reference.model.rotary_emb)
-    assert_tiled_and_exact(model, reference, tiled_calls)
+    assert_tiled_and_exact(model, reference, tiled_calls, scope)

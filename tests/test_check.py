@@ -46,13 +46,14 @@ def test_dense_model(tmp_path, capsys, as_file):
     assert main(["check", str(file if as_file else tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "tiled: 5 x LlamaMLP" in out and "tiled: 11 x LlamaRMSNorm" in out  # at the full size
-    assert "5 x LlamaAttention (mixes tokens)" in out and "is exact" in out and "never held" in out
+    assert "tiled as a whole: 5 x LlamaDecoderLayer" in out and "is exact" in out and "never held" in out
 
 
 def test_json(tmp_path, capsys):
     assert main(["check", "--json", str(saved(tmp_path, Qwen3Config(num_hidden_layers=3)))]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["class"] == "Qwen3ForCausalLM" and result["exact"] is True and result["tiled"]["Qwen3MLP"] == 3
+    assert result["layers"] == {"Qwen3DecoderLayer": 3}
     assert 0 < result["grad_error"] < 1e-5 and result["checkpointing_error"] < 1e-5 and result["logits_held"] is False
 
 

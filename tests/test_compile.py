@@ -81,17 +81,19 @@ def graphs() -> int:
     [("torch.compile", *kind) for kind in itertools.product((False, True), repeat=2)]
     + [(way, kind, kind) for way in WAYS if way != "torch.compile" for kind in (False, True)],
 )
-def test_every_way_to_compile(way, lora, checkpointing, tiled_calls):
+def test_every_way_to_compile(way, lora, checkpointing, scope, tiled_calls):
     model, reference = twins("llama")
     if lora:
         model, reference = add_lora(model), add_lora(reference)
     if checkpointing:
         checkpointed(model), checkpointed(reference)
-    model = WAYS[way](convert_to_mini_sequence(model, CHUNKS), "eager")
+    model = WAYS[way](convert_to_mini_sequence(model, {**CHUNKS, "scope": scope}), "eager")
+    # In a graph a layer runs as its class does, with tiled modules as breaks of the graph.
+    part = "LlamaDecoderLayer" if scope == "layer" and way == "attention alone" else "LlamaMLP"
     for length in LENGTHS:
         tiled_calls.clear()
         assert_same_training_when_compiled(model, reference, batch(length, prompt=2, padding=length // 3))
-        assert (("LlamaMLP", 2 * length) in tiled_calls) == (2 * length > CHUNKS["chunk_size"])
+        assert ((part, 2 * length) in tiled_calls) == (2 * length > CHUNKS["chunk_size"])
     # torch runs a checkpointed layer with a graph break in it uncompiled.
     assert graphs() > 0 or (checkpointing and way == "layer by layer")
 

@@ -9,35 +9,41 @@ from ds_minis.environment import autoload_enabled, process_rank
 
 DEFAULTS = {
     "enabled": True,
-    "scope": "tokens",
+    "scope": "layer",
     "chunk_size": "auto",
     "num_mini_sequences": None,
     "loss": True,
     "loss_chunk_size": "auto",
     "return_logits": False,
     "tile_inference": False,
+    "head_groups": 1,
+    "offload": None,
+    "checkpoint_every": 1,
     "include": [],
     "exclude": [],
 }
 OTHER = {
     "enabled": False,
-    "scope": "mlp",
+    "scope": "tokens",  # which three of the others do not go with
     "chunk_size": 7,
     "num_mini_sequences": 3,
     "loss": False,
     "loss_chunk_size": 5,
     "return_logits": True,
     "tile_inference": True,
+    "head_groups": 2,
+    "offload": "cpu",
+    "checkpoint_every": 3,
     "include": ["*.mlp"],
     "exclude": ["*.layers.0.*", "norm"],
 }
 BOOL, SIZE, COUNT = "true or false", 'a whole number of tokens from 1 or "auto"', "a whole number from 1"
-SCOPE, PATTERNS = '"mlp" or "tokens"', "a list of name patterns"
+SCOPE, PATTERNS = '"mlp" or "tokens" or "layer"', "a list of name patterns"
 NOT_A_BOOL = [1, 0, "true", None, []]
 NOT_A_COUNT = ["8", True, False, 0, -1, 8.0, 1.5, [8]]
 WRONG = [
     *[(key, value, BOOL) for key in ("enabled", "loss", "return_logits", "tile_inference") for value in NOT_A_BOOL],
-    *[("scope", value, SCOPE) for value in ("layer", "MLP", "", None, True, 1, ["mlp"])],
+    *[("scope", value, SCOPE) for value in ("layers", "MLP", "", None, True, 1, ["mlp"])],
     *[(key, value, SIZE) for key in ("chunk_size", "loss_chunk_size") for value in [*NOT_A_COUNT, None, "Auto", ""]],
     *[("num_mini_sequences", value, COUNT) for value in [*NOT_A_COUNT, "auto"]],
     *[(key, value, PATTERNS) for key in ("include", "exclude") for value in ("*.mlp", None, 1, [1], [""], {"*": 1})],

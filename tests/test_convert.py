@@ -22,11 +22,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ds_minis import MiniSequenceConfig, convert_to_mini_sequence, mini_sequence_report, revert_mini_sequence
+from ds_minis.tiling.layer import TiledLayer
 from ds_minis.tiling.module import TiledModule
 
 CHUNKS = {"chunk_size": 5, "loss_chunk_size": 4}
 INPUTS = batch(13, prompt=2, padding=3)
-MLPS = {f"model.layers.{i}.mlp" for i in range(2)}
+LAYERS = {f"model.layers.{i}" for i in range(2)}
+MLPS = {f"{layer}.mlp" for layer in LAYERS}
 LORA = {
     "all-linear": {},
     "saved head": {"modules_to_save": ["lm_head"]},
@@ -39,8 +41,8 @@ def rank_zero(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
 
 
-def tiled_names(model) -> set[str]:
-    return {name for name, module in model.named_modules() if isinstance(module, TiledModule)}
+def tiled_names(model, kind: type[nn.Module] = TiledModule) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, kind)}
 
 
 def named(model, *ends: str) -> set[str]:
@@ -55,20 +57,22 @@ def snapshot(model) -> dict:
     }
 
 
+@pytest.mark.parametrize(("settings", "layers"), [({}, LAYERS), ({"scope": "tokens"}, set())])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_every_feed_forward_module_and_norm_is_tiled_and_nothing_else(family):
+def test_every_layer_feed_forward_module_and_norm_is_tiled_and_nothing_else(family, settings, layers):
     model = build(family)
     mlps, norms = named(model, "MLP"), named(model, "Norm")
     norms_per_layer = {"qwen3": 4, "gemma2": 4}.get(family, 2)
     assert (len(mlps), len(norms)) == (2, 2 * norms_per_layer + 1) and "model.norm" in norms
-    assert convert_to_mini_sequence(model, CHUNKS) is model
-    assert tiled_names(model) == mlps | norms
+    assert convert_to_mini_sequence(model, {**CHUNKS, **settings}) is model
+    assert tiled_names(model) == mlps | norms and tiled_names(model, TiledLayer) == layers
 
 
 def test_scope_mlp_tiles_the_feed_forward_modules_alone():
     model = convert_to_mini_sequence(build("qwen3"), {"scope": "mlp"})
     report = mini_sequence_report(model)
     assert tiled_names(model) == set(report.tiled) == MLPS
+    assert not report.layers and not tiled_names(model, TiledLayer)
     assert report.untiled["model.norm"] == ("Qwen3RMSNorm", 'outside of scope "mlp"')
     assert report.untiled["model.layers.1.self_attn.q_norm"] == ("Qwen3RMSNorm", 'outside of scope "mlp"')
 
@@ -85,12 +89,32 @@ def test_scope_mlp_tiles_the_feed_forward_modules_alone():
     ],
 )
 def test_include_and_exclude_match_the_name_or_its_end(settings, tiled):
-    model = convert_to_mini_sequence(build("llama"), settings)
+    model = convert_to_mini_sequence(build("llama"), {"scope": "tokens", **settings})
     report = mini_sequence_report(model)
     assert tiled_names(model) == set(report.tiled) == tiled
     reasons = {reason for name, (_, reason) in report.untiled.items() if not name.endswith("self_attn")}
     assert reasons <= {"not in include", "in exclude", 'outside of scope "mlp"'}
     assert len(report.tiled) + len(report.untiled) == 2 + 2 + 5  # no part is left out of the report
+
+
+@pytest.mark.parametrize(
+    ("settings", "layers"),
+    [
+        ({"include": ["model.layers.0"]}, {"model.layers.0"}),  # with its parts, which no pattern names
+        ({"include": ["*.layers.*", "model.norm"]}, LAYERS),
+        ({"include": ["*.mlp"]}, set()),
+        ({"exclude": ["*.layers.1"]}, {"model.layers.0"}),
+        ({"exclude": ["layers.1.mlp"]}, {"model.layers.0"}),
+        ({"exclude": ["layers.0.self_attn"]}, {"model.layers.1"}),
+    ],
+)
+def test_include_and_exclude_for_layers(settings, layers):
+    model, reference = twins("llama")
+    report = mini_sequence_report(convert_to_mini_sequence(model, {**CHUNKS, **settings}))
+    assert tiled_names(model, TiledLayer) == set(report.layers) == layers
+    reasons = {report.untiled[layer][1] for layer in LAYERS - layers}
+    assert reasons <= {"not in include", "in exclude", "as a whole: a part of it is left out"}
+    assert_same_training(model, reference, INPUTS)
 
 
 def test_patterns_hold_for_a_model_in_a_wrapper_too():
@@ -105,26 +129,50 @@ def test_module_filter_decides_about_each_tileable_module():
         seen[fqn] = module
         return fqn != "model.layers.1.mlp"
 
-    convert_to_mini_sequence(model, {"exclude": ["*norm"]}, module_filter=keep)
+    convert_to_mini_sequence(model, {"scope": "tokens", "exclude": ["*norm"]}, module_filter=keep)
     assert seen == {name: model.get_submodule(name) for name in MLPS}
     assert tiled_names(model) == {"model.layers.0.mlp"}
     assert mini_sequence_report(model).untiled["model.layers.1.mlp"] == ("LlamaMLP", "left out by module_filter")
+    revert_mini_sequence(model)
+    convert_to_mini_sequence(model, module_filter=keep)
+    report = mini_sequence_report(model)
+    assert seen.keys() >= LAYERS and set(report.layers) == {"model.layers.0"}
+    assert report.untiled["model.layers.1"] == ("LlamaDecoderLayer", "as a whole: a part of it is left out")
 
 
 def test_report_tells_what_is_tiled_what_is_not_and_why():
-    report = mini_sequence_report(convert_to_mini_sequence(build("qwen3"), {**CHUNKS, "exclude": ["model.norm"]}))
-    assert report.config == MiniSequenceConfig(**CHUNKS, exclude=["model.norm"])
+    settings = {**CHUNKS, "scope": "tokens", "exclude": ["model.norm"]}
+    report = mini_sequence_report(convert_to_mini_sequence(build("qwen3"), settings))
+    assert report.config == MiniSequenceConfig(**settings)
     assert report.door == "convert_to_mini_sequence"
     assert len(report.tiled) == 10 and report.tiled["model.layers.0.self_attn.k_norm"] == "Qwen3RMSNorm"
     attention = {f"model.layers.{i}.self_attn": ("Qwen3Attention", "mixes tokens") for i in range(2)}
     assert report.untiled == {**attention, "model.norm": ("Qwen3RMSNorm", "in exclude")}
     for line in (
-        "ds_minis (convert_to_mini_sequence): {'chunk_size': 5, 'loss_chunk_size': 4, 'exclude': ['model.norm']}",
+        "ds_minis (convert_to_mini_sequence): {'scope': 'tokens', 'chunk_size': 5, 'loss_chunk_size': 4, "
+        "'exclude': ['model.norm']}",
         "  tiled: 8 x Qwen3RMSNorm",
         "  tiled: 2 x Qwen3MLP",
         "  not tiled: 2 x Qwen3Attention (mixes tokens)",
         "  not tiled: 1 x Qwen3RMSNorm (in exclude)",
         "  loss: tiled, LM head Linear; with labels, the output has no `logits` (return_logits brings them back)",
+    ):
+        assert line in str(report).splitlines()
+
+
+def test_report_tells_which_layers_are_tiled_and_what_is_there_where_they_are_not():
+    report = mini_sequence_report(convert_to_mini_sequence(build("qwen3"), {**CHUNKS, "exclude": ["layers.1"]}))
+    assert report.layers == {"model.layers.0": "Qwen3DecoderLayer"} and len(report.tiled) == 11
+    attention = {"model.layers.1.self_attn": ("Qwen3Attention", "mixes tokens")}
+    assert report.untiled == {"model.layers.1": ("Qwen3DecoderLayer", "in exclude"), **attention}
+    for line in (
+        "  tiled as a whole: 1 x Qwen3DecoderLayer",
+        "  tiled: 5 x Qwen3RMSNorm",
+        "  tiled: 1 x Qwen3MLP",
+        "  tiled where their layer is not: 4 x Qwen3RMSNorm",
+        "  tiled where their layer is not: 1 x Qwen3MLP",
+        "  not tiled: 1 x Qwen3DecoderLayer (in exclude)",
+        "  not tiled: 1 x Qwen3Attention (mixes tokens)",
     ):
         assert line in str(report).splitlines()
 
@@ -187,7 +235,7 @@ def test_report_is_printed_once_and_on_rank_0_alone(monkeypatch, capsys, rank, t
     assert capsys.readouterr().out == f"{mini_sequence_report(model)}\n" * times
 
 
-@pytest.mark.parametrize("again", [None, True, {}, {"scope": "tokens"}, MiniSequenceConfig()])
+@pytest.mark.parametrize("again", [None, True, {}, {"scope": "layer"}, MiniSequenceConfig()])
 def test_second_conversion_with_the_same_settings_changes_and_prints_nothing(capsys, again):
     model = convert_to_mini_sequence(build("llama"))
     before = snapshot(model)
@@ -197,7 +245,7 @@ def test_second_conversion_with_the_same_settings_changes_and_prints_nothing(cap
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, add_lora], ids=["model", "adapted"])
-@pytest.mark.parametrize("other", [False, {"chunk_size": 3}, {**CHUNKS, "scope": "mlp"}])
+@pytest.mark.parametrize("other", [False, {"chunk_size": 3}, {**CHUNKS, "scope": "mlp"}, {**CHUNKS, "scope": "tokens"}])
 def test_second_conversion_with_other_settings_shows_both(wrap, other):
     model = wrap(convert_to_mini_sequence(build("llama"), CHUNKS))
     with pytest.raises(ValueError, match="different mini-sequence settings") as error:
@@ -250,9 +298,13 @@ def test_experts_and_norms_are_tiled_and_routers_left_alone(family):
     model = build(family)
     reference, blocks = copy.deepcopy(model), named(model, "SparseMoeBlock")
     parts = named(model, "Norm") | named(model, "Experts") | (named(model, "MLP") - blocks)
-    report = mini_sequence_report(convert_to_mini_sequence(model, CHUNKS))
+    report = mini_sequence_report(convert_to_mini_sequence(model, {**CHUNKS, "scope": "tokens"}))
     assert {name for name, (_, reason) in report.untiled.items() if "a mixture of experts" in reason} == blocks == MLPS
     assert tiled_names(model) == parts and len(named(model, "Experts")) == len(blocks)
+    assert_same_training(model, reference, INPUTS)
+    revert_mini_sequence(model)
+    report = mini_sequence_report(convert_to_mini_sequence(model, CHUNKS))
+    assert set(report.layers) == LAYERS and tiled_names(model) == set(report.tiled) == parts
     assert_same_training(model, reference, INPUTS)
 
 
@@ -457,5 +509,6 @@ def test_partitioned_weights_are_judged_by_their_whole_shape():
     for param in model.parameters():
         param.ds_shape, param.data = param.shape, torch.empty(0)
     report = mini_sequence_report(convert_to_mini_sequence(model))
-    assert list(report.tiled) == ["layers.0.norm"] and list(report.untiled) == ["layers.0.attention"]
+    assert list(report.tiled) == ["layers.0.norm"] and list(report.untiled) == ["layers.0", "layers.0.attention"]
+    assert "no attention in it goes through transformers' attention interface" in report.untiled["layers.0"][1]
     assert model.layers[0].norm.mini_sequence_chunking.hidden_size == 8

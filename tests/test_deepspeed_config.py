@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from ds_minis import MiniSequenceConfig, convert_to_mini_sequence, mini_sequence_report
 from ds_minis.doors import Request, read_section
 from ds_minis.integrations.deepspeed import attach_initialize
-from ds_minis.tiling.module import TiledModule
+from ds_minis.tiling.swap import Tiled
 
 SETTINGS = {"chunk_size": 6, "loss_chunk_size": 5}
 ENGINE = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2}}
@@ -160,7 +160,7 @@ def leaves(model: nn.Module) -> set[str]:
 
 
 def tiled(model: nn.Module) -> set[str]:
-    return {name for name, module in model.named_modules() if isinstance(module, TiledModule)}
+    return {name for name, module in model.named_modules() if isinstance(module, Tiled)}
 
 
 class Engine:
@@ -214,7 +214,7 @@ def test_initialize_converts_the_model_before_the_engine_sees_it(ds_json, source
     ((report, *given),) = engine.calls
     assert report.config == MiniSequenceConfig(**SETTINGS) and report.door.startswith("DeepSpeed config")
     assert given == [arguments.get("args"), "adam", arguments.get("config"), arguments.get("config_params")]
-    assert len(tiled(model)) == 7
+    assert len(tiled(model)) == 9
 
 
 @sources

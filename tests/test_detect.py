@@ -138,7 +138,8 @@ def test_what_is_found_in_an_architecture_of_unusual_names():
     report = mini_sequence_report(convert_to_mini_sequence(Zorblax(), CHUNKS))
     poises = [f"planks.{i}.{name}" for i in range(2) for name in ("before", "between")]
     assert set(report.tiled) == {*poises, "planks.0.squish", "planks.1.squish", "last"}
-    assert {name for name, _ in report.untiled.values()} == {"Weave"} and "LM head Linear" in report.loss
+    assert {name for name, _ in report.untiled.values()} == {"Weave", "Plank"} and "LM head Linear" in report.loss
+    assert not report.layers and "no attention in it goes through" in report.untiled["planks.0"][1]
 
 
 def test_what_is_not_token_wise_is_in_the_report_with_the_reason_after_the_first_step(capsys):

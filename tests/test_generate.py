@@ -7,7 +7,7 @@ import torch
 from engine_cases import RANKS
 from engines import launch
 from generate_worker import CASES, STEPS
-from models import CONFIGS, add_lora, assert_same_tensors, assert_same_training, batch, checkpointed, twins
+from models import CONFIGS, LLAMA_CALLS, add_lora, assert_same_tensors, assert_same_training, batch, checkpointed, twins
 from parity import ENGINE_CLASSES
 
 from ds_minis import convert_to_mini_sequence
@@ -31,9 +31,9 @@ WAYS = {
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("way", WAYS)
-def test_generate_between_forward_and_backward(way, mode, tiled_calls):
+def test_generate_between_forward_and_backward(way, mode, scope, tiled_calls):
     model, reference = twins("llama")
-    convert_to_mini_sequence(model, CHUNKS)
+    convert_to_mini_sequence(model, {**CHUNKS, "scope": scope})
     tokens, grads = [], []
     for m in (model, reference):
         optimizer = torch.optim.SGD(m.parameters(), lr=0.2)
@@ -42,7 +42,7 @@ def test_generate_between_forward_and_backward(way, mode, tiled_calls):
             found.append(generate(getattr(m, mode)(), **WAYS[way]))
             tiled_calls.clear()
             loss = m.train()(**batch(23, seed=step)).loss
-            assert len(tiled_calls) == (8 if m is model else 0)
+            assert len(tiled_calls) == (sum(LLAMA_CALLS[scope].values()) if m is model else 0)
             found.append(generate(getattr(m, mode)(), 23, **WAYS[way]))
             assert m.training == (mode == "train")
             m.train()

@@ -1,6 +1,7 @@
 """What judges the matrix of engines can fail: every way a cell may be wrong, and a case that ends its processes."""
 
 import contextlib
+import dataclasses
 import io
 
 import engines
@@ -10,10 +11,12 @@ import torch.nn.functional as F
 from engine_worker import train_alone
 from parity import COLUMNS, REFUSALS, ROWS, SEEDS, cell, judge
 
+from ds_minis.tiling.layer_passes import LayerPasses
 from ds_minis.tiling.recompute import Replay
 
 FULL = cell("DDP", "full")
 DROPOUT = cell("none (one process)", "dropout 0.1")
+OF_MODULES = dataclasses.replace(DROPOUT, scope="tokens")
 
 
 def run_of(case, **changes) -> dict:
@@ -25,7 +28,7 @@ def run_of(case, **changes) -> dict:
 
 @pytest.fixture(scope="module")
 def result() -> dict:
-    return {"plain": run_of(FULL, tiled=0), "converted": run_of(FULL)}
+    return {"plain": run_of(FULL, tiled=0, layers=0), "converted": run_of(FULL)}
 
 
 def test_a_run_without_a_fault_is_exact(result):
@@ -40,6 +43,7 @@ def test_a_run_without_a_fault_is_exact(result):
         ({"zero_stage": 2}, "ZeRO stage was 2"),
         ({"offload": True}, "offload was True"),
         ({"tiled": 0}, "0 modules were tiled"),
+        ({"layers": 1}, "1 layers were tiled as a whole"),
         ({"losses": [float("nan")] * 8}, "NaN"),
         ({"losses": [5.0] * 8}, "loss"),
     ],
@@ -86,9 +90,9 @@ def test_gradients_that_need_no_clipping_prove_nothing(result):
     assert judgement.kind == "FAILED" and "nothing was to be clipped" in judgement.text
 
 
-def runs(converted: bool) -> dict:
+def runs(converted: bool, case: engines.Case = DROPOUT) -> dict:
     with contextlib.redirect_stdout(io.StringIO()):
-        all_runs = [train_alone(DROPOUT, converted=converted, seed=4 * s + 2 * converted) for s in range(SEEDS)]
+        all_runs = [train_alone(case, converted=converted, seed=4 * s + 2 * converted) for s in range(SEEDS)]
     params = {name: torch.stack([run["params"][name] for run in all_runs]) for name in all_runs[0]["params"]}
     return all_runs[0] | {"params": params, "processes": 1}
 
@@ -99,7 +103,8 @@ def plain_runs() -> dict:
 
 
 def test_dropout_over_chunks_has_the_distribution_of_the_unconverted_model(plain_runs):
-    assert judge(DROPOUT, {"plain": plain_runs, "converted": runs(converted=True)}).kind == "exact"
+    for case in (DROPOUT, OF_MODULES):
+        assert judge(case, {"plain": plain_runs, "converted": runs(True, case)}).kind == "exact"
 
 
 dropout = F.dropout
@@ -116,20 +121,29 @@ dropout = F.dropout
 )
 def test_dropout_that_is_wrong_fails(plain_runs, mutation, monkeypatch):
     monkeypatch.setattr(F, "dropout", mutation)
-    judgement = judge(DROPOUT, {"plain": plain_runs, "converted": runs(converted=True)})
+    converted = runs(converted=True) | {
+        "layers": 2
+    }  # which are run as a whole, as they draw numbers while they are verified
+    judgement = judge(DROPOUT, {"plain": plain_runs, "converted": converted})
     assert judgement.kind == "FAILED" and "standard errors" in judgement.text, judgement
 
 
 def test_dropout_with_another_mask_in_backward_fails(plain_runs, monkeypatch):
-    active = Replay.active
+    active, again = Replay.active, LayerPasses.again
 
     def with_other_numbers(replay):
         replay._cpu_rng = torch.get_rng_state()
         return active(replay)
 
+    def with_other_seeds(passes):
+        passes._seeds._first += 1000
+        return again(passes)
+
     monkeypatch.setattr(Replay, "active", with_other_numbers)
-    judgement = judge(DROPOUT, {"plain": plain_runs, "converted": runs(converted=True)})
-    assert judgement.kind == "FAILED" and "standard errors" in judgement.text, judgement
+    monkeypatch.setattr(LayerPasses, "again", with_other_seeds)
+    for case in (DROPOUT, OF_MODULES):
+        judgement = judge(case, {"plain": plain_runs, "converted": runs(True, case)})
+        assert judgement.kind == "FAILED" and "standard errors" in judgement.text, judgement
 
 
 WORKER = """

@@ -130,6 +130,23 @@ def test_a_module_that_is_set_anew_for_each_use_is_run_again_as_it_was():
     assert_same(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_gradient_of_a_residual_is_part_of_the_incoming_one():
+    """As in Bloom, whose MLP is given the residual: written over too early, the incoming gradient would be lost for it."""
+
+    class AddsResidual(MLP):
+        def forward(self, x, residual):
+            return super().forward(x) + residual
+
+    module, x, residual = AddsResidual(), inputs(2, 11), inputs(2, 11).detach().clone().requires_grad_()
+    mini = tiled(module)
+    grads = []
+    for m in (mini, module):
+        (m(x * 1, residual * 1) * torch.linspace(-1, 2, H)).sum().backward()
+        grads.append([t.grad.clone() for t in (x, residual, *m.parameters())])
+        x.grad = residual.grad = None
+    assert_same(*grads, rtol=1e-5, atol=1e-6)
+
+
 def test_each_parameter_gets_one_gradient_per_backward():
     mini, counts = tiled(MLP()), {}
     for name, param in mini.named_parameters():

@@ -202,7 +202,8 @@ def test_evaluation_in_mixed_precision_holds_a_chunk_of_float32_logits(tmp_path,
         trainer, dtypes = trainer_of(model, tmp_path, bf16=True), []
         trainer.preprocess_logits_for_metrics = lambda x, y, dtypes=dtypes: dtypes.append(x.dtype) or preprocess(x, y)
         found += [trainer.predict(Texts(5)).predictions, max(rows_of_logits), set(dtypes)]
-    np.testing.assert_allclose(found[0], found[3], rtol=1e-5, atol=1e-6)
+    # A chunk of one token is multiplied by another kernel than eight are: a bfloat16 in between may be the next one.
+    np.testing.assert_allclose(found[0], found[3], rtol=2e-3)
     assert found[1] == CHUNKS["loss_chunk_size"] < found[4] and found[2] == found[5] == {torch.float32}
 
 

@@ -222,7 +222,7 @@ def test_rounding_in_bfloat16_is_no_mixing():
 
 
 def test_large_weights_cost_no_gradient(monkeypatch):
-    monkeypatch.setattr("ds_minis.tiling.verify._LARGEST_WEIGHT", 1)
+    monkeypatch.setattr("ds_minis.tiling.verify.LARGEST_WEIGHT", 1)
     asked, own = [], torch.autograd.grad
     monkeypatch.setattr(
         torch.autograd, "grad", lambda y, x, *args, **kw: asked.append(len(x)) or own(y, x, *args, **kw)
@@ -281,7 +281,7 @@ def tiled(module):
 
 
 def test_a_module_that_is_not_token_wise_runs_as_a_whole_and_says_so_once(caplog, monkeypatch):
-    monkeypatch.setattr(tiling, "_told", set())
+    monkeypatch.setattr("ds_minis.tiling.swap._told", set())
     torch.manual_seed(0)
     module, x = TokenShift().eval(), inputs(2, 23)
     expected = module(x)

@@ -78,8 +78,8 @@ def _found_out(layer: TiledLayer, forward: Callable[..., Any], call: LayerCall) 
     key = layer.training, with_grads, call.hidden.dtype, autocast, call.key
     if key not in layer.mini_sequence_verdicts:
         require_weights(layer)
-        chunking = layer.mini_sequence_chunking
-        with chunking.guarded("chunk_size", *call.hidden.shape[:2]), chunking.untiled():
+        chunking, rows = layer.mini_sequence_chunking, call.hidden.shape[:2].numel()
+        with chunking.guarded("chunk_size", rows, rows), chunking.untiled():
             finding = examine(layer, forward, call, chunking)
         if finding is None:  # cannot be told from this call
             return Finding("its weights are such that nothing shows")

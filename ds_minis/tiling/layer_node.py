@@ -25,7 +25,7 @@ from ds_minis.tiling.layer_passes import LayerPasses, Unread, chunk_of
 from ds_minis.tiling.linears import chunk_forwards
 from ds_minis.tiling.recompute import forwards_set
 from ds_minis.tiling.reuse import is_ours_alone
-from ds_minis.tiling.rows import Call, ParameterSlots
+from ds_minis.tiling.rows import Call, ParameterSlots, put
 
 Attend = Callable[[AttentionRequest, Sequence[Tensor]], Tensor]
 
@@ -163,11 +163,12 @@ class LayerNode(Call):
                 y = self._passes.after(chunk, out_chunk, i)
                 grads = let_go(torch.autograd.grad(y, inputs, grad_y[:, start:stop], allow_unused=True))
                 del y
-                if grad_x is not None:
-                    _put(grad_x[:, start:stop], next(grads))
-                _put(grad_out[:, start:stop], next(grads))
+                grad = next(grads) if grad_x is not None else None
+                put(grad_out[:, start:stop], next(grads))
                 sums.add(grads)
-                del grads  # or they would be there beside the next chunk's
+                if grad_x is not None:  # at last, as the others may be parts of the gradient that this is written over
+                    put(grad_x[:, start:stop], grad)
+                del grads, grad  # or they would be there beside the next chunk's
 
     def _backward_of_attention(
         self, request: AttentionRequest, heads: list[Tensor], edge, grad_out: Tensor, sums: GradientSums, leaves
@@ -226,10 +227,3 @@ class LayerNode(Call):
                 del heads, edge, part
                 self._backward_of_before(x, grads, grad_x, sums, leaves, cut)
             cut.add_to(sums)
-
-
-def _put(place: Tensor, grad: Tensor | None) -> None:
-    if grad is None:
-        place.zero_()
-    else:
-        place.copy_(grad)

@@ -69,7 +69,7 @@ class LayerPasses:
         chunking: Chunking,
     ):
         x, call.hidden = call.hidden, None  # which autograd saves, or somebody keeps
-        self.bounds = bounds
+        self.bounds, self._batch = bounds, x.shape[0]
         self.autocast = AutocastState(x.device)
         self._forward, self._call, self._chunking = forward, call, chunking
         self._constants = constants_of(module)
@@ -128,9 +128,9 @@ class LayerPasses:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Around all runs."""
-        start, stop = self.bounds[0]
+        rows = [self._batch * (stop - start) for start, stop in self.bounds]
         try:
-            with self._chunking.guarded("chunk_size", stop - start, self.bounds[-1][1]), self._chunking.untiled():
+            with self._chunking.guarded("chunk_size", rows[0], sum(rows)), self._chunking.untiled():
                 yield
         finally:
             # Weights that autocast cast in here were cast without a graph; a later use with gradients must not find them.

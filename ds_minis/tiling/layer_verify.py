@@ -273,7 +273,7 @@ def _why_not_whole(
     """Whether a call of the attention for a part of the tokens tells what the call for all of them would be."""
     if any(t.shape[2] != num_tokens for t in request.tensors):
         return "its attention is given keys of other tokens too"
-    held = {id(t) for t in (*leaves, *request.module.buffers())}
+    held = {id(t) for t in (*leaves, *request.module.parameters(), *request.module.buffers())}
 
     def known(value: Any) -> bool:
         if isinstance(value, tuple | list):

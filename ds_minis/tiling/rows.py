@@ -192,13 +192,25 @@ class _TiledCall(Call):
                 else:  # trainable tensors that took no part, such as a disabled adapter's
                     grads = iter([None] * len(inputs))
                 del y
-                for total in row_grads:
+                first = next(grads) if needs_grad[0] else None
+                for total in row_grads[1:]:
                     if total is not None:
-                        grad = next(grads)
-                        total[start:stop].zero_() if grad is None else total[start:stop].copy_(grad)
+                        put(total[start:stop], next(grads))
                 sums.add(grads)
-                del grads  # or they would be there beside the next chunk's
+                if needs_grad[
+                    0
+                ]:  # at last: the others may be parts of the incoming gradient, which this may be written over
+                    put(row_grads[0][start:stop], first)
+                del grads, first  # or they would be there beside the next chunk's
         return [*row_grads, *sums.result()]
+
+
+def put(place: Tensor, grad: Tensor | None) -> None:
+    """Writes a gradient to its place; zeros for none."""
+    if grad is None:
+        place.zero_()
+    else:
+        place.copy_(grad)
 
 
 class _Record(torch.autograd.Function):
