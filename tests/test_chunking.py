@@ -30,14 +30,21 @@ def test_rows_of_a_module(settings, num_rows, width, rows):
 
 
 @pytest.mark.parametrize(
-    ("settings", "num_rows", "vocab_size", "rows"),
+    ("settings", "num_rows", "itemsize", "vocab_size", "rows"),
     [
-        ({"loss_chunk_size": 7}, 8192, 32000, 7),
-        ({}, 65536, 8192, 4096),  # as large as the hidden states: 65536 * 512 / 8192
-        ({}, 1000, 8192, 256),  # the floor
-        ({}, 10**7, 131072, 512),  # the ceiling of 2**26 logits
-        ({}, 10**7, 2**27, 1),
+        ({"loss_chunk_size": 7}, 8192, 4, 32000, 7),
+        ({}, 65536, 4, 8192, 2048),  # half of the hidden states' bytes: 65536 * 512 / 8192 / 2
+        ({}, 65536, 2, 8192, 2048),
+        ({}, 1000, 4, 8192, 512),  # at least the hidden size
+        ({"hidden_size": 64}, 1000, 4, 8192, 256),
+        ({}, 10**7, 4, 131072, 1024),  # at most 512 MiB
+        ({}, 10**7, 2, 131072, 2048),
+        ({"hidden_size": 4096}, 8192, 2, 128256, 2092),
+        ({}, 10**7, 4, 2**27, 1),
+        ({}, 10**7, 4, 2**30, 1),
     ],
 )
-def test_rows_of_the_loss(settings, num_rows, vocab_size, rows):
-    assert chunking(**settings).loss_rows(num_rows, vocab_size) == rows
+def test_rows_of_the_loss(settings, num_rows, itemsize, vocab_size, rows):
+    chunks = chunking(**settings)
+    hidden_bytes = num_rows * chunks.hidden_size * itemsize
+    assert chunks.loss_rows(hidden_bytes, vocab_size * itemsize) == rows

@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import assert_same_training, batch, build, checkpointed, loss_and_grads, twins
 
 from ds_minis import convert_to_mini_sequence
+from ds_minis.tiling import cross_entropy, rows
 
 pytestmark = pytest.mark.gpu
 CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
@@ -52,6 +54,69 @@ def test_bfloat16_autocast():
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-3, atol=0)
     for name, grad in results[1][1].items():
         assert (results[0][1][name] - grad).norm() <= 0.03 * grad.norm(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("vocab_size", [1, 37, 8191, 8192, 50257, 128256])
+def test_the_kernel_of_the_loss(vocab_size, dtype):
+    """Against float64: losses, gradients beside the logits, and gradients in their place."""
+    pytest.importorskip("triton")
+    kernel = cross_entropy._kernel()
+    torch.manual_seed(0)
+    logits, target = torch.randn(67, vocab_size, device="cuda").mul_(4).to(dtype), torch.arange(67, device="cuda")
+    target = (target * 997 % vocab_size).masked_fill(target % 5 == 0, -100)
+    wide, weights = logits.double().requires_grad_(), torch.linspace(-1, 2, 67, device="cuda")
+    exact = F.cross_entropy(wide, target, reduction="none")
+    losses, normalizers = kernel.losses(logits, target, -100, None)
+    torch.testing.assert_close(losses.double(), exact.detach(), rtol=1e-5, atol=1e-5)
+    rounding = {"rtol": max(1e-4, torch.finfo(dtype).eps), "atol": 1e-6}
+    (gradient,) = torch.autograd.grad(exact, wide, weights.double(), retain_graph=True)
+    made = kernel.gradients(logits, target, -100, normalizers, weights)
+    torch.testing.assert_close(made.double(), gradient, **rounding)
+    (gradient,) = torch.autograd.grad(exact.sum(), wide, torch.tensor(0.3, device="cuda").double())
+    kernel.losses(logits, target, -100, torch.tensor(0.3, device="cuda"))
+    torch.testing.assert_close(logits.double(), gradient, **rounding)
+
+
+def test_the_kernel_beyond_2_to_the_31_elements():
+    """The last rows' offsets do not fit into 32 bits."""
+    pytest.importorskip("triton")
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB of GPU memory")
+    vocab_size, num_rows = 128257, 17000
+    logits = torch.zeros(num_rows, vocab_size, device="cuda", dtype=torch.bfloat16)
+    target = torch.arange(num_rows, device="cuda")
+    last = torch.randn(3, vocab_size, device="cuda").bfloat16()
+    logits[-3:] = last
+    losses, _ = cross_entropy._kernel().losses(logits, target, -100, torch.tensor(1.0, device="cuda"))
+    expected = F.cross_entropy(last.float(), target[-3:], reduction="none")
+    torch.testing.assert_close(losses[-3:], expected, rtol=1e-5, atol=1e-5)
+    gradient = last.float().softmax(-1) - F.one_hot(target[-3:], vocab_size)
+    torch.testing.assert_close(logits[-3:].float(), gradient, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_are_added_to_a_float32_sum_on_the_device(dtype):
+    left, right = (torch.randn(257, n, device="cuda", dtype=dtype) for n in (129, 64))
+    sums = rows.GradientSums([torch.empty(129, 64, device="cuda", dtype=dtype).requires_grad_()])
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        sums.add_product(0, left, right)
+    assert sums._sums[0].dtype == torch.float32
+    exact = 3 * left.double().t() @ right.double()
+    assert (sums._sums[0] - exact).norm() <= 1e-5 * exact.norm()  # a product rounded to 16 bits would be off by 1e-3
+    assert rows._asked_to_multiply(left.device, dtype)
+
+
+def test_the_head_of_a_bfloat16_model():
+    """The kernel and the sum in float32, within a step; at most as far from float64 as the plain model."""
+    model, reference = (m.cuda().bfloat16() for m in twins("llama"))
+    exact = copy.deepcopy(reference).double()
+    convert_to_mini_sequence(model, CHUNKS)
+    results = {m: loss_and_grads(m, on_gpu(batch(43))) for m in (model, reference, exact)}
+    for name, grad in results[exact][1].items():
+        errors = [(results[m][1][name].double() - grad).norm() / grad.norm() for m in (model, reference)]
+        assert errors[0] <= 1.5 * errors[1] + 1e-3, (name, errors)
 
 
 def test_peak_memory_falls():

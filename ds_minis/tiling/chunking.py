@@ -16,8 +16,8 @@ from ds_minis.tiling.checkpoints import Checkpoints
 _MIN_AUTO_TOKENS, _MAX_AUTO_TOKENS = 1024, 3072
 # A chunk that is shared out among many experts must leave each of them so many tokens on average.
 _AUTO_TOKENS_PER_EXPERT, _MAX_AUTO_EXPERT_TOKENS = 128, 16384
-# Logits of one chunk, in elements: 2**26 float32 logits are 256 MiB.
-_MAX_AUTO_LOGITS = 2**26
+# Bytes of one chunk's logits, at most.
+_MAX_AUTO_LOGIT_BYTES = 2**29
 _MIN_AUTO_LOSS_TOKENS = 256
 
 
@@ -91,13 +91,28 @@ class Chunking:
             tokens = max(tokens, busy)
         return max(1, tokens * max(1, self.hidden_size // width))
 
-    def loss_rows(self, num_rows: int, vocab_size: int) -> int:
+    def loss_rows(self, hidden_bytes: int, row_bytes: int) -> int:
         """Rows of logits per chunk.
 
-        "auto" follows the paper (section 3.2: M = vocabulary / hidden size, so that a chunk of logits is as large as the
-        hidden states), within a floor that keeps the matmul busy and a ceiling on the bytes of one chunk.
+        "auto" keeps to a fixed budget, so that runs are reproducible and no rank depends on another's memory:
+
+        - the logits of one chunk take at most 512 MiB, in the dtype in which the loss gets them. A plain head and loss hold
+          nothing else of that size; what a model does to its logits before (a softcap) holds a few times as much.
+        - below that, half of the bytes of the hidden states: with their gradient, as large as themselves, the loss takes 1.5
+          times their bytes (3 x hidden size per token in bfloat16).
+        - but as many rows as the hidden size at least (and 256): every chunk adds to the weight gradient's sum, which is
+          read and written each time, and with fewer rows that takes longer than the product.
+
+        The sum of the weight gradient is fixed, whatever the chunk: 4 bytes x vocabulary x hidden size, where the head is
+        trained, and the gradient in the weight's dtype at the end. The paper's own rule (section 3.2: as many chunks as
+        vocabulary / hidden size, so that a chunk of logits is as large as the hidden states) is a `loss_chunk_size` of
+        tokens x hidden size / vocabulary.
+
+        Args:
+            hidden_bytes: of all hidden states.
+            row_bytes: of one row of logits.
         """
         if self.config.loss_chunk_size != AUTO:
             return self.config.loss_chunk_size
-        as_large_as_hidden = num_rows * self.hidden_size // vocab_size
-        return max(1, min(max(as_large_as_hidden, _MIN_AUTO_LOSS_TOKENS), _MAX_AUTO_LOGITS // vocab_size))
+        busy = max(self.hidden_size, _MIN_AUTO_LOSS_TOKENS)
+        return max(1, min(max(hidden_bytes // 2 // row_bytes, busy), _MAX_AUTO_LOGIT_BYTES // row_bytes))

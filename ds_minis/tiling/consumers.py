@@ -13,20 +13,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ds_minis.tiling.cross_entropy import DTYPES, token_losses
+
 
 class Deferred(Protocol):
     """The part of `DeferredLogits` that is needed here."""
 
     shape: torch.Size
 
+    dtype: torch.dtype
+
     def dim(self) -> int:
         """Number of dimensions."""
+
+    def before_upcast(self) -> Deferred:
+        """The same without a last cast to float32."""
 
     def by_chunks(self, function: Callable[..., Tensor], *aligned_R: Tensor) -> Tensor:
         """`function(logits_CV, *aligned_C)` of each chunk of rows, put together."""
 
     def sum_by_chunks(self, function: Callable[..., Tensor], expected: Tensor, *aligned_R: Tensor) -> Tensor:
-        """The sum of the same, whose incoming gradient will probably be `expected`."""
+        """The sum of the same, whose incoming gradient will probably be `expected`.
+
+        `function` is given a keyword `expected` too, where that is the gradient that its results are sure to receive.
+        """
 
 
 def _cross_entropy(
@@ -41,7 +51,8 @@ def _cross_entropy(
 ):
     """`F.cross_entropy` of `(R, V)` logits and `(R,)` class indices; same arguments, same result, see `_token_losses`."""
     loss = functools.partial(F.cross_entropy, label_smoothing=label_smoothing)
-    return _token_losses(loss, logits, target, weight, size_average, ignore_index, reduce, reduction)
+    plain = weight is None and label_smoothing == 0.0
+    return _token_losses(loss, logits, target, weight, size_average, ignore_index, reduce, reduction, plain)
 
 
 def _nll_loss(
@@ -66,11 +77,15 @@ def _token_losses(
     ignore_index: int,
     reduce: bool | None,
     reduction: str,
+    plain: bool = False,
 ):
     """One of torch's losses by chunks, NotImplemented for arguments of other kinds.
 
     One result differs on purpose: the mean over no token at all (every label is `ignore_index`) is 0 with zero
     gradients, where torch gives NaN.
+
+    Args:
+        plain: cross entropy with no more to it than labels, which `token_losses` computes without float32 copies.
     """
     if (
         logits.dim() != 2
@@ -85,12 +100,17 @@ def _token_losses(
         raise ValueError(
             f"Expected input batch_size ({logits.shape[0]}) to match target batch_size ({target.shape[0]})."
         )
-    dtype = None
+    dtype, logits_dtype = None, logits.dtype
+    plain = plain and logits_dtype in DTYPES
+    logits = logits.before_upcast() if plain else logits
 
-    def losses(logits_CV: Tensor, target_C: Tensor) -> Tensor:
+    def losses(logits_CV: Tensor, target_C: Tensor, expected: Tensor | None = None) -> Tensor:
         nonlocal dtype
         if dtype is None:  # what torch gives for these logits: bfloat16 stays bfloat16, but for autocast
-            dtype = loss(logits_CV[:0], target_C[:0], weight, reduction="none").dtype
+            sample_0V = logits_CV.detach()[:0].to(logits_dtype)
+            dtype = loss(sample_0V, target_C[:0], weight, reduction="none").dtype
+        if plain:
+            return token_losses(logits_CV, target_C, ignore_index, expected)
         rows = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
         weight_V = None if weight is None else weight.to(rows.dtype)
         return loss(rows, target_C, weight_V, ignore_index=ignore_index, reduction="none")

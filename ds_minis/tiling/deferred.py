@@ -15,6 +15,7 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -35,13 +36,24 @@ class Head(Protocol):
     def logits(self, hidden_LH: Tensor) -> Tensor:
         """The logits of all rows, as the model's own head computes them."""
 
-    def tile(self, function: Callable[..., Tensor], hidden_RH: Tensor, vocab_size: int, *aligned_R: Tensor) -> Tensor:
-        """`function(logits_CV, *aligned_C)` of each chunk of rows, put together: one result per row."""
+    def tile(self, function: Callable[..., Tensor], hidden_RH: Tensor, sample_0V: Tensor, *aligned_R: Tensor) -> Tensor:
+        """`function(logits_CV, *aligned_C)` of each chunk of rows, put together: one result per row.
+
+        `sample_0V` has the dtype and the width of what the logits become before they are used.
+        """
 
     def sum(
-        self, function: Callable[..., Tensor], hidden_RH: Tensor, vocab_size: int, expected: Tensor, *aligned_R: Tensor
+        self,
+        function: Callable[..., Tensor],
+        hidden_RH: Tensor,
+        sample_0V: Tensor,
+        expected: Tensor,
+        *aligned_R: Tensor,
     ) -> Tensor:
-        """The sum of these results over all rows, whose incoming gradient will probably be `expected`."""
+        """The sum of these results over all rows, whose incoming gradient will probably be `expected`.
+
+        `function` is given a keyword `expected` too, where that is the gradient that its results are sure to receive.
+        """
 
 
 # Casts: the same whatever autocast does.
@@ -122,15 +134,24 @@ class DeferredLogits(torch.Tensor):
     def by_chunks(self, function: Callable[..., Tensor], *aligned_R: Tensor) -> Tensor:
         """`function(logits_CV, *aligned_C)` of each chunk of rows, put together: `(R, ...)`, one result per row."""
 
-        return self._head.tile(self._after_steps(function), self.hidden(), self._sample.shape[-1], *aligned_R)
+        return self._head.tile(self._after_steps(function), self.hidden(), self._sample, *aligned_R)
 
     def sum_by_chunks(self, function: Callable[..., Tensor], expected: Tensor, *aligned_R: Tensor) -> Tensor:
         """`by_chunks(function, *aligned_R).sum(0)`, for one matmul of the head less; see `sums.sum_rows`."""
-        return self._head.sum(self._after_steps(function), self.hidden(), self._sample.shape[-1], expected, *aligned_R)
+        return self._head.sum(self._after_steps(function), self.hidden(), self._sample, expected, *aligned_R)
+
+    def before_upcast(self) -> DeferredLogits:
+        """The same without a last cast to float32, for a function that computes in float32 whatever it is given."""
+        last = self._steps[-1] if self._steps else None
+        if not isinstance(last, _Upcast):
+            return self
+        return DeferredLogits(
+            self._head, self.hidden(), self._sample.to(last.narrow_dtype), self._steps[:-1], self._mode
+        )
 
     def _after_steps(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def rows(logits_CV: Tensor, *aligned_C: Tensor) -> Tensor:
-            return function(self._run_steps(logits_CV), *aligned_C)
+        def rows(logits_CV: Tensor, *aligned_C: Tensor, **kwargs) -> Tensor:
+            return function(self._run_steps(logits_CV), *aligned_C, **kwargs)
 
         return rows
 
@@ -278,6 +299,8 @@ def _handle(func, name: str, logits: DeferredLogits, args: tuple, kwargs: dict):
         return NotImplemented
     if name in CONSUMERS:
         return CONSUMERS[name](logits, *args, **kwargs)
+    if name in _CASTS:
+        return _cast(func, logits, args, kwargs)
     if name in _ELEMENTWISE:
         return _elementwise(func, logits, args, kwargs)
     if name in ("softmax", "log_softmax"):
@@ -340,6 +363,24 @@ def _elementwise(func, logits: DeferredLogits, args: tuple, kwargs: dict):
 
     result = logits._with_step(step)
     return NotImplemented if result is None else result
+
+
+@dataclass(frozen=True)
+class _Upcast:
+    """A step that casts to float32, in a form that `before_upcast` knows."""
+
+    step: Step
+    narrow_dtype: torch.dtype
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return self.step(rows)
+
+
+def _cast(func, logits: DeferredLogits, args: tuple, kwargs: dict):
+    narrow, result = logits._sample.dtype, _elementwise(func, logits, args, kwargs)
+    if result is not NotImplemented and result._sample.dtype == torch.float32 and narrow.itemsize == 2:
+        result._steps = (*result._steps[:-1], _Upcast(result._steps[-1], narrow))
+    return result
 
 
 def _along_vocabulary(func, logits: DeferredLogits, args: tuple, kwargs: dict):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ds_minis.tiling.rows import GradientSums
+from ds_minis.tiling.gradient_sums import GradientSums
 
 
 @dataclass(frozen=True)

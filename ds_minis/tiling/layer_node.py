@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from ds_minis.tiling.attention import AttentionRequest
 from ds_minis.tiling.checkpoints import Source
+from ds_minis.tiling.gradient_sums import GradientSums, let_go
 from ds_minis.tiling.head_groups import CutWeights, HeadGroups
 from ds_minis.tiling.layer_passes import LayerPasses, Unread, chunk_of
+from ds_minis.tiling.linears import chunk_forwards
 from ds_minis.tiling.recompute import forwards_set
 from ds_minis.tiling.reuse import is_ours_alone
-from ds_minis.tiling.rows import Call, GradientSums, ParameterSlots, let_go, put
+from ds_minis.tiling.rows import Call, ParameterSlots, put
 
 Attend = Callable[[AttentionRequest, Sequence[Tensor]], Tensor]
 
@@ -54,7 +56,7 @@ class LayerNode(Call):
         source: Source | None = None,
         attend: Attend = attend_once,
     ):
-        self.slots = ParameterSlots(module)
+        self._module, self.slots = module, ParameterSlots(module)
         self._passes, self._unread, self._groups = passes, unread, groups
         self.source, self._attend = source, attend
 
@@ -108,7 +110,7 @@ class LayerNode(Call):
         x, params = (tensors[0], tensors[1:]) if self.source is None else (self.source.fetch(), tensors)
         x_needs_grad, *params_need_grad = needs_grad
         leaves = [p.detach().requires_grad_(need) for p, need in zip(params, params_need_grad, strict=True)]
-        sums, grad_x = GradientSums(leaves), None
+        sums, grad_x = GradientSums(leaves, single=len(self._passes.bounds) == 1 and self._groups is None), None
         if x_needs_grad:
             # A chunk of the incoming gradient is not needed any more once the chunk is done.
             reuse = reuse and grad_y.dtype == x.dtype and grad_y.shape == x.shape
@@ -151,10 +153,8 @@ class LayerNode(Call):
         leaves: Sequence[Tensor],
     ) -> None:
         """Gradients of the layer's input (but for what came by way of the attention) and of the attention's output."""
-        forwards = {
-            **self._unread.output_forwards(),
-            **self._unread.value_forwards(self._unread.values_after, self._passes.autocast.dtype()),
-        }
+        forwards = chunk_forwards(self._module, [sums], self._unread.values_after, self._unread.value)
+        forwards |= self._unread.output_forwards()
         with torch.enable_grad(), forwards_set(forwards):
             for i, (start, stop) in enumerate(self._passes.bounds):
                 chunk = chunk_of(x, start, stop).detach().requires_grad_(grad_x is not None)
@@ -189,8 +189,8 @@ class LayerNode(Call):
         leaves: Sequence[Tensor],
         cut: CutWeights | None = None,
     ) -> None:
-        forwards = self._unread.value_forwards(self._unread.values_before, self._passes.autocast.dtype())
-        cut_leaves = [] if cut is None else cut.leaves
+        all_sums, cut_leaves = ([sums], []) if cut is None else ([sums, cut.sums], cut.leaves)
+        forwards = chunk_forwards(self._module, all_sums, self._unread.values_before, self._unread.value)
         with torch.enable_grad(), forwards_set(forwards):
             for i, (start, stop) in enumerate(self._passes.bounds):
                 chunk = chunk_of(x, start, stop).detach().requires_grad_(grad_x is not None)

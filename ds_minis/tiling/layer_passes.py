@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ds_minis.tiling.attention import AttentionReached, AttentionRequest, attention_answered_by
 from ds_minis.tiling.chunking import Chunking
 from ds_minis.tiling.layer_call import LayerCall, TokensOfCall
-from ds_minis.tiling.recompute import AutocastState, Seeds, has_values, linear_without_value
+from ds_minis.tiling.recompute import AutocastState, Seeds, has_values
 from ds_minis.tiling.rows import constants_of, set_to
 
 
@@ -37,11 +37,6 @@ class Unread:
 
     def output_forwards(self) -> dict[nn.Module, Callable]:
         return {module: self._without_output(width, dtype) for module, width, dtype in self.outputs}
-
-    def value_forwards(
-        self, linears: Sequence[nn.Linear], autocast_dtype: torch.dtype | None
-    ) -> dict[nn.Module, Callable]:
-        return {linear: linear_without_value(linear, autocast_dtype, self.value) for linear in linears}
 
     def _without_output(self, width: int, dtype: torch.dtype) -> Callable[..., Tensor]:
         def forward(input, *args, **kwargs):

@@ -23,7 +23,8 @@ from ds_minis.tiling.head_groups import HeadGroups
 from ds_minis.tiling.layer_call import LayerCall
 from ds_minis.tiling.layer_node import LayerNode
 from ds_minis.tiling.layer_passes import NOTHING_UNREAD, LayerPasses, NoAttention, Unread
-from ds_minis.tiling.recompute import has_values, is_plain_linear
+from ds_minis.tiling.linears import is_plain_linear
+from ds_minis.tiling.recompute import has_values
 from ds_minis.tiling.rows import ParameterSlots
 from ds_minis.tiling.verify import LARGEST_WEIGHT, State, foreign_weight, is_close, quietly, tolerance
 
@@ -62,7 +63,9 @@ def examine(layer: nn.Module, forward: Callable[..., Any], call: LayerCall, chun
     """
     x = call.hidden
     if not has_values(x):
-        return _Examination(layer, forward, call, chunking).finding_by_shapes()
+        return _Examination(
+            layer, forward, call.narrowed(_BATCH, _TOKENS, torch.empty_like), chunking
+        ).finding_by_shapes()
     with quietly(layer, x.device):
         first_state = State(layer)
         try:

@@ -154,30 +154,41 @@ class _Head:
     def logits(self, hidden_LH: Tensor) -> Tensor:
         return self._call(self._module.forward, hidden_LH)
 
-    def tile(self, function: Callable[..., Tensor], hidden_LH: Tensor, vocab_size: int, *aligned_R: Tensor) -> Tensor:
-        return self._by_chunks(tile_rows, function, hidden_LH, vocab_size, aligned_R)
+    def tile(self, function: Callable[..., Tensor], hidden_LH: Tensor, sample_0V: Tensor, *aligned_R: Tensor) -> Tensor:
+        return self._by_chunks(tile_rows, function, hidden_LH, sample_0V, aligned_R)
 
     def sum(
-        self, function: Callable[..., Tensor], hidden_LH: Tensor, vocab_size: int, expected: Tensor, *aligned_R: Tensor
+        self,
+        function: Callable[..., Tensor],
+        hidden_LH: Tensor,
+        sample_0V: Tensor,
+        expected: Tensor,
+        *aligned_R: Tensor,
     ) -> Tensor:
         # float16 gradients need the loss scaler's factor, which comes in backward, or they are rounded to zero.
         if torch.float16 in (hidden_LH.dtype, AutocastState(hidden_LH.device).dtype()):
-            return self.tile(function, hidden_LH, vocab_size, *aligned_R).sum(0)
-        run = functools.partial(sum_rows, expected=expected)
-        return self._by_chunks(run, function, hidden_LH, vocab_size, aligned_R)
+            return self.tile(function, hidden_LH, sample_0V, *aligned_R).sum(0)
+        run, function = (functools.partial(f, expected=expected) for f in (sum_rows, function))
+        return self._by_chunks(run, function, hidden_LH, sample_0V, aligned_R)
 
-    def _by_chunks(self, run, function, hidden_LH: Tensor, vocab_size: int, aligned_R: Sequence[Tensor]) -> Tensor:
-        forward = self._module.forward
+    def _by_chunks(self, run, function, hidden_LH: Tensor, sample_0V: Tensor, aligned_R: Sequence[Tensor]) -> Tensor:
+        module, own_forward = self._module, self._module.__dict__.get("forward")
+        # Only a plain linear layer is known to keep nothing of its result. The loss may write over logits, not over views.
+        keeps_nothing = type(module).forward is nn.Linear.forward and own_forward is None
 
         def losses(hidden_CH: Tensor, *aligned_C: Tensor) -> Tensor:
-            return function(forward(hidden_CH), *aligned_C)
+            logits_CV = module.forward(hidden_CH)
+            return function(logits_CV if keeps_nothing else logits_CV.view_as(logits_CV), *aligned_C)
 
         def all_losses(hidden_RH: Tensor) -> Tensor:
-            require_weights(self._module)
+            require_weights(module)
             num_rows = hidden_RH.shape[0]
-            chunk_rows = self._chunking.loss_rows(num_rows, vocab_size)
+            chunk_rows = self._chunking.loss_rows(
+                hidden_RH.numel() * hidden_RH.element_size(), sample_0V.shape[-1] * sample_0V.element_size()
+            )
             guard = functools.partial(self._chunking.guarded, "loss_chunk_size", chunk_rows, num_rows)
-            return run(losses, self._module, [hidden_RH, *aligned_R], chunk_rows, guard=guard)
+            with forwards_set({module: own_forward}):
+                return run(losses, module, [hidden_RH, *aligned_R], chunk_rows, guard=guard)
 
         return self._call(all_losses, hidden_LH.reshape(-1, hidden_LH.shape[-1]))
 
@@ -194,7 +205,7 @@ class _Arm:
         self.chunking = chunking
 
     @outside_of_graphs
-    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         _disarm(model)  # a forward pass that Ctrl-C ended outside of any chunk has run no hook
         config, scope, head = self.chunking.config, contextlib.ExitStack(), None
         scope.callback(model.__dict__.pop, _ARMED, None)
@@ -213,6 +224,17 @@ class _Arm:
             scope.callback(setattr, self.chunking, "suspended", False)
         self.chunking.passes.append(scope)
         model.__dict__[_ARMED] = scope, head
+        return (args, {**kwargs, "use_cache": False}) if self._caches_for_nobody(model, args, kwargs) else None
+
+    def _caches_for_nobody(self, model: nn.Module, args: tuple, kwargs: dict) -> bool:
+        """Whether a cache of all keys and values would be made in training that nobody asked for.
+
+        transformers makes none under activation checkpointing, in whose place tiled layers are.
+        """
+        training = model.training and torch.is_grad_enabled() and self.chunking.config.scope == "layer"
+        if not training or "use_cache" not in _argument_names(type(model).forward):
+            return False
+        return all(_argument(model, name, args, kwargs) is None for name in ("use_cache", "past_key_values"))
 
 
 def _disarm(model: nn.Module) -> _Head | None:

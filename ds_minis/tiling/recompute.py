@@ -110,99 +110,6 @@ class Seeds:
         return [torch.get_rng_state(), torch.get_device_module(self._device).get_rng_state(self._device)]
 
 
-class _LinearWithoutForward(torch.autograd.Function):
-    """`F.linear` for a result that nobody reads: the right gradients, and `value` (one element) for a value."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, value):
-        ctx.save_for_backward(x, weight)
-        return x.new_full((), value).expand(*x.shape[:-1], weight.shape[0])
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
-        grad_2d = grad.flatten(0, -2)
-        return (
-            grad @ weight if need_x else None,
-            grad_2d.t() @ x.flatten(0, -2) if need_weight else None,
-            grad_2d.sum(0) if need_bias else None,
-            None,
-        )
-
-
-def linear_without_value(
-    linear: nn.Linear, autocast_dtype: torch.dtype | None, value: float = 0.0
-) -> Callable[[Tensor], Tensor]:
-    """A forward for a linear layer whose result nobody reads: no product, and the gradients all the same."""
-
-    def forward(input):
-        inputs = input, linear.weight, linear.bias
-        if autocast_dtype is not None:
-            inputs = [None if t is None else t.to(autocast_dtype) for t in inputs]
-        return _LinearWithoutForward.apply(*inputs, value)
-
-    return forward
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether nothing but the product of a linear layer is run by the module: not quantized, no forward of an instance's."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return type(module).forward is nn.Linear.forward and "forward" not in module.__dict__ and not hooks
-
-
-class LastLinear:
-    """Finds the `nn.Linear` whose output is a module's result, to leave its product out of the recomputation.
-
-    The backward of a linear layer reads its input and its weight, never its output. Without this, tiling would cost one
-    matmul more than activation checkpointing, which stops before that product.
-    """
-
-    def __init__(self, module: nn.Module):
-        # Only the plain layer: a quantized or hooked forward may do something else.
-        self._linears = [
-            m for m in module.modules() if type(m).forward is nn.Linear.forward and "forward" not in m.__dict__
-        ]
-        self._found: nn.Linear | None = None
-
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[Callable[[Tensor], None]]:
-        """Yields a function to be given the result of the run inside."""
-        outputs: list[tuple[nn.Linear, Tensor, int]] = []
-
-        def watch(linear: nn.Linear):
-            def forward(input):
-                y = type(linear).forward(linear, input)
-                outputs.append((linear, y, y._version))
-                return y
-
-            return forward
-
-        def decide(result: Tensor) -> None:
-            calls = [linear for linear, _, _ in outputs]
-            for linear, y, version in outputs:
-                # The same memory, not written since: a later in-place operation might need the value in its backward.
-                is_result = _base(result) is _base(y) and result.numel() == y.numel() and y._version == version
-                if is_result and calls.count(linear) == 1:
-                    self._found = linear
-
-        with forwards_set({linear: watch(linear) for linear in self._linears}):
-            yield decide
-
-    @contextlib.contextmanager
-    def skipped(self, autocast_dtype: torch.dtype | None) -> Iterator[None]:
-        linear = self._found
-        if linear is None or not is_plain_linear(linear):
-            yield
-            return
-        with forwards_set({linear: linear_without_value(linear, autocast_dtype)}):
-            yield
-
-
-def _base(tensor: Tensor) -> Tensor:
-    return tensor if tensor._base is None else tensor._base
-
-
 def unseen_graph() -> contextlib.AbstractContextManager:
     """Inside, nobody around (activation checkpointing, offloading) sees what a graph saves that is used up inside."""
     # Detached, or what an operation saves of its own output would hold that operation, and never be freed.
@@ -214,16 +121,19 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def forwards_set(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
-    """Each module runs the given forward in the place of its own; hooks around it run as ever."""
+def forwards_set(forwards: dict[nn.Module, Callable | None]) -> Iterator[None]:
+    """Each module runs the given forward (None: its class's) in the place of its own; hooks around it run as ever."""
     before = {module: module.__dict__.get("forward") for module in forwards}
-    for module, forward in forwards.items():
-        module.__dict__["forward"] = forward
+    _set_forwards(forwards)
     try:
         yield
     finally:
-        for module, forward in before.items():
-            if forward is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = forward
+        _set_forwards(before)
+
+
+def _set_forwards(forwards: dict[nn.Module, Callable | None]) -> None:
+    for module, forward in forwards.items():
+        if forward is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.__dict__["forward"] = forward

@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ds_minis.tiling.recompute import Replay, unseen_graph
-from ds_minis.tiling.rows import GradientSums, Guard, ParameterSlots, let_go
+from ds_minis.tiling.gradient_sums import GradientSums, let_go
+from ds_minis.tiling.linears import chunk_forwards
+from ds_minis.tiling.recompute import Replay, forwards_set, unseen_graph
+from ds_minis.tiling.rows import Guard, ParameterSlots
 
 
 class _SumCall:
@@ -32,7 +34,7 @@ class _SumCall:
     ):
         self.slots = ParameterSlots(module)
         self.expected = expected
-        self._function, self._guard = function, guard
+        self._function, self._module, self._guard = function, module, guard
         self._replay = Replay(rows[0].device)
         num_rows = rows[0].shape[0]
         self._bounds = [(i, min(i + chunk_rows, num_rows)) for i in range(0, max(num_rows, 1), chunk_rows)]
@@ -50,8 +52,11 @@ class _SumCall:
         rows, params = tensors[:num_rows], tensors[num_rows:]
         row_grads = [torch.zeros_like(x) if need else None for x, need in zip(rows, needs_grad, strict=False)]
         leaves = [p.detach().requires_grad_(need) for p, need in zip(params, needs_grad[num_rows:], strict=True)]
-        sums, total = GradientSums(leaves), None
-        with self._running(), torch.enable_grad(), self.slots.holding(leaves):
+        sums, total = GradientSums(leaves, single=len(self._bounds) == 1), None
+        with contextlib.ExitStack() as stack:
+            for context in (self._running(), torch.enable_grad(), self.slots.holding(leaves)):
+                stack.enter_context(context)
+            stack.enter_context(forwards_set(chunk_forwards(self._module, [sums])))
             for start, stop in self._bounds:
                 chunk = [x[start:stop].detach().requires_grad_(need) for x, need in zip(rows, needs_grad, strict=False)]
                 inputs = [x for x in (*chunk, *leaves) if x.requires_grad]
@@ -66,6 +71,7 @@ class _SumCall:
                     if grad is not None:
                         row_grad[start:stop].copy_(grad)
                 sums.add(grads)
+                grads = grad = None  # not beside the next chunk's logits
         return total, [*row_grads, *sums.result()]
 
     @contextlib.contextmanager

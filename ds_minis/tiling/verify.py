@@ -18,8 +18,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ds_minis.tiling.calls import RowCall
+from ds_minis.tiling.gradient_sums import GradientSums
 from ds_minis.tiling.recompute import AutocastState, unseen_graph
-from ds_minis.tiling.rows import GradientSums, ParameterSlots
+from ds_minis.tiling.rows import ParameterSlots
 
 _BATCH, _TOKENS, _CHUNKS = 2, 32, 3
 # Relative to the largest element. Rounding differs between matmuls of different sizes; a mixed token shows at once.

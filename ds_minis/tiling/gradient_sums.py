@@ -1,0 +1,126 @@
+"""The gradients of parameters, summed over chunks.
+
+Shapes: C rows of one chunk, V outputs and H inputs of a linear layer.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def let_go(tensors: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
+    """Gives one after the other and holds none that it gave: a layer's gradients together are as large as its weights."""
+    waiting = list(reversed(tensors))
+    del tensors
+    while waiting:
+        yield waiting.pop()
+
+
+class GradientSums:
+    """Sums of the chunks' parameter gradients, in float32.
+
+    In bfloat16 the sum's own rounding adds to the error with every chunk: 0.9% without chunks, 2.6% at 128 chunks
+    (hidden size 512).
+
+    Args:
+        single: there is one chunk, so that the gradients are what they are.
+    """
+
+    def __init__(self, leaves: Sequence[Tensor], single: bool = False):
+        self._leaves = leaves
+        self._single = single
+        self._sums: list[Tensor | None] = [None] * len(leaves)
+
+    def index_of(self, leaf: Tensor) -> int | None:
+        """Where `leaf` stands among the leaves that need a gradient."""
+        return next((i for i, own in enumerate(self._leaves) if own is leaf and own.requires_grad), None)
+
+    def add_product(self, index: int, left_CV: Tensor, right_CH: Tensor) -> None:
+        """Adds `left_CV.t() @ right_CH` to the gradient of one leaf, without a further tensor of that size."""
+        left_VC = left_CV.t()
+        if self._sums[index] is not None:
+            _add_product(self._sums[index], left_VC, right_CH)
+        elif self._single or left_CV.dtype == self._sum_dtype(left_CV):
+            self._sums[index] = left_VC @ right_CH
+        else:
+            shape = left_CV.shape[1], right_CH.shape[1]
+            self._sums[index] = right_CH.new_empty(shape, dtype=self._sum_dtype(left_CV))
+            _add_product(self._sums[index], left_VC, right_CH, beta=0)
+
+    def _sum_dtype(self, grad: Tensor) -> torch.dtype:
+        return grad.dtype if self._single else torch.promote_types(grad.dtype, torch.float32)
+
+    def add(self, grads: Iterator[Tensor | None]) -> None:
+        for i, leaf in enumerate(self._leaves):
+            grad = next(grads) if leaf.requires_grad else None
+            if grad is None:
+                continue
+            if self._sums[i] is not None:
+                wide = torch.promote_types(grad.dtype, torch.float32)
+                self._sums[i] = self._sums[i].to(wide).add_(grad)  # narrow where it was settled
+            else:
+                # A copy also where it is float32 already: autograd may hand one tensor to two parameters.
+                self._sums[i] = grad.to(self._sum_dtype(grad), copy=True)
+
+    def watch(self) -> None:
+        """To be called when a leaf was appended to the list that was given."""
+        self._sums.append(None)
+
+    def add_rows(self, index: int, rows: slice, grad: Tensor) -> None:
+        """Adds to some rows of one sum."""
+        leaf = self._leaves[index]
+        before = self._sums[index]
+        wide = torch.promote_types(leaf.dtype, torch.float32)
+        self._sums[index] = torch.zeros_like(leaf, dtype=wide) if before is None else before.to(wide)
+        self._sums[index][rows].add_(grad)
+
+    def settle(self) -> None:
+        """Rounds the sums that are there to their parameters' dtypes, when it is known that hardly any is added to again."""
+        self.result()
+
+    def result(self) -> list[Tensor | None]:
+        """The sums in their parameters' dtypes; to be called once, as each wide sum is let go of when it is rounded."""
+        for i, leaf in enumerate(self._leaves):
+            if self._sums[i] is not None:
+                self._sums[i] = self._sums[i].to(leaf.dtype)
+        return self._sums
+
+
+# Elements of a product that is made in the operands' dtype before it is added to a sum in float32.
+_PRODUCT_ELEMENTS = 2**22
+
+
+def _add_product(total_VH: Tensor, left_VC: Tensor, right_CH: Tensor, beta: int = 1) -> None:
+    """`total = beta * total + left @ right` in the total's dtype."""
+    if left_VC.dtype == total_VH.dtype:
+        torch.addmm(total_VH, left_VC, right_CH, beta=beta, out=total_VH)  # as `addmm_`, and counted as FLOPs
+    elif _multiplies_into_float32(total_VH, left_VC.dtype):
+        torch.addmm(total_VH, left_VC, right_CH, beta=beta, out_dtype=total_VH.dtype, out=total_VH)
+    else:
+        rows = max(1, _PRODUCT_ELEMENTS // total_VH.shape[1])
+        for start in range(0, total_VH.shape[0], rows):
+            product = left_VC[start : start + rows] @ right_CH
+            block = total_VH[start : start + rows]
+            block.add_(product) if beta else block.copy_(product)
+
+
+def _multiplies_into_float32(total: Tensor, dtype: torch.dtype) -> bool:
+    real = type(total) in (Tensor, nn.Parameter)  # a fake one has no kernel to ask
+    return real and total.dtype == torch.float32 and _asked_to_multiply(total.device, dtype)
+
+
+@functools.cache
+def _asked_to_multiply(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch multiplies matrices of `dtype` on the device into a float32 sum: cuBLAS can, a CPU cannot."""
+    if device.type == "cpu":
+        return False
+    ones, total = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
+        return False
+    return bool((total == 17).all())

@@ -1,0 +1,179 @@
+"""What the benchmarks share: model shapes, how a model is built, and the envelope around every JSON file of results."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks"
+PACKAGES = "torch", "transformers", "ds_minis", "deepspeed", "liger_kernel", "peft", "triton", "flash_attn"
+KIB, GIB = 2**10, 2**30
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The public sizes of a model: what `AutoConfig.for_model` is given, and where they can be read."""
+
+    model_type: str
+    kwargs: dict[str, Any]
+    source: str
+
+    def config(self, **changes: Any):
+        return AutoConfig.for_model(self.model_type, **{**self.kwargs, **changes})
+
+
+def _shape(model_type, repository, hidden, inner, layers, heads, kv_heads, vocab, **more) -> Shape:
+    sizes = {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": 2**22,  # longer than any run here; it sizes no tensor
+        "use_cache": False,
+        "pad_token_id": None,
+    }
+    return Shape(model_type, sizes | more, f"https://huggingface.co/{repository}/blob/main/config.json")
+
+
+SHAPES = {
+    "llama-3-8b": _shape("llama", "meta-llama/Meta-Llama-3-8B", 4096, 14336, 32, 32, 8, 128256),
+    "llama-2-7b": _shape("llama", "meta-llama/Llama-2-7b-hf", 4096, 11008, 32, 32, 32, 32000),
+    "mistral-7b": _shape("mistral", "mistralai/Mistral-7B-v0.1", 4096, 14336, 32, 32, 8, 32000, sliding_window=4096),
+    "qwen2-7b": _shape("qwen2", "Qwen/Qwen2-7B", 3584, 18944, 28, 28, 4, 152064),
+    "gemma-2-9b": _shape(
+        "gemma2",
+        "google/gemma-2-9b",
+        3584,
+        14336,
+        42,
+        16,
+        8,
+        256000,
+        head_dim=256,
+        sliding_window=4096,
+        query_pre_attn_scalar=256,
+        attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0,
+    ),
+}
+
+
+def build(config, *, attention: str, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
+    """A randomly initialised model in training mode with non-reentrant gradient checkpointing."""
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    return checkpointed(model.train())
+
+
+def make_fake(model: nn.Module, device: str) -> None:
+    """Puts fake tensors on `device` in the place of all parameters and buffers. To be called under a FakeTensorMode.
+
+    Models are built on the meta device before: neither PEFT nor some models can be built from fake tensors.
+    """
+    made: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for holder in (module._parameters, module._buffers):
+            for name, tensor in holder.items():
+                if tensor is not None and tensor not in made:
+                    new = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[tensor] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+                if tensor is not None:
+                    holder[name] = made[tensor]
+
+
+def checkpointed(model: PreTrainedModel) -> PreTrainedModel:
+    # The successors of what is deprecated here are not in the oldest transformers that is supported.
+    warnings.filterwarnings("ignore", ".*is deprecated and will be removed in v6", FutureWarning)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def envelope(benchmark: str, arguments: argparse.Namespace, *, simulated: bool, results: Any) -> dict[str, Any]:
+    """Results with all that is needed to repeat them."""
+    return {
+        "benchmark": benchmark,
+        "simulated": simulated,
+        "device": f"none: simulated with fake tensors (on {cpu_name()})" if simulated else device_name(),
+        "versions": versions(),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "command": command(),
+        "arguments": {key: value for key, value in vars(arguments).items() if key != "json"},
+        "results": results,
+    }
+
+
+def write(path: str | Path | None, content: dict[str, Any]) -> None:
+    if path:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+        print(f"written: {path}", file=sys.stderr)
+
+
+def command() -> str:
+    """The command line, as it is given in the root of the repository."""
+    script = Path(sys.argv[0]).resolve()
+    script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
+    return shlex.join(["python", str(script), *sys.argv[1:]])
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            if package == "ds_minis":  # on the path, not installed
+                import ds_minis
+
+                found[package] = ds_minis.__version__
+    return found
+
+
+def commit() -> str:
+    """The commit that the tree stands on, marked where tracked files differ from it."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+        # The results themselves may have changed: they are what is being made.
+        status = [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks"]
+        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return name.strip() + (" with changes" if changed.strip() else "")
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return f"{properties.name}, {properties.total_memory / GIB:.1f} GiB"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def cpu_name() -> str:
+    info, name = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith("model name"):
+            name = line.partition(":")[2].strip()
+            break
+    return f"{name}, {os.cpu_count()} cores"

@@ -1,0 +1,107 @@
+"""Counts the bytes of all tensors that are alive, and the matrix products, of whatever runs inside; on fake tensors too."""
+
+from __future__ import annotations
+
+import math
+import traceback
+import weakref
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+_MATMULS = {aten.mm: (0, 1), aten.bmm: (0, 1), aten.addmm: (1, 2), aten.baddbmm: (1, 2)}
+
+
+@dataclass(frozen=True)
+class Live:
+    """One storage that is alive: its size, and the operation and tensor that it was first seen as."""
+
+    nbytes: int
+    made_by: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    where: str
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all storages made inside (or given to `hold`) and not yet freed, now and at their peak.
+
+    A storage counts once, whatever views there are of it, from the operation that makes it until nothing holds it.
+    Storages on the CPU count apart, as the host's, where `device` is another device.
+
+    Attributes:
+        now, peak: bytes on the device.
+        at_peak: what was alive at the peak.
+        host_peak: bytes on the host at their own peak.
+        matmul_flops: of mm, addmm, bmm and baddbmm: 2 x rows x columns x inner.
+        ops: how often each operation ran.
+    """
+
+    def __init__(self, device: str = "cpu", *, trace: bool = False):
+        super().__init__()
+        self.now = self.peak = self.host_now = self.host_peak = self.matmul_flops = 0
+        self.at_peak: list[Live] = []
+        self.ops: Counter[str] = Counter()
+        self._device, self._trace = device, trace
+        self._live: dict[int, tuple[Live, bool]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.ops[str(func)] += 1
+        operands = _MATMULS.get(func.overloadpacket)
+        if operands:
+            a, b = (args[i] for i in operands)
+            self.matmul_flops += 2 * math.prod(a.shape) * b.shape[-1]
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.hold(tensor, str(func))
+        return out
+
+    def hold(self, tensor: Tensor, made_by: str) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live:
+            return
+        on_host = self._device != "cpu" and tensor.device.type == "cpu"
+        live = Live(storage.nbytes(), made_by, tuple(tensor.shape), tensor.dtype, _where() if self._trace else "")
+        self._live[key] = live, on_host
+        weakref.finalize(storage, self._free, key)
+        if on_host:
+            self.host_now += live.nbytes
+            self.host_peak = max(self.host_peak, self.host_now)
+            return
+        self.now += live.nbytes
+        if self.now > self.peak:
+            self.peak = self.now
+            self.at_peak = [entry for entry, host in self._live.values() if not host]
+
+    def _free(self, key: int) -> None:
+        live, on_host = self._live.pop(key)
+        if on_host:
+            self.host_now -= live.nbytes
+        else:
+            self.now -= live.nbytes
+
+    def summary(self, count: int = 40) -> str:
+        """The largest entries of what was alive at the peak, equal ones together."""
+        sizes, numbers = Counter(), Counter()
+        for live in self.at_peak:
+            key = live.made_by, live.shape, live.dtype, live.where
+            sizes[key] += live.nbytes
+            numbers[key] += 1
+        lines = []
+        for (made_by, shape, dtype, where), nbytes in sizes.most_common(count):
+            number = numbers[made_by, shape, dtype, where]
+            lines.append(f"{nbytes / 2**30:9.3f} GiB = {number} x {list(shape)} {str(dtype)[6:]} {made_by}{where}")
+        return "\n".join(lines)
+
+
+def _where() -> str:
+    """The last calls of code that is neither torch's nor a benchmark's."""
+    frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename and "/bench/" not in f.filename]
+    return "".join(f"\n              {f.filename.rpartition('/')[2]}:{f.lineno} {f.name}" for f in frames[-6:])

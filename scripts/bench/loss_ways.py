@@ -1,0 +1,180 @@
+"""The ways to compute the loss of an LM head that `loss_head.py` compares: each a function of the same three tensors.
+
+`make(problem)` gives `loss(hidden_RH, weight_VH, labels_R)`, the mean over all labels that are not -100, or raises `Skip`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ds_minis import convert_to_mini_sequence
+from ds_minis.tiling import cross_entropy
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Skip(Exception):
+    """Why a way is not measured here."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is measured.
+
+    Attributes:
+        num_chunks: what ours cuts the tokens into; given to whoever leaves the number to its user.
+    """
+
+    device: torch.device
+    num_chunks: int
+
+    def require_cuda(self) -> None:
+        if self.device.type != "cuda":
+            raise Skip("needs a CUDA device")
+
+
+def plain(problem: Problem) -> Loss:
+    return lambda hidden, weight, labels: F.cross_entropy(F.linear(hidden, weight).float(), labels)
+
+
+class _Head(nn.Module):
+    """As much of a language model as ds_minis asks for: the loss as transformers computes it."""
+
+    def __init__(self, weight_VH: Tensor):
+        super().__init__()
+        self.config = SimpleNamespace(hidden_size=weight_VH.shape[1])
+        self.lm_head = nn.Linear(*weight_VH.shape[::-1], bias=False, device="meta")
+        self.lm_head.weight = weight_VH
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def forward(self, hidden_states: Tensor, labels: Tensor | None = None) -> Tensor:
+        return F.cross_entropy(self.lm_head(hidden_states).float(), labels)
+
+
+def _ours(kernel: bool) -> Callable[[Problem], Loss]:
+    def make(problem: Problem) -> Loss:
+        if kernel:
+            problem.require_cuda()
+            if cross_entropy._kernel() is None:
+                raise Skip("Triton is not installed")
+        models: dict[int, nn.Module] = {}
+
+        def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+            if id(weight) not in models:
+                with contextlib.redirect_stdout(None):
+                    models[id(weight)] = convert_to_mini_sequence(_Head(weight))
+            with contextlib.nullcontext() if kernel else mock.patch.object(cross_entropy, "_kernel", lambda: None):
+                return models[id(weight)](hidden, labels=labels)
+
+        return loss
+
+    return make
+
+
+def _torch_chunked(policy: str) -> Callable[[Problem], Loss]:
+    def make(problem: Problem) -> Loss:
+        options = getattr(nn, "LinearCrossEntropyOptions", None)
+        if options is None:
+            raise Skip(f"torch {torch.__version__} has no LinearCrossEntropyOptions")
+        return lambda hidden, weight, labels: F.linear_cross_entropy(
+            hidden, weight, labels, ignore_index=-100, options=options(acc_policy=policy)
+        )
+
+    return make
+
+
+def trl_fused_head(problem: Problem) -> Loss:
+    """The function behind `trl.trainer.utils.add_fused_lm_head`, called as SFTTrainer's forward calls it."""
+    try:
+        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
+    except ImportError as error:
+        raise Skip(f"TRL with a fused LM head is not installed ({error})") from error
+
+    def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        mask = labels != -100
+        if hidden.is_cuda:
+            hidden, labels = hidden[mask], labels[mask]
+        log_probs, *_ = _ChunkedLogProbFunction.apply(
+            hidden, weight, None, labels.clamp(min=0), 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("log_probs",)
+        )
+        log_probs = log_probs if log_probs.shape[0] != mask.shape[0] else log_probs.masked_fill(~mask, 0)
+        return -log_probs.sum() / mask.sum().clamp(min=1)
+
+    return loss
+
+
+def _liger(accum_dtype: torch.dtype | None) -> Callable[[Problem], Loss]:
+    def make(problem: Problem) -> Loss:
+        problem.require_cuda()
+        try:
+            from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+        except ImportError as error:
+            raise Skip(f"liger_kernel is not installed ({error})") from error
+
+        def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+            result = liger_fused_linear_cross_entropy(hidden, weight, labels, accum_dtype=accum_dtype)
+            return result[0] if isinstance(result, tuple) else result
+
+        return loss
+
+    return make
+
+
+def apple_cce(problem: Problem) -> Loss:
+    """Exact: nothing is left out of the gradient, however small."""
+    problem.require_cuda()
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+    except ImportError as error:
+        raise Skip(f"cut_cross_entropy is not installed ({error})") from error
+
+    def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        try:
+            return linear_cross_entropy(hidden, weight, labels, impl="cce_exact")
+        except (NotImplementedError, ValueError, KeyError):  # releases before the preset
+            return linear_cross_entropy(hidden, weight, labels, impl="cce", filter_eps=None)
+
+    return loss
+
+
+def deepspeed_tiled(problem: Problem) -> Loss:
+    try:
+        from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss
+    except ImportError as error:
+        raise Skip(f"DeepSpeed with TiledFusedLogitsLoss is not installed ({error})") from error
+
+    def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        count = (labels != -100).sum()
+
+        def of_a_shard(_, hidden: Tensor, labels: Tensor) -> Tensor:
+            return F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum") / count
+
+        return TiledFusedLogitsLoss.apply(
+            of_a_shard, None, hidden[None], labels[None], None, problem.num_chunks, [weight], "sum"
+        )
+
+    return loss
+
+
+WAYS: dict[str, Callable[[Problem], Loss]] = {
+    "plain": plain,
+    "ds_minis, torch path": _ours(kernel=False),
+    "ds_minis, kernel": _ours(kernel=True),
+    "torch linear_cross_entropy, auto": _torch_chunked("auto"),
+    "torch linear_cross_entropy, accurate": _torch_chunked("accurate"),
+    "TRL fused LM head": trl_fused_head,
+    "Liger FLCE": _liger(None),
+    "Liger FLCE, float32 sums": _liger(torch.float32),
+    "Apple CCE, exact": apple_cce,
+    "DeepSpeed TiledFusedLogitsLoss": deepspeed_tiled,
+}

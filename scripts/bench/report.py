@@ -1,0 +1,237 @@
+"""Makes benchmarks/README.md and the plots beside it from the JSON files in benchmarks/; nothing in it is typed by hand.
+
+python scripts/bench/report.py            # rewrites the page, and the plots where matplotlib is installed
+python scripts/bench/report.py --check    # fails where the page is not what the files give
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks"
+KIB, GIB = 2**10, 2**30
+HEADER = """\
+# Benchmarks
+
+<!-- made by scripts/bench/report.py from the JSON files beside it -->
+"""
+Rows = list[list[str]]
+
+
+def table(head: list[str], rows: Rows) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _unavailable(reasons: dict[str, str], word: str) -> Iterator[str]:
+    if reasons:
+        yield "\n".join(f"- `{name}` {word}: {reason}" for name, reason in reasons.items()) + "\n"
+
+
+def transient_memory(content: dict[str, Any]) -> Iterator[str]:
+    arguments, models = content["arguments"], content["results"]
+    yield (
+        f"W, the transient working set of a step beyond parameters, gradients and per-layer checkpoints, in KiB per token at "
+        f"{arguments['seq']:,} tokens, {arguments['layers']} layers, bfloat16.\n"
+    )
+    titles = {key: entry["title"] for model in models.values() for key, entry in model["variants"].items()}
+    kept = {key: title for key, title in titles.items() if not _offloads(models, key)}
+    rows = []
+    for key, title in kept.items():
+        entries = [model["variants"].get(key) for model in models.values()]
+        rows.append([title, *["-" if e is None else _growing(e) for e in entries]])
+    yield table(["", *models], rows)
+    flops = [
+        [title, *[_times(m["variants"].get(key, {}).get("matmul_flops_of_plain")) for m in models.values()]]
+        for key, title in kept.items()
+    ]
+    yield "Matrix products of a step without attention, of plain checkpointing's:\n"
+    yield table(["", *models], flops)
+    offloaded = [
+        [title, *[_device_and_host(model["variants"].get(key)) for model in models.values()]]
+        for key, title in titles.items()
+        if key not in kept
+    ]
+    if offloaded:
+        yield (
+            "With offloaded checkpoints: KiB per token on the device, checkpoints included, and on the host for each layer:\n"
+        )
+        yield table(["", *models], offloaded)
+    yield (
+        f"LM head and loss at a vocabulary of {arguments['loss_vocab']:,}: KiB per token above the hidden states and, in "
+        "brackets, bytes per token and element of the hidden size without buffers as large as the head's weight:\n"
+    )
+    losses = {key: entry["title"] for model in models.values() for key, entry in model["loss"].items()}
+    rows = []
+    for key, title in losses.items():
+        entries = [model["loss"].get(key) for model in models.values()]
+        cells = [
+            "-" if e is None else f"{e['bytes_per_token'] / KIB:.1f} ({e['per_hidden_element']:.2f})" for e in entries
+        ]
+        rows.append([title, *cells])
+    yield table(["", *models], rows)
+    yield from _unavailable({k: v for model in models.values() for k, v in model["unavailable"].items()}, "was not run")
+
+
+def _offloads(models: dict, key: str) -> bool:
+    return any(model["variants"].get(key, {}).get("host_bytes") for model in models.values())
+
+
+def _growing(entry: dict[str, Any]) -> str:
+    growth = entry.get("W_growth_per_layer", 0)
+    return f"{entry['W_KiB_per_token']:.1f}" + (f" (+{growth:.1f} for each further layer)" if growth >= 0.05 else "")
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}x"
+
+
+def _device_and_host(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return "-"
+    return f"{entry['W_KiB_per_token']:.1f}, {entry.get('host_KiB_per_token_and_layer', float('nan')):.1f}"
+
+
+def step_time(content: dict[str, Any]) -> Iterator[str]:
+    for result in content["results"]:
+        loss = "the model's own loss" if result["loss"] == "model" else "the decoder alone"
+        yield f"{result['tokens']:,} tokens, {loss}:\n"
+        rows = []
+        for entry in result["variants"].values():
+            low, high = entry["ratio_quartiles"]
+            peak = entry.get("first_step_peak_bytes")
+            row = [entry["title"], f"{entry['seconds']:.3f} s", f"{entry['ratio']:.3f}x", f"{low:.3f}-{high:.3f}"]
+            rows.append([*row, str(entry["rounds"]), "-" if peak is None else f"{peak / GIB:.1f} GiB"])
+        yield table(["", "median", "of plain, same round", "quartiles", "rounds", "peak"], rows)
+        yield from _unavailable(result["refused"], "was not timed")
+        yield from _unavailable(result["unavailable"], "was not run")
+
+
+def max_context(content: dict[str, Any]) -> Iterator[str]:
+    arguments, word = content["arguments"], "simulated" if content["simulated"] else "measured"
+    yield f"The longest sequence, {word}: {arguments['shape']}, one GPU.\n"
+    if content["simulated"]:
+        yield (
+            f"Simulated: bytes of fake tensors against {arguments['card_gib']} GiB less {arguments['reserve_gib']} GiB for "
+            "the CUDA context, libraries and fragments. No step was run.\n"
+        )
+    rows, reasons = [], {}
+    for entry in content["results"]:
+        if "unavailable" in entry:
+            reasons[f"{entry['variant']}"] = entry["unavailable"]
+            continue
+        host = f"{entry['host_bytes'] / GIB:.0f} GiB" if entry.get("host_bytes") else "-"
+        notes = [entry["ended"]] if entry["ended"] else []
+        if entry.get("most_optimizer_steps", 1) > 1:
+            notes.append(f"optimizer runs {entry['most_optimizer_steps']} times a step: not the same training")
+        seconds = f"{entry['seconds']:.0f} s" if "seconds" in entry else "-"
+        rows.append([entry["setting"], entry["title"], f"{entry['tokens']:,}", host, seconds, "; ".join(notes)])
+    yield table(["", "", f"tokens ({word})", "host memory", "step", ""], rows)
+    yield from _unavailable(reasons, "was not run")
+
+
+TITLES: dict[str, tuple[str, Callable[[dict], Iterator[str]]]] = {
+    "transient_memory": ("Transient memory", transient_memory),
+    "step_time": ("Time of a step", step_time),
+    "max_context": ("Longest sequence", max_context),
+}
+
+
+def origin(name: str, content: dict[str, Any]) -> str:
+    versions = ", ".join(f"{package} {version}" for package, version in content["versions"].items())
+    place = f"{content['device']}; {versions}; {content['date']}, commit {content['commit']}"
+    return f"`{content['command']}`: {place}; [{name}]({name}).\n"
+
+
+def page(files: dict[str, dict[str, Any]]) -> str:
+    """The page for the content of JSON files, by name. Files of other benchmarks are listed, not shown."""
+    parts, others = [HEADER], []
+    for kind, (title, sections) in TITLES.items():
+        for name in sorted(files):
+            content = files[name]
+            if content.get("benchmark") == kind:
+                parts.append(
+                    f"## {title}{', simulated' if content['simulated'] else ''}: {name.removesuffix('.json')}\n"
+                )
+                parts += sections(content)
+                parts.append(origin(name, content))
+    others = [name for name in sorted(files) if files[name].get("benchmark") not in TITLES]
+    if others:
+        parts.append("Other results: " + ", ".join(f"[{name}]({name})" for name in others) + "\n")
+    return "\n".join(parts)
+
+
+def plots(files: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
+    """A bar chart for each file; needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    made = []
+    for name, content in files.items():
+        bars, label = _bars(content)
+        if not bars:
+            continue
+        figure, axes = pyplot.subplots(figsize=(9, 1 + 0.35 * len(bars)), layout="constrained")
+        drawn = axes.barh(list(bars), list(bars.values()))
+        axes.bar_label(drawn, fmt=lambda value: f"{value:,.3g}" if value < 1000 else f"{value:,.0f}", padding=3)
+        axes.invert_yaxis()
+        axes.set_xlabel(label + (" (simulated)" if content["simulated"] else ""))
+        path = folder / f"{name.removesuffix('.json')}.png"
+        figure.savefig(path, dpi=120)
+        pyplot.close(figure)
+        made.append(path)
+    return made
+
+
+def _bars(content: dict[str, Any]) -> tuple[dict[str, float], str]:
+    """What a file's plot shows: the first model, or the longest length, where there are several."""
+    results = content.get("results")
+    if content.get("benchmark") == "transient_memory":
+        model = next(iter(results))
+        entries = results[model]["variants"].values()
+        return {e["title"]: e["W_KiB_per_token"] for e in entries}, f"W of {model}, KiB per token"
+    if content.get("benchmark") == "step_time":
+        entries = results[-1]["variants"].values()
+        return {
+            e["title"]: e["ratio"] for e in entries
+        }, f"time of plain checkpointing, {results[-1]['tokens']:,} tokens"
+    if content.get("benchmark") == "max_context":
+        return {
+            f"{e['setting']}: {e['title']}": e["tokens"] for e in results if "tokens" in e
+        }, "longest sequence, tokens"
+    return {}, ""
+
+
+def read(folder: Path) -> dict[str, dict[str, Any]]:
+    return {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--folder", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    files, target = read(args.folder), args.folder / "README.md"
+    text = page(files)
+    if args.check:
+        if not target.exists() or target.read_text(encoding="utf-8") != text:
+            sys.exit(f"{target} is not what the JSON files give; run python scripts/bench/report.py")
+        return
+    target.write_text(text, encoding="utf-8")
+    print(f"written: {target}")
+    try:
+        for path in plots(files, args.folder):
+            print(f"written: {path}")
+    except ImportError as error:
+        print(f"no plots: {error}; `pip install matplotlib` for them", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""What stands for the attention kernel and for the loss where tensors are fake: nothing but their memory.
+
+The attention op has FlashAttention-2's: it reads q, k, v (grouped heads are not expanded), writes the output and one float32
+logsumexp per head and token; its backward reads all of these and writes dq, dk, dv. The loss stand-in keeps the last
+hidden states, hands a fresh gradient of their size to the decoder and lets go of both, as a fused loss does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+
+ATTENTION = "ds_minis_bench_stub"  # a name with "flash" in it is looked up as a kernel
+
+
+@torch.library.custom_op("ds_minis_bench::flash", mutates_args=())
+def flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError("fake tensors only")
+
+
+@flash.register_fake
+def _(q, k, v):
+    batch, heads, tokens, _ = q.shape
+    return q.new_empty(batch, tokens, heads, v.shape[-1]), q.new_empty(batch, heads, tokens, dtype=torch.float32)
+
+
+@torch.library.custom_op("ds_minis_bench::flash_backward", mutates_args=())
+def flash_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    raise NotImplementedError("fake tensors only")
+
+
+@flash_backward.register_fake
+def _(grad, q, k, v, out, lse):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _backward(ctx, grad, _):
+    return flash_backward(grad, *ctx.saved_tensors)
+
+
+flash.register_autograd(_backward, setup_context=_setup)
+
+
+def _attention(module, query, key, value, attention_mask, **kwargs):
+    return flash(query, key, value)[0], None
+
+
+def _mask(*args, **kwargs):
+    return None
+
+
+def register() -> str:
+    """Makes the stand-in known to transformers; gives the name to put into `attn_implementation`."""
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, _mask)
+    return ATTENTION
+
+
+def attention_flops(ops, heads: int, tokens: int, width: int) -> int:
+    """Of the stand-in's calls, causal: 2 matmuls of tokens x tokens x width, halved, in forward, and 5 in backward."""
+    once = heads * tokens * tokens * width
+    forwards = sum(n for name, n in ops.items() if name.startswith("ds_minis_bench.flash."))
+    backwards = sum(n for name, n in ops.items() if name.startswith("ds_minis_bench.flash_backward."))
+    return once * (2 * forwards + 5 * backwards)
+
+
+class LossStandIn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_states):
+        ctx.save_for_backward(hidden_states)
+        return hidden_states.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.empty_like(ctx.saved_tensors[0])
