@@ -333,12 +333,15 @@ def test_earlier_tokens_in_a_cache(tiled_calls):
     assert ("LlamaDecoderLayer", 46) in tiled_calls
 
 
-def test_a_cache_that_is_there_by_default(tiled_calls):
+def test_a_cache_that_is_asked_for_and_one_that_is_there_by_default(tiled_calls):
     model, reference = twins("llama")
     for m in (model, reference):
         m.config.use_cache = True
     convert_to_mini_sequence(model, CHUNKS)
     assert_same_training(model, reference, batch(23))
+    assert ("LlamaDecoderLayer", 46) in tiled_calls
+    tiled_calls.clear()
+    assert_same_training(model, reference, batch(23), use_cache=True)
     assert {name for name, _ in tiled_calls} == {"LlamaMLP", "LlamaRMSNorm", "Linear"}
     assert "past_key_values" in mini_sequence_report(model).untiled[LAYERS[0]][1]
     tiled_calls.clear()
