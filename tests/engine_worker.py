@@ -20,6 +20,7 @@ from engine_cases import LEARNING_RATE, RANKS, STEPS, Case, deepspeed_config, ma
 from models import count_layers
 
 from ds_minis import convert_to_mini_sequence
+from ds_minis.tiling.layer import TiledLayer
 from ds_minis.tiling.module import TiledModule
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=100)  # of ranks that wait for each other: an error, not a hang
@@ -50,12 +51,18 @@ def train_deepspeed(case: Case, *, converted: bool, seed: int | None = None) -> 
             engine.backward(loss)
             engine.step()
             losses.append(loss.detach().float().item())
+    # ZeRO-3 gathers what it has put its hooks on, and these hooks would run once per chunk.
+    inside = {
+        m for layer in model.modules() if isinstance(layer, TiledLayer) for m in layer.modules() if m is not layer
+    }
+    hooked = sum(bool(m._forward_pre_hooks) for m in inside)
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         params = {n: p.detach().float().clone() for n, p in model.named_parameters() if p.requires_grad}
     return {
         "engine": type(engine).__name__,
         "zero_stage": engine.zero_optimization_stage(),
         "offload": bool(engine.zero_cpu_offload()),
+        "hooked_inside": hooked,
         "tiled": count_tiled(model),
         "layers": count_layers(model),
         "losses": losses,

@@ -117,6 +117,7 @@ def _require_engine(case: Case, result: dict) -> None:
         assert run["zero_stage"] == case.zero_stage, f"{kind}: the ZeRO stage was {run['zero_stage']}"
         assert run["offload"] == case.offload, f"{kind}: offload was {run['offload']}"
         assert run["processes"] == (1 if case.engine == "none" else RANKS), f"{kind}: {run['processes']} processes ran"
+        assert not run.get("hooked_inside"), f"{kind}: ZeRO-3 gathers {run['hooked_inside']} parts of tiled layers"
         tiled = {"gemma2": 11, "qwen3": 11, "qwen2_moe": 9}.get(case.family, 7) if kind == "converted" else 0
         assert run["tiled"] == tiled, f"{kind}: {run['tiled']} modules were tiled, not {tiled}"
         captured = case.family in MOE_CONFIGS  # router logits, by hooks inside of the layers: run as they are then

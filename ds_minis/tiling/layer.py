@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_minis.ranks import has_other_ranks
-from ds_minis.tiling.compiling import outside_of_graphs
+from ds_minis.tiling.compiling import compiled_inside, outside_of_graphs
 from ds_minis.tiling.layer_call import LayerCall
 from ds_minis.tiling.layer_node import LayerNode
 from ds_minis.tiling.layer_passes import LayerPasses
@@ -76,7 +76,7 @@ def _run(function: Callable[..., Any], *args: Any) -> Any:
 def _found_out(layer: TiledLayer, forward: Callable[..., Any], call: LayerCall) -> Finding:
     """Examined once for each mode, dtype and way of calling; a hook on a part may come and go."""
     passing, with_grads = passing_state(layer), torch.is_grad_enabled() or layer.training
-    reason = call.reason or passing or engine_inside(layer)
+    reason = call.reason or passing or engine_inside(layer) or compiled_inside(layer)
     if reason:
         _tell(layer, ("call", reason), Finding(reason))
         return Finding(reason)
