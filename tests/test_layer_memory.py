@@ -6,13 +6,21 @@ import weakref
 
 import pytest
 import torch
+from common import SHAPES
 from models import add_lora, assert_same_training, batch, build, checkpointed, count_layers, loss_and_grads, twins
+from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transient_memory import decoder_memory
+from variants import ALL
 
 import ds_minis.tiling.checkpoints as checkpoints
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
+from ds_minis.config import MiniSequenceConfig
+from ds_minis.tiling.chunking import Chunking
 from ds_minis.tiling.layer import TiledLayer
 from ds_minis.tiling.layer_node import LayerNode
 from ds_minis.tiling.linears import is_plain_linear
+from ds_minis.tiling.swap import tile
 
 CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
 SETTINGS = {
@@ -253,3 +261,44 @@ def test_no_projection_is_cut_outside_of_a_run():
     loss_and_grads(model, batch(23))
     assert {n: p.shape for n, p in model.named_parameters()} == shapes
     assert all(is_plain_linear(m) for m in model.model.layers[0].modules() if isinstance(m, torch.nn.Linear))
+
+
+@pytest.mark.large
+def test_a_layer_of_more_than_2_to_the_31_elements():
+    """On the CPU, in bfloat16, with few heads and an attention that gives each token its own value."""
+    AttentionInterface.register("own value", lambda module, q, k, v, mask, **kwargs: (v.transpose(1, 2), None))
+    AttentionMaskInterface.register("own value", lambda *args, **kwargs: None)
+    sizes = {"hidden_size": 4096, "intermediate_size": 4, "num_hidden_layers": 1, "head_dim": 4}
+    config = LlamaConfig(**sizes, num_attention_heads=1, num_key_value_heads=1, attn_implementation="own value")
+    layer = LlamaDecoderLayer(config, 0).bfloat16()
+    with torch.no_grad():
+        for param in layer.parameters():
+            param.fill_(2**-6)
+    tile(layer, TiledLayer, Chunking(MiniSequenceConfig(chunk_size=16384), hidden_size=4096))
+    num_tokens = 2**31 // 4096 + 8
+    x = torch.zeros(1, num_tokens, 4096, dtype=torch.bfloat16)
+    x[0, -1], x[0, 0] = 3, 1
+    few = x[:, [0, 1, -1]].clone().requires_grad_()
+    rope = torch.ones(1, num_tokens, 4, dtype=torch.bfloat16), torch.zeros(1, num_tokens, 4, dtype=torch.bfloat16)
+    x.requires_grad_()
+    y = layer(x, position_embeddings=rope)
+    assert count_layers(layer) == 1
+    grad = torch.zeros_like(x)
+    grad[0, -1] = 2.0
+    # Tokens are independent here, so that three of them tell.
+    expected = layer(few, position_embeddings=tuple(t[:, :3] for t in rope))
+    assert torch.equal(y[:, [0, 1, -1]], expected)
+    params = list(layer.parameters())
+    grads = torch.autograd.grad(expected, [few, *params], grad[:, [0, 1, -1]], allow_unused=True)
+    y.backward(grad)
+    torch.testing.assert_close(x.grad[:, [0, 1, -1]], grads[0])
+    for param, wanted in zip(params, grads[1:], strict=True):
+        assert (param.grad is None) == (wanted is None)  # of queries and keys
+        if wanted is not None:
+            torch.testing.assert_close(param.grad, wanted)
+
+
+def test_a_step_of_more_than_2_to_the_31_elements_at_full_width():
+    """Shapes alone: 540,672 tokens x 4,096, more than 2**31 elements."""
+    plain, ours = (decoder_memory(SHAPES["llama-3-8b"], ALL[name], 540_672, 1) for name in ("plain", "layer-groups"))
+    assert ours["W_KiB_per_token"] < 36 < 52 < plain["W_KiB_per_token"]
