@@ -110,6 +110,26 @@ def test_a_layer_that_cannot_be_tiled_is_run_as_a_whole_and_reported(cls, checkp
     }
 
 
+class ScalesTokens(LlamaDecoderLayer):
+    """An argument with a number for each token, in one of the forms that it may have."""
+
+    def forward(self, hidden_states, scale, **kwargs):
+        return super().forward(hidden_states * scale[..., None], **kwargs)
+
+
+@pytest.mark.parametrize("shape", [(23,), (1, 23), (2, 23)])
+def test_arguments_with_a_position_for_each_token(shape):
+    layer, plain, x, kwargs = layers_alone(ScalesTokens)
+    scale = torch.rand(shape) + 0.5
+
+    def use(layer, x):
+        return layer(x, scale=scale, **kwargs)
+
+    assert_same_tensors(grads_of(layer, x, use), grads_of(plain, x, use))
+    (finding,) = layer.mini_sequence_verdicts.values()
+    assert finding.reason == ""
+
+
 class GivesTuple(LlamaDecoderLayer):
     def forward(self, hidden_states, **kwargs):
         return super().forward(hidden_states, **kwargs), None
