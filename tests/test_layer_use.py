@@ -130,6 +130,19 @@ def test_arguments_with_a_position_for_each_token(shape):
     assert finding.reason == ""
 
 
+def test_an_argument_that_requires_a_gradient():
+    """It would get none: the hidden states are all that is differentiated."""
+    layer, plain, x, kwargs = layers_alone(ScalesTokens)
+    found = []
+    for m in (layer, plain):
+        scale = torch.linspace(0.5, 1.5, 23).requires_grad_()
+        grads = grads_of(m, x, lambda m, x, scale=scale: m(x, scale=scale, **kwargs))
+        found.append(grads | {"scale": scale.grad})
+    assert_same_tensors(*found)
+    (finding,) = layer.mini_sequence_verdicts.values()
+    assert finding.reason == "its argument 'scale' requires a gradient"
+
+
 class GivesTuple(LlamaDecoderLayer):
     def forward(self, hidden_states, **kwargs):
         return super().forward(hidden_states, **kwargs), None
