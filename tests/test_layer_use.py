@@ -208,6 +208,11 @@ class Kept:
         y.register_hook(lambda grad: self.keep(grad[0, 3:]))
         return y * 1
 
+    def hook_that_keeps_what_it_is_a_view_of(self, layer, x, kwargs):
+        flat = layer(x, **kwargs).view(-1)
+        flat.register_hook(self.keep)
+        return flat * 1
+
     def hook_that_keeps_the_storage(self, layer, x, kwargs):
         y = layer(x, **kwargs)
         y.register_hook(lambda grad: self.keep(torch.empty(0).set_(grad.untyped_storage(), 0, grad.shape)))
@@ -257,6 +262,19 @@ def test_a_gradient_that_the_caller_gave_is_not_written_over():
     before = grad.clone()
     layer(x.requires_grad_(), **kwargs).backward(grad)
     assert torch.equal(grad, before)
+
+
+@pytest.mark.parametrize(
+    "use", [lambda y: y.sum(), lambda y: (y.transpose(0, 1) * torch.arange(23.0)[:, None, None]).sum()]
+)
+def test_a_gradient_that_is_not_laid_out_like_the_input(use):
+    layer, plain, x, kwargs = layers_alone()
+    found = []
+    for m in (layer, plain):
+        leaf = x.clone().requires_grad_()
+        use(m(leaf * 1, **kwargs)).backward()
+        found.append({"x": leaf.grad, **{n: p.grad for n, p in m.named_parameters()}})
+    assert_same_tensors(*found)
 
 
 @pytest.mark.parametrize("view", [False, True])
