@@ -84,6 +84,17 @@ def test_every_family_above_has_what_it_stands_for():
     assert all(set(kinds) == {"sliding_attention", "full_attention"} for kinds in types)
 
 
+def test_the_gradient_of_the_attentions_output_may_be_part_of_the_incoming_one():
+    """Without a projection behind it; written over too early, it would be lost."""
+    model, reference = twins("cohere")
+    for m in (model, reference):
+        for layer in m.model.layers:
+            layer.self_attn.o_proj = torch.nn.Identity()
+    convert_to_mini_sequence(model, CHUNKS)
+    assert_same_training(model, reference, batch(23))
+    assert_layers(model)
+
+
 def test_gradient_of_sinks_comes_by_way_of_the_attentions_arguments():
     model, _ = converted_pair("gpt_oss")
     _, grads = loss_and_grads(model, batch(23))

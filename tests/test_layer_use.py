@@ -110,6 +110,39 @@ def test_a_layer_that_cannot_be_tiled_is_run_as_a_whole_and_reported(cls, checkp
     }
 
 
+class ScalesTokens(LlamaDecoderLayer):
+    """An argument with a number for each token, in one of the forms that it may have."""
+
+    def forward(self, hidden_states, scale, **kwargs):
+        return super().forward(hidden_states * scale[..., None], **kwargs)
+
+
+@pytest.mark.parametrize("shape", [(23,), (1, 23), (2, 23)])
+def test_arguments_with_a_position_for_each_token(shape):
+    layer, plain, x, kwargs = layers_alone(ScalesTokens)
+    scale = torch.rand(shape) + 0.5
+
+    def use(layer, x):
+        return layer(x, scale=scale, **kwargs)
+
+    assert_same_tensors(grads_of(layer, x, use), grads_of(plain, x, use))
+    (finding,) = layer.mini_sequence_verdicts.values()
+    assert finding.reason == ""
+
+
+def test_an_argument_that_requires_a_gradient():
+    """It would get none: the hidden states are all that is differentiated."""
+    layer, plain, x, kwargs = layers_alone(ScalesTokens)
+    found = []
+    for m in (layer, plain):
+        scale = torch.linspace(0.5, 1.5, 23).requires_grad_()
+        grads = grads_of(m, x, lambda m, x, scale=scale: m(x, scale=scale, **kwargs))
+        found.append(grads | {"scale": scale.grad})
+    assert_same_tensors(*found)
+    (finding,) = layer.mini_sequence_verdicts.values()
+    assert finding.reason == "its argument 'scale' requires a gradient"
+
+
 class GivesTuple(LlamaDecoderLayer):
     def forward(self, hidden_states, **kwargs):
         return super().forward(hidden_states, **kwargs), None
@@ -175,6 +208,11 @@ class Kept:
         y.register_hook(lambda grad: self.keep(grad[0, 3:]))
         return y * 1
 
+    def hook_that_keeps_what_it_is_a_view_of(self, layer, x, kwargs):
+        flat = layer(x, **kwargs).view(-1)
+        flat.register_hook(self.keep)
+        return flat * 1
+
     def hook_that_keeps_the_storage(self, layer, x, kwargs):
         y = layer(x, **kwargs)
         y.register_hook(lambda grad: self.keep(torch.empty(0).set_(grad.untyped_storage(), 0, grad.shape)))
@@ -224,6 +262,19 @@ def test_a_gradient_that_the_caller_gave_is_not_written_over():
     before = grad.clone()
     layer(x.requires_grad_(), **kwargs).backward(grad)
     assert torch.equal(grad, before)
+
+
+@pytest.mark.parametrize(
+    "use", [lambda y: y.sum(), lambda y: (y.transpose(0, 1) * torch.arange(23.0)[:, None, None]).sum()]
+)
+def test_a_gradient_that_is_not_laid_out_like_the_input(use):
+    layer, plain, x, kwargs = layers_alone()
+    found = []
+    for m in (layer, plain):
+        leaf = x.clone().requires_grad_()
+        use(m(leaf * 1, **kwargs)).backward()
+        found.append({"x": leaf.grad, **{n: p.grad for n, p in m.named_parameters()}})
+    assert_same_tensors(*found)
 
 
 @pytest.mark.parametrize("view", [False, True])
