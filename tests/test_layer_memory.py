@@ -263,7 +263,7 @@ def test_no_projection_is_cut_outside_of_a_run():
     assert all(is_plain_linear(m) for m in model.model.layers[0].modules() if isinstance(m, torch.nn.Linear))
 
 
-@pytest.mark.large
+@pytest.mark.huge
 def test_a_layer_of_more_than_2_to_the_31_elements():
     """On the CPU, in bfloat16, with few heads and an attention that gives each token its own value."""
     AttentionInterface.register("own value", lambda module, q, k, v, mask, **kwargs: (v.transpose(1, 2), None))
