@@ -52,8 +52,8 @@ def transient_memory(content: dict[str, Any]) -> Iterator[str]:
         if not key.startswith("layer")
     ]
     yield (
-        'Matrix products of a step without attention, of plain checkpointing\'s. Not for scope "layer": which products '
-        "nobody reads is found out on values, which fake tensors do not have; tests/test_parity.py counts those of real steps.\n"
+        'Matrix products of a step without attention, of plain checkpointing\'s; those of scope "layer" are counted on real '
+        "steps (tests/test_parity.py), as fake tensors have no values to show which of them nobody reads.\n"
     )
     yield table(["", *models], flops)
     offloaded = [
