@@ -18,6 +18,7 @@ from ds_minis.config import MiniSequenceConfig
 from ds_minis.ranks import is_main_process, num_local_ranks
 from ds_minis.tiling.host_memory import available_host_bytes, host_bytes_needed
 from ds_minis.tiling.offload import HostStore
+from ds_minis.tiling.recompute import has_values
 
 if TYPE_CHECKING:
     from ds_minis.tiling.layer_node import LayerNode
@@ -92,7 +93,7 @@ class Checkpoints:
         Raises:
             ValueError: there is not so much.
         """
-        if x.nbytes <= self._stated:
+        if x.nbytes <= self._stated or not has_values(x):
             return
         layers = math.ceil(self.num_layers / self._config.checkpoint_every)
         need = host_bytes_needed(layers, *x.shape, x.dtype)

@@ -74,14 +74,14 @@ def _run(function: Callable[..., Any], *args: Any) -> Any:
 
 @outside_of_graphs
 def _found_out(layer: TiledLayer, forward: Callable[..., Any], call: LayerCall) -> Finding:
-    """Examined once for each mode, dtype and way of calling; a hook on a part may come and go."""
+    """Examined once for each structure, mode, dtype and way of calling; a hook on a part may come and go."""
     passing, with_grads = passing_state(layer), torch.is_grad_enabled() or layer.training
     reason = call.reason or passing or engine_inside(layer) or compiled_inside(layer)
     if reason:
         _tell(layer, ("call", reason), Finding(reason))
         return Finding(reason)
     autocast = AutocastState(call.hidden.device).dtype()
-    key = layer.training, with_grads, call.hidden.dtype, autocast, call.key
+    key = with_grads, call.hidden.dtype, autocast, call.key, _structure(layer)
     if key not in layer.mini_sequence_verdicts:
         require_weights(layer)
         chunking, rows = layer.mini_sequence_chunking, call.hidden.shape[:2].numel()
@@ -91,6 +91,18 @@ def _found_out(layer: TiledLayer, forward: Callable[..., Any], call: LayerCall) 
             return Finding("its weights are such that nothing shows")
         _tell(layer, key, finding)
     return layer.mini_sequence_verdicts[key]
+
+
+def _structure(layer: TiledLayer) -> tuple:
+    """What parts a layer has and what they are set to: adapters may be added, switched and merged after it was examined."""
+    return tuple((type(part), *filter(None, map(_setting, part.__dict__.items()))) for part in layer.modules())
+
+
+def _setting(item: tuple[str, Any]) -> tuple | None:
+    name, value = item
+    if name.startswith("mini_sequence_") or not isinstance(value, bool | str | list):
+        return None
+    return name, tuple(v for v in value if isinstance(v, str)) if isinstance(value, list) else value
 
 
 def _tell(layer: TiledLayer, key: tuple, finding: Finding) -> None:
@@ -107,10 +119,10 @@ def _runs_whole(layer: TiledLayer, call: LayerCall) -> bool:
 
 
 def _chunk_tokens(layer: TiledLayer, call: LayerCall) -> int:
-    """Tokens of each sequence in a chunk."""
+    """Tokens of each sequence in a chunk; two at least, as models take a single one for a step of a generation."""
     batch, num_tokens, width = call.hidden.shape
     rows = layer.mini_sequence_chunking.module_rows(batch * num_tokens, width, _experts_per_choice(layer))
-    return max(1, rows // batch)
+    return max(2, rows // batch)
 
 
 def _experts_per_choice(layer: nn.Module) -> float:
@@ -125,7 +137,9 @@ def _experts_per_choice(layer: nn.Module) -> float:
 def _forward_by_tokens(layer: TiledLayer, forward: Callable[..., Any], call: LayerCall, finding: Finding) -> Tensor:
     require_weights(layer)
     chunking, x, chunk = layer.mini_sequence_chunking, call.hidden, _chunk_tokens(layer, call)
-    bounds = [(i, min(i + chunk, x.shape[1])) for i in range(0, x.shape[1], chunk)]
+    num_tokens = x.shape[1]
+    starts = [i for i in range(0, num_tokens, chunk) if i == 0 or num_tokens - i > 1]
+    bounds = list(zip(starts, [*starts[1:], num_tokens], strict=True))
     source, depth = chunking.checkpoints.source(layer, x) if torch.is_grad_enabled() else (None, 0)
     passes = LayerPasses(layer, forward, call, bounds, chunking)
     node = LayerNode(layer, passes, finding.unread, finding.groups, source)

@@ -56,7 +56,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
-        with torch.autocast(grad.device.type, enabled=False):  # the operands are cast; the float32 sum must not be
+        with _without_autocast(grad.device.type):  # the operands are cast; the float32 sum must not be
             grad_2d, grad_weight = grad.flatten(0, -2), None
             if ctx.add is not None:
                 ctx.add(grad_2d, x.flatten(0, -2))
@@ -64,6 +64,12 @@ class _Linear(torch.autograd.Function):
                 grad_weight = grad_2d.t() @ x.flatten(0, -2)
             grad_x = (grad_2d @ weight).view(x.shape) if need_x else None
             return grad_x, grad_weight, grad_2d.sum(0) if need_bias else None, None, None, None
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    if not torch.amp.is_autocast_available(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
