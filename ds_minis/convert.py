@@ -16,7 +16,7 @@ from ds_minis.detect import Candidate, find_candidates, find_hidden_size, find_m
 from ds_minis.doors import BY_RUN, Request, agreed
 from ds_minis.ranks import is_main_process
 from ds_minis.tiling.chunking import Chunking
-from ds_minis.tiling.layer import TiledLayer
+from ds_minis.tiling.layer import TiledLayer, why_one_call
 from ds_minis.tiling.loss import attach_loss_tiling, detach_loss_tiling, loss_is_attached, why_loss_is_bypassed
 from ds_minis.tiling.module import TiledModule
 from ds_minis.tiling.swap import Tiled, tile, untile, untiled_class, why_whole
@@ -39,6 +39,7 @@ class ConversionReport:
         layers: qualified name -> class name, of every decoder layer that is tiled as a whole.
         tiled: qualified name -> class name, of every tiled module; those of a layer are used where that is not tiled.
         untiled: qualified name -> (class name, reason), of every other part of the decoder stack.
+        one_call: qualified name -> reason, of every such layer that attends to all heads at once in spite of `head_groups`.
         loss: what became of the LM head and the loss, in words.
     """
 
@@ -48,6 +49,7 @@ class ConversionReport:
     untiled: Mapping[str, tuple[str, str]]
     loss: str
     layers: Mapping[str, str] = field(default_factory=dict)
+    one_call: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         inside = {fqn for fqn in self.tiled if any(fqn.startswith(f"{layer}.") for layer in self.layers)}
@@ -57,6 +59,8 @@ class ConversionReport:
         lines += [f"  tiled as a whole: {count} x {name}" for name, count in Counter(self.layers.values()).items()]
         lines += [f"  tiled: {count} x {name}" for name, count in outside.items()]
         lines += [f"  tiled where their layer is not: {count} x {name}" for name, count in spare.items()]
+        one_call = Counter((self.layers[fqn], reason) for fqn, reason in self.one_call.items() if fqn in self.layers)
+        lines += [f"  attention in one call: {count} x {name} ({reason})" for (name, reason), count in one_call.items()]
         for (name, reason), count in Counter(self.untiled.values()).items():
             lines.append(f"  not tiled: {count} x {name} ({reason})")
         return "\n".join([*lines, f"  loss: {self.loss}"])
@@ -172,6 +176,8 @@ def _with_verdicts(report: ConversionReport, model: nn.Module) -> ConversionRepo
     """The report, with what was found out about modules at their first calls."""
     modules = [module for module in model.modules() if isinstance(module, Tiled)]
     wrong = {m.mini_sequence_name: why_whole(m) for m in modules if why_whole(m)}
+    one_call = {m.mini_sequence_name: why_one_call(m) for m in modules if why_one_call(m)}
+    report = dataclasses.replace(report, one_call=one_call)
     if not wrong:
         return report
     names = {**report.layers, **report.tiled}

@@ -1,5 +1,7 @@
 """Skips, with the reason, what this machine cannot run; and what several tests look at."""
 
+import os
+
 import psutil
 import pytest
 import torch
@@ -15,6 +17,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "large" in item.keywords and available < LARGE_GIB:
             item.add_marker(pytest.mark.skip(reason=f"needs {LARGE_GIB} GiB of memory, {available:.0f} are free"))
+        if "huge" in item.keywords and not os.environ.get("DS_MINIS_HUGE"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes and 20 GiB; DS_MINIS_HUGE=1 runs it"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 

@@ -35,6 +35,7 @@ class Case:
         uneven: sequences of rank 0 that fit into one chunk, and long ones on rank 1.
         clip: the norm that gradients are clipped to; 0 for none.
         dropout: its probability, in the MLPs or (with `lora`) in the adapters.
+        head_groups, checkpoints, every: `head_groups`, `offload` ("cpu" or "") and `checkpoint_every` of the tiled layers.
         seeds: train that often, with other random numbers each time.
     """
 
@@ -55,6 +56,9 @@ class Case:
     uneven: bool = False
     clip: float = 0.0
     dropout: float = 0.0
+    head_groups: int | str = 1
+    checkpoints: str = ""
+    every: int = 1
     seeds: int = 0
 
     @property
@@ -77,7 +81,8 @@ def micro_batch(case: Case, rank: int, step: int, micro: int) -> dict:
 
 def mini_sequence(case: Case, rank: int) -> dict:
     chunks = {key: size * COPIES if case.dropout else size for key, size in CHUNKS[rank].items()}
-    return {"scope": case.scope, **chunks}
+    layers = {"head_groups": case.head_groups, "offload": case.checkpoints or None, "checkpoint_every": case.every}
+    return {"scope": case.scope, **chunks, **layers}
 
 
 def make_model(case: Case, seed: int | None = None):

@@ -23,6 +23,21 @@ CELLS = [  # every row and every column of the matrix, and what once was wrong u
     ("ZeRO-3, all offloaded", "gradient clipping"),
     ("ZeRO-0", "gradient clipping"),
 ]
+SETTINGS = {
+    "head groups and host memory, ZeRO-3": Case(zero_stage=3, head_groups="auto", checkpoints="cpu", uneven=True),
+    "head groups and host memory, FSDP2, LoRA": Case(engine="fsdp2", lora=True, head_groups="auto", checkpoints="cpu"),
+    "head groups, FSDP1": Case(engine="fsdp1", head_groups="auto", checkpoints="cpu"),
+    "head groups, flat FSDP1": Case(engine="fsdp1_flat", head_groups=2),
+    "all, DDP": Case(engine="ddp", head_groups="auto", checkpoints="cpu", every=2, uneven=True),
+    "every second, ZeRO-2": Case(zero_stage=2, every=2, lora=True),
+}
+# Engines that hold the weights of one layer at a time.
+EVERY_REFUSED = {
+    "ZeRO-3": Case(zero_stage=3, every=2),
+    "FSDP2": Case(engine="fsdp2", every=2),
+    "FSDP1": Case(engine="fsdp1", every=2, lora=True),
+    "flat FSDP1": Case(engine="fsdp1_flat", every=2),
+}
 PEFT_POLICY = Case(engine="fsdp1_peft", lora=True)
 CASES = {
     **{f"{row}: {column}": cell(row, column) for row, column in dict.fromkeys(CELLS)},
@@ -40,6 +55,7 @@ CASES = {
     "what TRL makes of ZeRO-3 with PEFT": Case(zero_stage=3, lora=True, reentrant=True),
     "what the Trainer makes of FSDP1 with PEFT": Case(engine="fsdp1_trainer", lora=True, lora_head=True, uneven=True),
     "accumulation and a rank that is masked": Case(zero_stage=3, masked_rank=0),
+    **SETTINGS,
     "LoRA dropout": Case(engine="ddp", lora=True, dropout=0.1, accumulation=1, seeds=24),
 }
 REFUSED = ["FSDP1, use_orig_params=False: LoRA"]
@@ -49,7 +65,10 @@ REFUSED = ["FSDP1, use_orig_params=False: LoRA"]
 def results() -> dict[str, dict]:
     """What every case came to, from as few launches as can be (most of a launch's time are imports)."""
     return run_cases(
-        sorted([*CASES.values(), PEFT_POLICY], key=lambda case: (case.engine.startswith("fsdp1_"), case.lora))
+        sorted(
+            [*CASES.values(), PEFT_POLICY, *EVERY_REFUSED.values()],
+            key=lambda case: (case.engine.startswith("fsdp1_"), case.lora),
+        )
     )
 
 
@@ -70,6 +89,14 @@ def test_adapters_that_fsdp1_wraps_one_by_one_are_refused_with_the_reason(result
     assert result["converted"]["ranks_with_error"] == RANKS
     assert "FullyShardedDataParallel was applied to gate_proj.lora_A.default" in result["converted"]["error"]
     assert "use_orig_params=True" in result["converted"]["error"]
+
+
+@pytest.mark.parametrize("name", EVERY_REFUSED)
+def test_engines_that_gather_layer_by_layer_refuse_to_compute_several_at_once(results, name):
+    result = results[EVERY_REFUSED[name].name]
+    assert all(loss == loss for loss in result["plain"]["losses"])
+    assert result["converted"]["ranks_with_error"] == RANKS
+    assert '"checkpoint_every": backward computes several layers at once' in result["converted"]["error"]
 
 
 def test_training_changed_the_parameters(results):

@@ -52,6 +52,15 @@ class AttentionRequest:
         """Whether the tensor itself is among the arguments (a parameter, such as attention sinks)."""
         return any(value is tensor for value in (*self.args, *self.kwargs.values()))
 
+    def per_head(self, num_heads: int) -> str:
+        """The name of an argument that has a part for each head: a mask `(B, N, S, S)`, sinks `(N,)`; empty if none has."""
+        for name, value in (*enumerate(self.args), *self.kwargs.items()):
+            if isinstance(value, Tensor):
+                each = value.shape[1] if value.dim() == 4 else value.shape[0] if value.dim() == 1 else 1
+                if each > 1 and (value.dim() == 4 or each == num_heads):
+                    return repr(name)
+        return ""
+
     def run(self, tensors: Sequence[Tensor]) -> Tensor:
         """The attention's output for these queries, keys and values, `(B, T, N, E)`."""
         return self.function(self.module, *tensors, *self.args, **self.kwargs)[0]

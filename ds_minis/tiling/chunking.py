@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -30,6 +31,7 @@ class Chunking:
         hidden_size: width of the model's hidden states, in elements; what one token is for `chunk_size`.
         suspended: True while the model runs a forward pass that must equal the unconverted model's to the bit.
         checkpoints: the inputs of its tiled layers.
+        unread: what was found out about layers, by the names of their parts (`ds_minis.tiling.layer_verify`).
         passes: what the end of each forward pass in progress must undo (`ds_minis.tiling.loss`).
     """
 
@@ -37,6 +39,7 @@ class Chunking:
     hidden_size: int
     suspended: bool = False
     checkpoints: Checkpoints = field(default=None, repr=False, compare=False)
+    unread: dict[tuple, Any] = field(default_factory=dict, repr=False, compare=False)
     passes: list[contextlib.ExitStack] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self):

@@ -18,7 +18,7 @@ from ds_minis.tiling.layer_verify import Finding, examine
 from ds_minis.tiling.module import engine_inside, passing_state, require_weights
 from ds_minis.tiling.recompute import AutocastState
 from ds_minis.tiling.rows import run_call
-from ds_minis.tiling.swap import Tiled, tell_whole
+from ds_minis.tiling.swap import Tiled, tell
 
 _CHECKPOINT = "_gradient_checkpointing_func"
 
@@ -62,6 +62,12 @@ class TiledLayer(Tiled):
         self.__dict__[_CHECKPOINT] = value
 
 
+def why_one_call(layer: nn.Module) -> str:
+    """Why a layer attends to all heads at once where groups were asked for; empty if it does not, or they were not."""
+    verdicts = layer.mini_sequence_verdicts.values() if isinstance(layer, TiledLayer) else ()
+    return next((finding.one_call for finding in verdicts if finding.one_call), "")
+
+
 def _run(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
@@ -91,7 +97,7 @@ def _tell(layer: TiledLayer, key: tuple, finding: Finding) -> None:
     if key not in layer.mini_sequence_verdicts:
         layer.mini_sequence_verdicts[key] = finding
         if finding.reason:
-            tell_whole(layer, finding.reason)
+            tell(layer, "is run as a whole", finding.reason)
 
 
 def _runs_whole(layer: TiledLayer, call: LayerCall) -> bool:

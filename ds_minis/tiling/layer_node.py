@@ -26,6 +26,7 @@ from ds_minis.tiling.linears import chunk_forwards
 from ds_minis.tiling.recompute import forwards_set
 from ds_minis.tiling.reuse import is_ours_alone
 from ds_minis.tiling.rows import Call, ParameterSlots, put
+from ds_minis.tiling.swap import tell
 
 Attend = Callable[[AttentionRequest, Sequence[Tensor]], Tensor]
 
@@ -97,6 +98,15 @@ class LayerNode(Call):
         for group in range(self._groups.count):
             with self._groups.cut(group):
                 request, heads = self._passes.before(x)
+            name = request.per_head(heads[0].shape[1] * self._groups.count)
+            if name:
+                tell(
+                    self._module,
+                    "attends to all heads at once",
+                    f"its attention's argument {name} has a part for each head",
+                )
+                self._groups = None
+                return self._attended(x)
             with self._passes.attending(group):
                 part = self._attend(request, heads)
             if out is None:

@@ -38,6 +38,11 @@ class Unread:
     def output_forwards(self) -> dict[nn.Module, Callable]:
         return {module: self._without_output(width, dtype) for module, width, dtype in self.outputs}
 
+    def renamed(self, of: Callable[[Any], Any]) -> Unread:
+        """The same with `of(module)` for each module."""
+        outputs = tuple((of(module), width, dtype) for module, width, dtype in self.outputs)
+        return Unread(outputs, tuple(map(of, self.values_before)), tuple(map(of, self.values_after)), self.value)
+
     def _without_output(self, width: int, dtype: torch.dtype) -> Callable[..., Tensor]:
         def forward(input, *args, **kwargs):
             return input.new_full((), self.value, dtype=dtype).expand(*input.shape[:-1], width)

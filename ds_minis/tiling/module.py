@@ -14,7 +14,7 @@ from ds_minis.tiling.compiling import outside_of_graphs
 from ds_minis.tiling.hooks import foreign_hook
 from ds_minis.tiling.recompute import has_values
 from ds_minis.tiling.rows import runs_whole, tile_rows
-from ds_minis.tiling.swap import Tiled, tell_whole
+from ds_minis.tiling.swap import Tiled, tell
 from ds_minis.tiling.verify import why_not_token_wise
 
 _FSDP = {"FSDPModule": "fully_shard", "FullyShardedDataParallel": "FullyShardedDataParallel"}
@@ -72,7 +72,7 @@ def _is_token_wise(module: TiledModule, forward: Callable[..., Any], call: RowCa
             return False
     verdicts[key] = reason
     if reason:
-        tell_whole(module, reason)
+        tell(module, "is run as a whole", reason)
     return not reason
 
 

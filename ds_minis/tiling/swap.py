@@ -85,15 +85,15 @@ def why_whole(module: Tiled) -> str:
     return next(filter(None, (getattr(v, "reason", v) for v in module.mini_sequence_verdicts.values())), "")
 
 
-def tell_whole(module: Tiled, reason: str) -> None:
-    """Says, once, why a module is run as a whole."""
+def tell(module: Tiled, what: str, reason: str) -> None:
+    """Says, once for each class, what a module does otherwise than it was asked to, and why."""
     name = untiled_class(type(module)).__name__
-    if (name, reason) not in _told and is_main_process():
-        _told.add((name, reason))
-        logger.warning("%s is run as a whole: %s", name, reason)
+    if (name, what, reason) not in _told and is_main_process():
+        _told.add((name, what, reason))
+        logger.warning("%s %s: %s", name, what, reason)
 
 
-_told: set[tuple[str, str]] = set()
+_told: set[tuple[str, str, str]] = set()
 
 
 def replaced_forward(module: nn.Module) -> str:
