@@ -177,7 +177,8 @@ def _with_verdicts(report: ConversionReport, model: nn.Module) -> ConversionRepo
     modules = [module for module in model.modules() if isinstance(module, Tiled)]
     wrong = {m.mini_sequence_name: why_whole(m) for m in modules if why_whole(m)}
     one_call = {m.mini_sequence_name: why_one_call(m) for m in modules if why_one_call(m)}
-    report = dataclasses.replace(report, one_call=one_call)
+    if one_call:
+        report = dataclasses.replace(report, one_call=one_call)
     if not wrong:
         return report
     names = {**report.layers, **report.tiled}

@@ -279,6 +279,21 @@ def test_dropout_has_the_same_masks_in_backward(kind):
     assert model(**inputs).loss == model(**inputs).loss
 
 
+def test_an_evaluation_between_forward_and_backward_changes_nothing():
+    model = convert_to_mini_sequence(add_lora(build("llama", attention_dropout=0.3), lora_dropout=0.3), CHUNKS)
+    found = []
+    for between in (model.train, model.eval):
+        model.train().zero_grad()
+        torch.manual_seed(5)
+        loss = model(**batch(23)).loss
+        between()
+        loss.backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+    assert not model.training
+    assert_same_tensors(*found)
+    assert_layers(model)
+
+
 def test_without_dropout_no_random_number_is_drawn():
     model, _ = converted_pair("llama")
     model(**batch(23))

@@ -455,13 +455,17 @@ def test_inputs_are_gone_after_backward(batch_size, checkpointing, scope):
         seen.append((type(module).__name__, weakref.ref((*args, *kwargs.values())[0])))
 
     loss_and_grads(model, batch(23, batch_size=batch_size))
-    for module in model.modules():
-        if isinstance(module, TiledModule | TiledLayer):
-            module.register_forward_pre_hook(watch, with_kwargs=True)
+    layers = [m for m in model.modules() if isinstance(m, TiledLayer)]
+    parts = {
+        part for layer in layers for part in layer.modules()
+    }  # hooks on them would keep their layer from being tiled
+    for module in [*layers, *(m for m in model.modules() if isinstance(m, TiledModule) and m not in parts)]:
+        module.register_forward_pre_hook(watch, with_kwargs=True)
     loss = model(**batch(23, batch_size=batch_size)).loss
     loss.backward()
     gc.collect()
     assert {name for name, _ in seen} >= LLAMA_CALLS[scope].keys() - {"Linear"}
+    assert count_layers(model) == len(layers) == LLAMA_CALLS[scope].get("LlamaDecoderLayer", 0)
     assert not [name for name, ref in seen if ref() is not None]
     assert loss.grad_fn is not None
 

@@ -178,7 +178,8 @@ class _Examination:
 
         nan, known = float("nan"), self._chunking.unread
         parts = dict(self._layer.named_modules())
-        kind = tuple((name, type(part)) for name, part in parts.items())
+        # By name: a tiled class is made at run time, and could not be pickled with the model.
+        kind = tuple((name, type(part).__module__, type(part).__qualname__) for name, part in parts.items())
         if kind in known:
             found = known[kind].renamed(parts.__getitem__)
             if not matters(dataclasses.replace(found, value=nan)):
