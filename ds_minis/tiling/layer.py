@@ -95,7 +95,8 @@ def _found_out(layer: TiledLayer, forward: Callable[..., Any], call: LayerCall) 
 
 def _structure(layer: TiledLayer) -> tuple:
     """What parts a layer has and what they are set to: adapters may be added, switched and merged after it was examined."""
-    return tuple((type(part), *filter(None, map(_setting, part.__dict__.items()))) for part in layer.modules())
+    # Names of classes, as those made at run time cannot be pickled with a model.
+    return tuple((repr(type(part)), *filter(None, map(_setting, part.__dict__.items()))) for part in layer.modules())
 
 
 def _setting(item: tuple[str, Any]) -> tuple | None:
