@@ -13,6 +13,7 @@ import argparse
 import copy
 import json
 import os
+import re
 import selectors
 import signal
 import sys
@@ -110,6 +111,7 @@ def examine(architecture: str) -> dict[str, Any]:
         "router_error": result.router_error,
         "logits_held": result.logits_held,
         "layers": dict(Counter(report.layers.values())) if report else {},
+        "layers_left": [[*what, n] for what, n in Counter(_layers_left(report)).items()] if report else [],
         "tiled": dict(Counter(report.tiled.values())) if report else {},
         "untiled": [[*what, count] for what, count in Counter(_parts(report)).items()] if report else [],
         "loss": report.loss if report else "",
@@ -122,6 +124,13 @@ def _parts(report: ConversionReport) -> Iterator[tuple[str, str, str]]:
     """Class, reason and name in its layer of what was left alone."""
     for fqn, (class_name, reason) in report.untiled.items():
         yield class_name, reason, next(part for part in reversed(fqn.split(".")) if not part.isdigit())
+
+
+def _layers_left(report: ConversionReport) -> Iterator[tuple[str, str]]:
+    """Class and reason of decoder layers that are not tiled as a whole."""
+    for fqn, what in report.untiled.items():
+        if re.search(r"(^|[._])(layers?|blocks?|h)\.\d+$", fqn) and "encodes images" not in what[1]:
+            yield what
 
 
 def warm_up() -> None:

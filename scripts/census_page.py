@@ -69,19 +69,26 @@ def _totals(title: str, results: Results) -> dict[str, str]:
         "run": str(len(runs)),
         "exact": f"{sum(bool(r.get('exact')) for r in runs)} of {len(runs)}",
         "of them also with checkpointing": str(sum(bool(r.get("exact")) for r in checkpointed)),
+        "with whole layers tiled": f"{sum(_has_whole_layers(r) for r in runs)} of {len(runs)}",
         "full logits never held": f"{sum(not r.get('logits_held', True) for r in runs)} of {len(runs)}",
         "router outputs equal": f"{sum(bool(r.get('exact')) for r in routers)} of {len(routers)}",
     }
 
 
-_TABLE_HEAD = """| model type | exact | with checkpointing | feed-forward tiled | norms tiled | loss | routers |
-|---|---|---|---|---|---|---|
-"""
+def _has_whole_layers(result: Mapping[str, Any]) -> bool:
+    return bool(result.get("layers")) or any("output_capturing" in e[1] for e in result.get("layers_left", []))
+
+
+_COLUMNS = (
+    *("model type", "exact", "with checkpointing", "whole layers tiled"),
+    *("feed-forward tiled", "norms tiled", "loss", "routers"),
+)
+_TABLE_HEAD = f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}\n"
 
 
 def _row(name: str, result: Mapping[str, Any]) -> str:
     if "crash" in result:
-        return f"| `{name}` | **no**: {_short(result['crash'])} | | | | | |"
+        return f"| `{name}` | **no**: {_short(result['crash'])} | | | | | | |"
     exact = f"yes, {result['grad_error']:.0e}" if result["exact"] else f"**no**, {result['grad_error']:.0e}"
     checkpointing, router = result["checkpointing_error"], result["router_error"]
     norms = str(sum(count for cls, count in result["tiled"].items() if _is_norm(cls)))
@@ -90,7 +97,7 @@ def _row(name: str, result: Mapping[str, Any]) -> str:
     cells = [
         *(f"`{name}`", exact),
         _number(checkpointing) if checkpointing is not None else _no_checkpointing(result),
-        *(_feed_forward(result), norms),
+        *(_layers(result), _feed_forward(result), norms),
         _loss(result),
         "" if router is None else _number(router),
     ]
@@ -104,6 +111,20 @@ def _number(error: float) -> str:
 def _no_checkpointing(result: Mapping[str, Any]) -> str:
     wrong = any(note.startswith("gradient checkpointing") for note in result["notes"])
     return "wrong in plain transformers" if wrong else "none in transformers"
+
+
+def _layers(result: Mapping[str, Any]) -> str:
+    """`2 of 2`, and why not where it is fewer."""
+    tiled, left = sum(result["layers"].values()), result["layers_left"]
+    reasons = "; ".join(dict.fromkeys(f"`{cls}`: {_short(_in_short(reason))}" for cls, reason, _ in left))
+    count = f"{tiled} of {tiled + sum(entry[-1] for entry in left)}"
+    return f"{count}; {reasons}" if reasons else count
+
+
+def _in_short(reason: str) -> str:
+    """Routers' outputs are asked for here, of all mixtures of experts."""
+    asked = "output_capturing_hook" in reason
+    return "tiled where router outputs are not asked for" if asked else reason.removeprefix("as a whole: ")
 
 
 def _feed_forward(result: Mapping[str, Any]) -> str:
