@@ -115,7 +115,7 @@ def _no_checkpointing(result: Mapping[str, Any]) -> str:
 
 def _layers(result: Mapping[str, Any]) -> str:
     """`2 of 2`, and why not where it is fewer."""
-    tiled, left = sum(result["layers"].values()), result["layers_left"]
+    tiled, left = sum(result.get("layers", {}).values()), result.get("layers_left", [])
     reasons = "; ".join(dict.fromkeys(f"`{cls}`: {_short(_in_short(reason))}" for cls, reason, _ in left))
     count = f"{tiled} of {tiled + sum(entry[-1] for entry in left)}"
     return f"{count}; {reasons}" if reasons else count
