@@ -74,14 +74,14 @@ def _run(function: Callable[..., Any], *args: Any) -> Any:
 
 @outside_of_graphs
 def _found_out(layer: TiledLayer, forward: Callable[..., Any], call: LayerCall) -> Finding:
-    """Examined once for each mode, dtype and way of calling; a hook on a part may come and go."""
+    """Examined once for each mode, dtype, way of calling and make-up; a hook on a part may come and go."""
     passing, with_grads = passing_state(layer), torch.is_grad_enabled() or layer.training
     reason = call.reason or passing or engine_inside(layer) or compiled_inside(layer)
     if reason:
         _tell(layer, ("call", reason), Finding(reason))
         return Finding(reason)
     autocast = AutocastState(call.hidden.device).dtype()
-    key = layer.training, with_grads, call.hidden.dtype, autocast, call.key
+    key = layer.training, with_grads, call.hidden.dtype, autocast, call.key, _make_up(layer)
     if key not in layer.mini_sequence_verdicts:
         require_weights(layer)
         chunking, rows = layer.mini_sequence_chunking, call.hidden.shape[:2].numel()
@@ -91,6 +91,27 @@ def _found_out(layer: TiledLayer, forward: Callable[..., Any], call: LayerCall) 
             return Finding("its weights are such that nothing shows")
         _tell(layer, key, finding)
     return layer.mini_sequence_verdicts[key]
+
+
+def _make_up(layer: nn.Module) -> tuple:
+    """What a layer's parts are, what is trained of them and what is switched on.
+
+    An adapter that is added, enabled or unmerged later may read what nobody read before. Names and no types: a copy or a
+    pickle of the layer has this among its verdicts' keys.
+    """
+    return tuple(
+        (name, type(part).__module__, type(part).__qualname__, _switches(part)) for name, part in layer.named_modules()
+    )
+
+
+def _switches(part: nn.Module) -> tuple[bool, ...]:
+    """Which tensors require a gradient; flags; and which lists have anything in them (PEFT's of merged adapters)."""
+    return tuple(
+        value.requires_grad if isinstance(value, Tensor) else bool(value)
+        for holder in (part._parameters, part.__dict__)
+        for name, value in holder.items()
+        if isinstance(value, Tensor) or (type(value) in (bool, list) and not name.startswith("ds_"))
+    )
 
 
 def _tell(layer: TiledLayer, key: tuple, finding: Finding) -> None:

@@ -1,0 +1,110 @@
+"""Whole layers: what changes after the first call, what others do beside a step."""
+
+import sys
+import threading
+
+import pytest
+import torch
+from models import assert_same_training, batch, build, count_layers, twins
+
+from ds_minis import convert_to_mini_sequence, mini_sequence_report
+
+CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
+PARTS = ["k_proj", "v_proj", "down_proj"]
+
+
+def with_adapter(model, kind: str):
+    from peft import IA3Config, LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    if kind == "IA3":
+        config = IA3Config(target_modules=PARTS, feedforward_modules=["down_proj"], init_ia3_weights=False)
+    else:
+        config = LoraConfig(r=4, use_dora=kind == "DoRA", target_modules=PARTS, init_lora_weights=False)
+    return get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("settings", [{}, {"head_groups": 2}], ids=["", "head groups"])
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA", "IA3"])
+@pytest.mark.parametrize("before", ["none", "disabled", "merged"])
+def test_an_adapter_that_is_there_after_the_first_call_alone(before, kind, settings):
+    """DoRA's and IA3's gradients depend on results of projections that nobody reads without them."""
+    model, reference = twins("llama")
+    if before != "none":
+        model, reference = (with_adapter(m, kind) for m in (model, reference))
+    convert_to_mini_sequence(model, CHUNKS | settings)
+    if before == "none":
+        assert_same_training(model, reference, batch(23))
+        model, reference = (with_adapter(m, kind) for m in (model, reference))
+    elif before == "disabled":
+        with model.disable_adapter(), torch.no_grad():  # as a preference loss runs its reference
+            model(**batch(23))
+    else:
+        model.merge_adapter()
+        with torch.no_grad():
+            model(**batch(23))
+        model.unmerge_adapter()
+    assert_same_training(model, reference, batch(23), rtol=1e-5 if before != "merged" else 1e-4)
+    assert count_layers(model) == 2
+
+
+def test_another_model_in_another_thread():
+    """Whatever a thread runs, it must get the attention of its own model."""
+    model, _ = twins("llama")
+    convert_to_mini_sequence(model, CHUNKS)
+    other, plain = build("llama", seed=3), build("llama", seed=3)
+    convert_to_mini_sequence(other, CHUNKS)
+    models = {"tiled": model, "tiled too": other, "plain": plain}
+    expected = {name: m(**batch(23)).loss.item() for name, m in models.items()}
+    seen: dict[str, list] = {name: [] for name in models}
+
+    def train(name: str) -> None:
+        for _ in range(15):
+            try:
+                loss = models[name](**batch(23)).loss
+                loss.backward()
+                seen[name].append(loss.item())
+            except BaseException as error:
+                seen[name].append(repr(error))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=train, args=(name,)) for name in models]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    for name in models:
+        assert seen[name] == pytest.approx([expected[name]] * 15, rel=1e-5), name
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    assert "get_interface" not in vars(ALL_ATTENTION_FUNCTIONS)
+
+
+@pytest.mark.parametrize("part", ["mlp", "self_attn", "self_attn.q_proj", "input_layernorm"])
+def test_backward_hooks_on_a_part_see_all_tokens(part):
+    model, reference = twins("llama")
+    convert_to_mini_sequence(model, CHUNKS)
+    assert_same_training(model, reference, batch(23))  # found out without hooks
+    shapes: dict[str, list] = {"tiled": [], "plain": []}
+    for name, m in (("tiled", model), ("plain", reference)):
+
+        def hook(module, grad_inputs, grad_outputs, name=name):
+            shapes[name].append(grad_outputs[0].shape)
+            return tuple(g if g is None else g / (1 + g.norm()) for g in grad_inputs)
+
+        m.model.layers[0].get_submodule(part).register_full_backward_hook(hook)
+    assert_same_training(model, reference, batch(23))
+    assert shapes["tiled"] == shapes["plain"] == [(2, 23, 32)]
+    assert any("has the hook" in reason for _, reason in mini_sequence_report(model).untiled.values())
+
+
+def test_no_cache_is_said_where_it_was_given_by_position():
+    model, reference = twins("llama")
+    convert_to_mini_sequence(model, CHUNKS)
+    inputs = batch(23)
+    args = inputs["input_ids"], inputs["attention_mask"], None, None, None, inputs["labels"], None
+    torch.testing.assert_close(model(*args).loss, reference(*args).loss)
