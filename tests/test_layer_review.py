@@ -1,11 +1,15 @@
 """Whole layers: what changes after the first call, what others do beside a step."""
 
+import copy
+import math
 import sys
 import threading
 
 import pytest
 import torch
-from models import assert_same_training, batch, build, count_layers, twins
+from models import assert_same_training, batch, build, count_layers, loss_and_grads, twins
+from transformers import AutoModelForCausalLM, Qwen3NextConfig
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
 
@@ -108,3 +112,87 @@ def test_no_cache_is_said_where_it_was_given_by_position():
     inputs = batch(23)
     args = inputs["input_ids"], inputs["attention_mask"], None, None, None, inputs["labels"], None
     torch.testing.assert_close(model(*args).loss, reference(*args).loss)
+
+
+class ScaledByLength(LlamaAttention):
+    def forward(self, hidden_states, *args, **kwargs):
+        scaling = self.scaling
+        self.scaling = scaling * math.log(hidden_states.shape[1])
+        try:
+            return super().forward(hidden_states, *args, **kwargs)
+        finally:
+            self.scaling = scaling
+
+
+def test_a_setting_of_the_attention_that_depends_on_the_length():
+    model, reference = twins("llama")
+    for m in (model, reference):
+        for layer in m.model.layers:
+            layer.self_attn.__class__ = ScaledByLength
+    convert_to_mini_sequence(model, CHUNKS)
+    assert_same_training(model, reference, batch(23))
+    reasons = {reason for _, reason in mini_sequence_report(model).untiled.values()}
+    assert any("'scaling' depends on the number of tokens" in reason for reason in reasons), reasons
+
+
+class AllExpertsCalled(torch.nn.Module):
+    """A mixture that calls every expert, also with no token at all, and sends no token to one of them at first."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.experts = torch.nn.ModuleList(copy.deepcopy(mlp) for _ in range(3))
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1])
+        choice = (rows[:, 0] > 0).long() + (rows[:, 1] > 0).long()
+        choice = choice.clamp(max=1) if CLOSED else choice
+        y = torch.zeros_like(rows)
+        for i, expert in enumerate(self.experts):
+            chosen = (choice == i).nonzero().squeeze(1)
+            y = y.index_add(0, chosen, expert(rows[chosen]))
+        return y.view_as(x)
+
+
+CLOSED = True
+
+
+def test_an_expert_that_no_token_was_sent_to_at_first(monkeypatch):
+    model, reference = twins("llama")
+    for m in (model, reference):
+        for layer in m.model.layers:
+            layer.mlp = AllExpertsCalled(layer.mlp)
+    convert_to_mini_sequence(model, CHUNKS)
+    for closed in (True, False):
+        monkeypatch.setitem(globals(), "CLOSED", closed)
+        assert_same_training(model, reference, batch(23))
+    assert count_layers(model) == 2
+
+
+def test_a_projection_read_on_both_sides_of_the_attention_is_summed_in_float32():
+    """The gate of Qwen3-Next's attention is part of its queries' projection."""
+    config = Qwen3NextConfig(
+        vocab_size=131, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, layer_types=["full_attention"], mlp_only_layers=[0], initializer_range=0.2,
+    )  # fmt: skip
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    reference = AutoModelForCausalLM.from_config(config).train().bfloat16()
+    inputs, name = batch(512, batch_size=1), "model.layers.0.self_attn.q_proj.weight"
+    grads = []
+    for chunk_size in (1, 256):
+        model = copy.deepcopy(reference)
+        convert_to_mini_sequence(model, {"chunk_size": chunk_size})
+        grads.append(loss_and_grads(model, inputs)[1][name].float())
+        assert count_layers(model) == 1
+    assert (grads[0] - grads[1]).norm() < 0.008 * grads[1].norm()
+
+
+def test_weights_changed_before_a_layer_is_computed_once_more():
+    """Autograd looks at the weights alone whose gradients are asked for."""
+    model, _ = twins("llama")
+    convert_to_mini_sequence(model, CHUNKS | {"checkpoint_every": 2})
+    loss, (first, second) = model(**batch(23)).loss, model.model.layers
+    with torch.no_grad():
+        first.mlp.up_proj.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="weights of a LlamaDecoderLayer were changed in place"):
+        torch.autograd.grad(loss, [second.mlp.up_proj.weight])
