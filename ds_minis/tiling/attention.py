@@ -12,13 +12,14 @@ import dataclasses
 import functools
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-_REGISTRY = "ALL_ATTENTION_FUNCTIONS"
+_REGISTRY, _REPLACED = "ALL_ATTENTION_FUNCTIONS", "_mini_sequence_replaced"
 
 
 @dataclass(frozen=True)
@@ -70,30 +71,58 @@ class AttentionReached(Exception):
     """Ends a run of a layer at its attention."""
 
 
+class _Answers(threading.local):
+    """Who answers the attention of layers that this thread runs, innermost last."""
+
+    def __init__(self):
+        self.stack: list[Callable[[AttentionRequest], Tensor]] = []
+
+
+_answers = _Answers()
+_lock = threading.Lock()
+_num_answering = 0  # in all threads
+
+
 @contextlib.contextmanager
 def attention_answered_by(answer: Callable[[AttentionRequest], Tensor]) -> Iterator[None]:
-    """Inside, `answer` is given each call of an attention function, and gives its output."""
-    registry = getattr(sys.modules["transformers.modeling_utils"], _REGISTRY)
-    get_interface = registry.get_interface
-    before = registry.__dict__.get("get_interface")
-
-    def get_answering(*args, **kwargs):
-        function = get_interface(*args, **kwargs)
-
-        @functools.wraps(function)
-        def attention(*args, **kwargs):
-            return answer(AttentionRequest.of_call(function, args, kwargs)), None
-
-        return attention
-
-    registry.__dict__["get_interface"] = get_answering
+    """Inside, `answer` is given each call of an attention function in this thread, and gives its output."""
+    _set_answering(1)
+    _answers.stack.append(answer)
     try:
         yield
     finally:
-        if before is None:
-            del registry.__dict__["get_interface"]
-        else:
-            registry.__dict__["get_interface"] = before
+        _answers.stack.pop()
+        _set_answering(-1)
+
+
+def _set_answering(step: int) -> None:
+    """The lookup is replaced as long as some thread needs it, and asks each time which thread it is called in."""
+    global _num_answering
+    registry = getattr(sys.modules["transformers.modeling_utils"], _REGISTRY)
+    with _lock:
+        before, _num_answering = _num_answering, _num_answering + step
+        if before == 0:
+            registry.__dict__[_REPLACED] = registry.__dict__.get("get_interface")
+            registry.__dict__["get_interface"] = functools.partial(_answering, registry.get_interface)
+        elif _num_answering == 0:
+            own = registry.__dict__.pop(_REPLACED)
+            if own is None:
+                del registry.__dict__["get_interface"]
+            else:
+                registry.__dict__["get_interface"] = own
+
+
+def _answering(get_interface: Callable[..., Callable], *args, **kwargs) -> Callable:
+    function = get_interface(*args, **kwargs)
+    if not _answers.stack:
+        return function
+    answer = _answers.stack[-1]
+
+    @functools.wraps(function)
+    def attention(*args, **kwargs):
+        return answer(AttentionRequest.of_call(function, args, kwargs)), None
+
+    return attention
 
 
 def num_attentions(layer: nn.Module) -> int:

@@ -43,6 +43,7 @@ class GradientSums:
         """Adds `left_CV.t() @ right_CH` to the gradient of one leaf, without a further tensor of that size."""
         left_VC = left_CV.t()
         if self._sums[index] is not None:
+            self._sums[index] = self._sums[index].to(self._sum_dtype(left_CV))  # narrow where it was settled
             _add_product(self._sums[index], left_VC, right_CH)
         elif self._single or left_CV.dtype == self._sum_dtype(left_CV):
             self._sums[index] = left_VC @ right_CH

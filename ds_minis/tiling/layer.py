@@ -74,14 +74,14 @@ def _run(function: Callable[..., Any], *args: Any) -> Any:
 
 @outside_of_graphs
 def _found_out(layer: TiledLayer, forward: Callable[..., Any], call: LayerCall) -> Finding:
-    """Examined once for each structure, mode, dtype and way of calling; a hook on a part may come and go."""
+    """Examined once for each mode, dtype, way of calling and make-up; a hook on a part may come and go."""
     passing, with_grads = passing_state(layer), torch.is_grad_enabled() or layer.training
     reason = call.reason or passing or engine_inside(layer) or compiled_inside(layer)
     if reason:
         _tell(layer, ("call", reason), Finding(reason))
         return Finding(reason)
     autocast = AutocastState(call.hidden.device).dtype()
-    key = with_grads, call.hidden.dtype, autocast, call.key, _structure(layer)
+    key = layer.training, with_grads, call.hidden.dtype, autocast, call.key, _make_up(layer)
     if key not in layer.mini_sequence_verdicts:
         require_weights(layer)
         chunking, rows = layer.mini_sequence_chunking, call.hidden.shape[:2].numel()
@@ -93,17 +93,30 @@ def _found_out(layer: TiledLayer, forward: Callable[..., Any], call: LayerCall) 
     return layer.mini_sequence_verdicts[key]
 
 
-def _structure(layer: TiledLayer) -> tuple:
-    """What parts a layer has and what they are set to: adapters may be added, switched and merged after it was examined."""
-    # Names of classes, as those made at run time cannot be pickled with a model.
-    return tuple((repr(type(part)), *filter(None, map(_setting, part.__dict__.items()))) for part in layer.modules())
+def _make_up(layer: nn.Module) -> tuple:
+    """What a layer's parts are, what is trained of them and what is switched on.
+
+    An adapter that is added, enabled or unmerged later may read what nobody read before. Names and no types: a copy or a
+    pickle of the layer has this among its verdicts' keys.
+    """
+    return tuple(
+        (name, type(part).__module__, type(part).__qualname__, _switches(part)) for name, part in layer.named_modules()
+    )
 
 
-def _setting(item: tuple[str, Any]) -> tuple | None:
-    name, value = item
-    if name.startswith("mini_sequence_") or not isinstance(value, bool | str | list):
-        return None
-    return name, tuple(v for v in value if isinstance(v, str)) if isinstance(value, list) else value
+def _switches(part: nn.Module) -> tuple:
+    """Which tensors require a gradient; flags and texts; and the texts in lists (PEFT's active and merged adapters)."""
+    return tuple(
+        value.requires_grad if isinstance(value, Tensor) else _texts(value) if type(value) is list else value
+        for holder in (part._parameters, part.__dict__)
+        for name, value in holder.items()
+        if isinstance(value, Tensor)
+        or (type(value) in (bool, str, list) and not name.startswith(("ds_", "mini_sequence_")))
+    )
+
+
+def _texts(values: list) -> tuple[str, ...]:
+    return tuple(value for value in values if isinstance(value, str))
 
 
 def _tell(layer: TiledLayer, key: tuple, finding: Finding) -> None:

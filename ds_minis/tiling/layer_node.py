@@ -65,6 +65,7 @@ class LayerNode(Call):
         if self.source is None:
             return tensors
         self.source.keep(tensors[0])
+        self._versions = [t._version for t in self.slots.tensors]
         return tensors[1:]
 
     def forward(self, rows: Sequence[Tensor], *, with_backward: bool) -> Tensor:
@@ -74,7 +75,17 @@ class LayerNode(Call):
         return y
 
     def forward_again(self, x: Tensor) -> Tensor:
-        """The result once more, in backward, without a graph."""
+        """The result once more, in backward, without a graph.
+
+        Raises:
+            RuntimeError: weights were changed since. Autograd looks at those alone whose own gradients are asked for.
+        """
+        if [t._version for t in self.slots.tensors] != self._versions:
+            raise RuntimeError(
+                f"weights of a {type(self._module).__name__} were changed in place between forward and backward, which "
+                'computes the layer once more ("checkpoint_every" in the mini-sequence configuration). Change them after '
+                "backward"
+            )
         with torch.no_grad(), self._passes.running(), self._passes.again():
             return self._forward(x)
 

@@ -22,7 +22,7 @@ from ds_minis.tiling.chunking import Chunking
 from ds_minis.tiling.head_groups import HeadGroups
 from ds_minis.tiling.layer_call import LayerCall
 from ds_minis.tiling.layer_node import LayerNode
-from ds_minis.tiling.layer_passes import NOTHING_UNREAD, LayerPasses, NoAttention, Unread
+from ds_minis.tiling.layer_passes import NOTHING_UNREAD, LayerPasses, NoAttention, Unread, chunk_of
 from ds_minis.tiling.linears import is_plain_linear
 from ds_minis.tiling.recompute import has_values
 from ds_minis.tiling.rows import ParameterSlots
@@ -91,6 +91,7 @@ class _Examination:
         self._params = [p.detach() for p in self._slots.tensors]
         self._asked = [p.numel() <= LARGEST_WEIGHT for p in self._params]
         self._grad: Tensor | None = None
+        self._settings: dict[int | str, Any] = {}  # of the attention's call for all tokens
 
     def finding(self) -> Finding | None:
         with torch.enable_grad():
@@ -98,6 +99,9 @@ class _Examination:
         if reason:
             return Finding(reason)
         state = State(self._layer)
+        differing = self._differing_setting()
+        if differing:
+            return Finding(f"its attention's argument {differing} depends on the number of tokens")
         actual = self._by_chunks(NOTHING_UNREAD)
         changed = state.changed(self._layer)
         if changed:
@@ -131,6 +135,7 @@ class _Examination:
         def answer(request: AttentionRequest) -> Tensor:
             nonlocal reason
             requests.append(request)
+            self._settings = _settings(request)
             reason = reason or _why_not_whole(request, part.is_argument, leaves, x.shape[1])
             return _stand_in(request, request.tensors)
 
@@ -152,6 +157,21 @@ class _Examination:
             torch.autograd.grad(y, [t for t in (x, *leaves) if t.requires_grad], self._grad, allow_unused=True)
         )
         return [y.detach(), *(next(grads) if t.requires_grad else None for t in (x, *leaves))], rest, ""
+
+    def _differing_setting(self) -> str:
+        """The name of an argument that the attention is given for a chunk otherwise than for all; empty if none is.
+
+        The stand-in for the attention does not look at a scale or a window, so no result would show it.
+        """
+        passes = self._passes()
+        with torch.no_grad():
+            for i, (start, stop) in enumerate(self._bounds):
+                settings = _settings(passes.reach(chunk_of(self._x, start, stop), i)[0])
+                names = (name for name in {**self._settings, **settings})
+                differing = [n for n in names if self._settings.get(n, _ABSENT) != settings.get(n, _ABSENT)]
+                if differing:
+                    return repr(differing[0])
+        return ""
 
     def _passes(self) -> LayerPasses:
         self._call.hidden = self._x
@@ -239,6 +259,7 @@ class _Examination:
                 and bool(args)
                 and isinstance(args[0], Tensor)
                 and output.shape[:-1] == args[0].shape[:-1]
+                and output.numel() > 0  # nobody reads the result of an expert that no token was sent to, here
             )
             calls.setdefault(module, []).append((output.shape[-1], output.dtype) if row_wise else None)
 
@@ -295,6 +316,15 @@ def _why_not_whole(
         if not known(value):
             return f"its attention's argument {name!r} is made in the layer, perhaps of all tokens"
     return ""
+
+
+_ABSENT = object()
+
+
+def _settings(request: AttentionRequest) -> dict[int | str, Any]:
+    """The arguments of an attention's call but for tensors, of which is noted that they are some."""
+    arguments = (*enumerate(request.args), *request.kwargs.items())
+    return {name: value if isinstance(value, CONSTANTS) else type(value).__name__ for name, value in arguments}
 
 
 def _stand_in(request: AttentionRequest, tensors: Sequence[Tensor]) -> Tensor:

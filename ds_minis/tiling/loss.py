@@ -224,7 +224,11 @@ class _Arm:
             scope.callback(setattr, self.chunking, "suspended", False)
         self.chunking.passes.append(scope)
         model.__dict__[_ARMED] = scope, head
-        return (args, {**kwargs, "use_cache": False}) if self._caches_for_nobody(model, args, kwargs) else None
+        return (
+            _with_argument(model, "use_cache", False, args, kwargs)
+            if self._caches_for_nobody(model, args, kwargs)
+            else None
+        )
 
     def _caches_for_nobody(self, model: nn.Module, args: tuple, kwargs: dict) -> bool:
         """Whether a cache of all keys and values would be made in training that nobody asked for.
@@ -342,6 +346,14 @@ def _argument_names(forward: Callable) -> tuple[str, ...]:
 def _argument(model: nn.Module, name: str, args: tuple, kwargs: dict) -> Any:
     names = _argument_names(type(model).forward)
     return kwargs.get(name, dict(zip(names, args, strict=False)).get(name))
+
+
+def _with_argument(model: nn.Module, name: str, value: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The arguments with one of them set, in the place where it was given."""
+    position = _argument_names(type(model).forward).index(name)
+    if position < len(args):
+        return (*args[:position], value, *args[position + 1 :]), kwargs
+    return args, {**kwargs, name: value}
 
 
 def _without_deferred(output: Any) -> Any:

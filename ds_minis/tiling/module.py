@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ds_minis.tiling.calls import RowCall
 from ds_minis.tiling.compiling import outside_of_graphs
-from ds_minis.tiling.hooks import foreign_hook
+from ds_minis.tiling.hooks import ALL, foreign_hook
 from ds_minis.tiling.recompute import has_values
 from ds_minis.tiling.rows import runs_whole, tile_rows
 from ds_minis.tiling.swap import Tiled, tell
@@ -78,7 +78,7 @@ def _is_token_wise(module: TiledModule, forward: Callable[..., Any], call: RowCa
 
 def passing_state(module: nn.Module) -> str:
     """What may be there for one call alone, and gone when a chunk is run again; empty if there is nothing of the kind."""
-    hook = foreign_hook(part for part in module.modules() if part is not module)
+    hook = foreign_hook((part for part in module.modules() if part is not module), ALL)
     if hook:  # PEFT hands layers what they need for each sample in one
         return f"a part of it has the hook {hook}, which may look at all tokens"
     if any("parametrizations" in part._modules for part in module.modules()):  # PEFT's LoRA on parameters
