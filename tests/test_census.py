@@ -18,6 +18,8 @@ GOOD = {
     **{"class": "A", "exact": True, "loss_error": 0.0, "grad_error": 4e-7, "grad_name": "w", "logits_held": False},
     **{"checkpointing_error": 4e-7, "router_error": None, "loss": "tiled", "notes": []},
     **{
+        "layers": {"ALayer": 1},
+        "layers_left": [["ALayer", "as a whole: it has 2 attentions", 3]],
         "tiled": {"AMLP": 2, "ANorm": 5},
         "untiled": [["AAttention", "mixes tokens", "attn", 2], ["AMoE", "mixes rows", "moe", 1]],
     },
@@ -84,7 +86,11 @@ def test_page_shows_what_is_wrong():
             "image-text:d": {"plain_fails": "no\nPIL"},
         }
     )
-    assert "| `a` | yes, 4e-07 | equal | 2 of 3; `moe` (AMoE): mixes rows | 5 | tiled |  |" in page
+    assert (
+        "| `a` | yes, 4e-07 | equal | 1 of 4; `ALayer`: it has 2 attentions | 2 of 3; `moe` (AMoE): mixes rows | 5 |"
+        in page
+    )
+    assert "with whole layers tiled" in page
     assert "| `b` | **no**, 5e-01 | **5e-01** |" in page and "full logits held" in page
     assert "**no**: ValueError: x / y" in page and "- `d`: no PIL" in page
     assert "| Causal language models | 3 | 3 | 1 of 3 |" in page
