@@ -25,6 +25,24 @@ def test_loss_and_gradients(family):
     assert_same_training(model, reference, on_gpu(batch(43, prompt=5, padding=4)), rtol=1e-4)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"head_groups": "auto"},
+        {"offload": "cpu"},
+        {"checkpoint_every": 2},
+        {"head_groups": 2, "offload": "cpu", "checkpoint_every": 3},
+    ],
+)
+def test_settings_of_layers(settings, attention):
+    sizes = {"num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4}
+    model, reference = (m.cuda() for m in twins("llama", attention=attention, **sizes))
+    convert_to_mini_sequence(model, CHUNKS | settings)
+    for length in (43, 17, 43):  # host memory is used again
+        assert_same_training(model, reference, on_gpu(batch(length, prompt=5, padding=4)), rtol=1e-4)
+
+
 def test_dropout_replays_the_random_state_of_the_device():
     """A gradient that used another mask than forward did would differ from the one of a second, equal run."""
     model = build("llama").cuda()
