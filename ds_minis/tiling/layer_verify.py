@@ -198,7 +198,8 @@ class _Examination:
 
         nan, known = float("nan"), self._chunking.unread
         parts = dict(self._layer.named_modules())
-        kind = tuple((name, type(part)) for name, part in parts.items())
+        # Names and no classes: those of tiled modules are made at run time, and no pickle has them.
+        kind = tuple((name, type(part).__module__, type(part).__qualname__) for name, part in parts.items())
         if kind in known:
             found = known[kind].renamed(parts.__getitem__)
             if not matters(dataclasses.replace(found, value=nan)):
