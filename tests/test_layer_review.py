@@ -196,3 +196,18 @@ def test_weights_changed_before_a_layer_is_computed_once_more():
         first.mlp.up_proj.weight.mul_(2)
     with pytest.raises(RuntimeError, match="weights of a LlamaDecoderLayer were changed in place"):
         torch.autograd.grad(loss, [second.mlp.up_proj.weight])
+
+
+def test_hooks_on_every_module_see_all_tokens():
+    model, reference = twins("llama")
+    convert_to_mini_sequence(model, CHUNKS)
+    assert_same_training(model, reference, batch(23))
+
+    def hook(module, args, output):
+        return output / (1 + output.norm()) if type(module).__name__ == "LlamaMLP" else None
+
+    handle = torch.nn.modules.module.register_module_forward_hook(hook)
+    try:
+        assert_same_training(model, reference, batch(23))
+    finally:
+        handle.remove()

@@ -322,9 +322,9 @@ _ABSENT = object()
 
 
 def _settings(request: AttentionRequest) -> dict[int | str, Any]:
-    """The arguments of an attention's call but for tensors, of which is noted that they are some."""
+    """The arguments of an attention's call but for tensors and lists of them, which the layer was given."""
     arguments = (*enumerate(request.args), *request.kwargs.items())
-    return {name: value if isinstance(value, CONSTANTS) else type(value).__name__ for name, value in arguments}
+    return {name: value if isinstance(value, CONSTANTS) else isinstance(value, Tensor) for name, value in arguments}
 
 
 def _stand_in(request: AttentionRequest, tensors: Sequence[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ds_minis.tiling.calls import RowCall
 from ds_minis.tiling.compiling import outside_of_graphs
-from ds_minis.tiling.hooks import ALL, foreign_hook
+from ds_minis.tiling.hooks import ALL, foreign_global_hook, foreign_hook
 from ds_minis.tiling.recompute import has_values
 from ds_minis.tiling.rows import runs_whole, tile_rows
 from ds_minis.tiling.swap import Tiled, tell
@@ -81,6 +81,9 @@ def passing_state(module: nn.Module) -> str:
     hook = foreign_hook((part for part in module.modules() if part is not module), ALL)
     if hook:  # PEFT hands layers what they need for each sample in one
         return f"a part of it has the hook {hook}, which may look at all tokens"
+    hook = foreign_global_hook()
+    if hook:
+        return f"every module has the hook {hook}, which may look at all tokens"
     if any("parametrizations" in part._modules for part in module.modules()):  # PEFT's LoRA on parameters
         return "its weights are parametrized, perhaps for one call alone"
     return ""
