@@ -180,7 +180,7 @@ def test_the_engine_that_was_asked_for_ran_with_and_without(clients, case):
         if "engine" not in case.ran:
             assert run.printed.count("DDP Initialized with") == 2 and "world_size: 2" in run.printed
     assert on.reports == [f"ds_minis ({case.door.format(folder=clients.folder)}): {CHUNKS}"]
-    assert "  tiled: 2 x LlamaMLP\n" in on.printed and "  tiled: 5 x LlamaRMSNorm\n" in on.printed
+    assert "  tiled as a whole: 2 x LlamaDecoderLayer\n" in on.printed and "  tiled: 1 x LlamaRMSNorm\n" in on.printed
     assert off.reports == [] and "tiled" not in off.printed
 
 
