@@ -272,7 +272,8 @@ def test_inference_can_be_tiled_on_request(scope):
         model(**inputs)  # the first call of each class verifies it on some rows
         rows.clear()
         torch.testing.assert_close(model(**inputs).logits, reference(**inputs).logits)
-    assert max(rows) == 4
+    # Two tokens of each sequence; a whole layer's last chunk has three, as none is of a single token.
+    assert max(rows) == (6 if scope == "layer" else 4)
 
 
 def test_logits_are_given_back_on_request():
@@ -309,7 +310,7 @@ def test_interrupted_inference_leaves_other_models_tiled():
         loss_and_grads(m, batch(23))  # the first call of each module verifies it on some rows
         act_fn.forward = lambda x, own=act_fn.forward: rows.append(x.shape[-2]) or own(x)
         loss_and_grads(m, batch(23))
-    assert set(rows) <= {1, 3} and rows
+    assert set(rows) <= {2, 3} and rows  # tokens of each sequence in a chunk: two, the last one three
 
 
 def raise_(error):
