@@ -174,7 +174,10 @@ sys.addaudithook(lambda event, args: seen.append((event, args)) if event.startsw
 import ds_minis
 names = [m.name for m in pkgutil.walk_packages(ds_minis.__path__, "ds_minis.") if not m.name.endswith("__main__")]
 for name in names:
-    importlib.import_module(name)
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:  # the loss's kernel, which is imported where Triton is there alone
+        assert error.name == "triton", error
 import accelerate, deepspeed, peft, transformers.trainer, trl
 sys.path.insert(0, sys.argv[1])
 from models import batch, build

@@ -50,7 +50,13 @@ def test_default_run_trains_with_the_engine_and_mini_sequences(default_run):
     assert len(losses) == 6 and losses[-1] < losses[0] - 0.1
     assert summary["tokens_per_second"] > 0 and summary["peak_memory_bytes"] > 2**27
     assert Path(summary["output_dir"]) == folder
-    for line in ("tiled as a whole: 4 x LlamaDecoderLayer", "===== done =====", "peak memory", "throughput", str(folder)):
+    for line in (
+        "tiled as a whole: 4 x LlamaDecoderLayer",
+        "===== done =====",
+        "peak memory",
+        "throughput",
+        str(folder),
+    ):
         assert line in printed, line
     assert printed.count("ds_minis steps aside") == 2  # the log line, and the summary
 
