@@ -12,7 +12,14 @@ from typing import Any
 from torch import nn
 
 from ds_minis.config import MiniSequenceConfig
-from ds_minis.detect import Candidate, find_candidates, find_hidden_size, find_models_with_loss, has_several_heads
+from ds_minis.detect import (
+    REPLACED,
+    Candidate,
+    find_candidates,
+    find_hidden_size,
+    find_models_with_loss,
+    has_several_heads,
+)
 from ds_minis.doors import BY_RUN, Request, agreed
 from ds_minis.ranks import is_main_process
 from ds_minis.tiling.chunking import Chunking
@@ -204,7 +211,7 @@ def _all_decided(candidates: list[Candidate], config: MiniSequenceConfig, module
     unwanted = [
         after.fqn
         for before, after in zip(candidates, decided, strict=True)
-        if after.reason != before.reason or _matches(after.fqn, config.exclude)
+        if after.reason != before.reason or REPLACED in before.reason or _matches(after.fqn, config.exclude)
     ]
     layers = [c.fqn for c in decided if c.role == "layer" and not c.reason]
     left_out = {fqn for fqn in layers if any(_is_part_of(part, [fqn]) for part in unwanted)}

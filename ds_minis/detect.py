@@ -21,6 +21,7 @@ _TOWER = re.compile(
 _MIXING_NORMS = (nn.GroupNorm, nn.modules.batchnorm._NormBase)
 _LAYER = re.compile(r"(layer|block)$", re.IGNORECASE)
 _MOE = re.compile(r"(moe|moe_?block|experts)$", re.IGNORECASE)
+REPLACED = "its forward was replaced on the instance"
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ def _shape(param: nn.Parameter) -> tuple[int, ...]:
 
 def _why_replaced(module: nn.Module) -> str:
     replaced = replaced_forward(module)
-    return f"its forward was replaced on the instance, by {replaced}" if replaced else ""
+    return f"{REPLACED}, by {replaced}" if replaced else ""
 
 
 def find_models_with_loss(model: nn.Module) -> list[nn.Module]:

@@ -143,13 +143,10 @@ def test_a_forward_on_the_instance_that_is_not_known_is_left_alone_and_reported(
     layer = model.model.layers[0]
     layer.forward = lambda *args, forward=layer.forward, **kwargs: forward(*args, **kwargs)
     report = mini_sequence_report(convert_to_mini_sequence(model, CHUNKS))
-    assert (
-        list(report.layers) == ["model.layers.1"] and "replaced on the instance" in report.untiled["model.layers.0"][1]
-    )
-    assert_same_training(
-        model, reference, INPUTS
-    )  # in a layer that is tiled, what replaces a part's forward is run by chunks
-    assert count(tiled_calls) == {"LlamaDecoderLayer": 1, "LlamaRMSNorm": 3, "Linear": 1}
+    assert not report.layers  # one is replaced itself, a norm of the other is
+    assert "replaced on the instance" in report.untiled["model.layers.0"][1]
+    assert "a part of it is left out" in report.untiled["model.layers.1"][1]
+    assert_same_training(model, reference, INPUTS)
 
 
 def test_a_hook_that_somebody_put_in_front_of_accelerates_is_not_skipped(tiled_calls, scope):
@@ -161,7 +158,7 @@ def test_a_hook_that_somebody_put_in_front_of_accelerates_is_not_skipped(tiled_c
     report = mini_sequence_report(convert_to_mini_sequence(model, {**CHUNKS, "scope": scope}))
     assert "replaced on the instance" in report.untiled["model.layers.0.mlp"][1]
     assert_same_training(model, reference, INPUTS)
-    assert count(tiled_calls)["LlamaMLP"] == 1
+    assert count(tiled_calls)[{"layer": "LlamaDecoderLayer", "tokens": "LlamaMLP"}[scope]] == 1  # the other layer's
 
 
 @pytest.mark.parametrize("order", ["prepared first", "converted first"])
