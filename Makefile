@@ -18,4 +18,4 @@ census:          ## every architecture of transformers: three minutes, writes do
 
 docs:            ## what documentation is made of measurements
 	$(PYTHON) scripts/settings_table.py
-	$(PYTHON) scripts/peak_memory.py
+	$(PYTHON) scripts/bench/peak_memory.py

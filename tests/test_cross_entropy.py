@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from heads import CHUNK, LOSS_ONLY, H, Model, Output, V, assert_same_loss, data, pair
-from peak_memory import LiveBytes
+from live_bytes import LiveBytes
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -248,14 +248,6 @@ def test_gradients_of_a_head_in_autocast(dtype):
         assert (actual - expected).norm() <= (1e-2 if dtype == torch.bfloat16 else 1e-5) * expected.norm()
 
 
-class BytesAbove(LiveBytes):
-    """Without what is there before: the counter sees it again as the memory of its views."""
-
-    def __init__(self, *there):
-        super().__init__()
-        self._live.update((tensor.untyped_storage()._cdata, 0) for tensor in there)
-
-
 class Head(nn.Module):
     """What `sum_rows` is given: a head and the loss of its logits."""
 
@@ -272,7 +264,7 @@ def step(num_rows, vocab_size, hidden_size, chunk_rows, dtype):
     hidden.requires_grad_()
     target, factor = torch.randint(0, vocab_size, (num_rows,)), torch.tensor(1 / num_rows)
     function = lambda *chunk: head.losses(*chunk, expected=factor)  # noqa: E731
-    with BytesAbove(hidden, target, factor, head.linear.weight) as live:
+    with LiveBytes(apart=(hidden, target, factor, head.linear.weight)) as live:
         sum_rows(function, head, [hidden, target], chunk_rows, factor).backward(factor)
     return live.peak, head, hidden, target, factor
 
@@ -327,7 +319,7 @@ def test_the_loss_of_a_model_holds_no_float32_copy_of_a_chunk():
     class Upcast(Model):
         def forward(self, input_ids, labels=None):
             hidden = self.embed(input_ids)
-            with BytesAbove(hidden, labels, self.lm_head.weight) as self.live:
+            with LiveBytes(apart=(hidden, labels, self.lm_head.weight)) as self.live:
                 loss = F.cross_entropy(self.lm_head(hidden).float().flatten(0, 1), labels.flatten())
             return Output(loss=loss)
 

@@ -22,8 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks"
-PACKAGES = "torch", "transformers", "ds_minis", "deepspeed", "liger_kernel", "peft", "triton", "flash_attn"
-KIB, GIB = 2**10, 2**30
+PACKAGES = "torch", "transformers", "ds_minis", "deepspeed", "liger_kernel", "peft", "trl"
+PACKAGES += "triton", "flash_attn", "cut_cross_entropy"
+KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Shape:
 
     def config(self, **changes: Any):
         return AutoConfig.for_model(self.model_type, **{**self.kwargs, **changes})
+
+    def divided(self, by: int, **changes: Any):
+        """A configuration in which all widths are so many times smaller; the numbers of heads stay."""
+        sizes = {k: v // by for k, v in self.kwargs.items() if k in ("hidden_size", "intermediate_size", "head_dim")}
+        return self.config(**sizes, **changes)
 
 
 def _shape(model_type, repository, hidden, inner, layers, heads, kv_heads, vocab, **more) -> Shape:

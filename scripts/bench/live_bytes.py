@@ -6,6 +6,7 @@ import math
 import traceback
 import weakref
 from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -34,25 +35,38 @@ class LiveBytes(TorchDispatchMode):
     A storage counts once, whatever views there are of it, from the operation that makes it until nothing holds it.
     Storages on the CPU count apart, as the host's, where `device` is another device.
 
+    Args:
+        apart: tensors that are not counted, nor what is seen through them.
+        flops_of: of other operations than matrix products, given their arguments.
+
     Attributes:
         now, peak: bytes on the device.
         at_peak: what was alive at the peak.
         host_peak: bytes on the host at their own peak.
         matmul_flops: of mm, addmm, bmm and baddbmm: 2 x rows x columns x inner.
-        ops: how often each operation ran.
+        other_flops: of the operations of `flops_of`.
     """
 
-    def __init__(self, device: str = "cpu", *, trace: bool = False):
+    def __init__(
+        self,
+        device: str = "cpu",
+        *,
+        trace: bool = False,
+        apart: Iterable[Tensor] = (),
+        flops_of: Mapping[object, Callable[[tuple], int]] | None = None,
+    ):
         super().__init__()
-        self.now = self.peak = self.host_now = self.host_peak = self.matmul_flops = 0
+        self.now = self.peak = self.host_now = self.host_peak = self.matmul_flops = self.other_flops = 0
         self.at_peak: list[Live] = []
-        self.ops: Counter[str] = Counter()
-        self._device, self._trace = device, trace
+        self._device, self._trace, self._flops_of = device, trace, flops_of or {}
         self._live: dict[int, tuple[Live, bool]] = {}
+        self._apart = [tensor.untyped_storage() for tensor in apart]  # held, or their addresses might be given again
+        self._keys_apart = {storage._cdata for storage in self._apart}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.ops[str(func)] += 1
+        if func.overloadpacket in self._flops_of:
+            self.other_flops += self._flops_of[func.overloadpacket](args)
         operands = _MATMULS.get(func.overloadpacket)
         if operands:
             a, b = (args[i] for i in operands)
@@ -65,7 +79,7 @@ class LiveBytes(TorchDispatchMode):
     def hold(self, tensor: Tensor, made_by: str) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._live:
+        if key in self._live or key in self._keys_apart:
             return
         on_host = self._device != "cpu" and tensor.device.type == "cpu"
         live = Live(storage.nbytes(), made_by, tuple(tensor.shape), tensor.dtype, _where() if self._trace else "")

@@ -11,35 +11,22 @@ Only torch, transformers and ds_minis are needed; of the others, whoever is miss
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
-import importlib.metadata
-import json
-import os
-import platform
-import shlex
 import statistics
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import MIB, envelope, write
+from live_bytes import LiveBytes
 from loss_ways import WAYS, Loss, Problem, Skip
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
+from ds_minis.config import MiniSequenceConfig
+from ds_minis.tiling.chunking import Chunking
 
-from peak_memory import LiveBytes  # noqa: E402
-
-from ds_minis.config import MiniSequenceConfig  # noqa: E402
-from ds_minis.tiling.chunking import Chunking  # noqa: E402
-
-PACKAGES = "torch", "transformers", "ds_minis", "triton", "trl", "liger_kernel", "cut_cross_entropy", "deepspeed"
 SIZES = {"cuda": (16384, 4096, 128256, "bfloat16"), "cpu": (4096, 512, 8192, "float32")}
-MIB = 2**20
 
 
 def inputs(args: argparse.Namespace, device: torch.device) -> tuple[Tensor, nn.Parameter, Tensor]:
@@ -87,20 +74,12 @@ def timed(loss: Loss, tensors: tuple[Tensor, nn.Parameter, Tensor]) -> float:
     return time.perf_counter() - start
 
 
-class BytesAbove(LiveBytes):
-    """Without the memory of the inputs, which the counter would see in their views."""
-
-    def __init__(self, tensors: tuple[Tensor, ...]):
-        super().__init__()
-        self._live.update((tensor.untyped_storage()._cdata, 0) for tensor in tensors)
-
-
 def peak_bytes(loss: Loss, tensors: tuple[Tensor, nn.Parameter, Tensor]) -> int:
     for tensor in tensors:
         tensor.grad = None
     gc.collect()
     if not tensors[0].is_cuda:
-        with BytesAbove(tensors) as live:
+        with LiveBytes(apart=tensors) as live:
             step(loss, tensors)
         return live.peak
     torch.cuda.synchronize()
@@ -142,34 +121,6 @@ def measure(ways: dict[str, Loss], tensors: tuple[Tensor, nn.Parameter, Tensor],
     return results
 
 
-def envelope(args: argparse.Namespace, device: torch.device, results: dict) -> dict:
-    """Results with all that is needed to repeat them."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    return {
-        "benchmark": "loss_head",
-        "simulated": False,
-        "device": name
-        if device.type == "cuda"
-        else f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "versions": versions,
-        "date": datetime.date.today().isoformat(),
-        "commit": commit or "unknown",
-        "command": shlex.join(["python", "scripts/bench/loss_head.py", *sys.argv[1:]]),
-        "arguments": {key: value for key, value in vars(args).items() if key != "json"},
-        "results": results,
-    }
-
-
 def table(results: dict[str, dict]) -> str:
     lines = [f"{'':38}{'ms':>9}{'of plain':>10}{'peak MiB':>10}   error of loss, hidden gradient, weight gradient"]
     plain = results["plain"].get("seconds")
@@ -191,7 +142,7 @@ def main() -> None:
     parser.add_argument("--vocab_size", type=int, help="128256 on CUDA, 8192 on a CPU")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="bfloat16 on CUDA, float32 on a CPU")
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each; their median is shown")
-    parser.add_argument("--json", default=str(ROOT / "benchmarks" / "loss_head.json"), help="where the results go")
+    parser.add_argument("--json", help="write the results to this file, e.g. benchmarks/loss_head_cpu.json")
     args = parser.parse_args()
     device = torch.device(args.device)
     for name, default in zip(("tokens", "hidden_size", "vocab_size", "dtype"), SIZES[device.type], strict=True):
@@ -211,13 +162,10 @@ def main() -> None:
             skipped[name] = {"skipped": str(reason)}
     measured = measure(ways, tensors, args.repeats)
     results = {name: skipped.get(name) or measured[name] for name in WAYS}
-    content = envelope(args, device, results)
-    content["chunks"] = problem.num_chunks
+    content = envelope("loss_head", args, simulated=False, results=results) | {"chunks": problem.num_chunks}
     print(f"\n{args.tokens} tokens x {args.hidden_size} x {args.vocab_size}, {args.dtype}, {content['device']}")
     print(table(results))
-    path = Path(args.json)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write(args.json, content)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ from search import Search, largest
 from simulate import at_full_depth, predicted
 from variants import ALL, PLAIN, Unavailable, Variant
 
-DEFAULT = [PLAIN, "alst-loss", "mlp", "tokens", "layer", "layer-groups", "layer-offload", "layer-groups-offload"]
-DEFAULT += ["layer-groups-offload", "layer-offload-every-2"]
+DEFAULT = [PLAIN, "alst-loss", "mlp", "tokens", "layer", "layer-groups"]
+DEFAULT += ["layer-offload", "layer-groups-offload", "layer-offload-every-2"]
 WARM_UP_TOKENS = 512
 OUT_OF_MEMORY, OUT_OF_TIME = "out of memory", "the time is over"
 

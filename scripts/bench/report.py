@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks"
-KIB, GIB = 2**10, 2**30
+KIB, MIB, GIB = 2**10, 2**20, 2**30
 HEADER = """\
 # Benchmarks
 
@@ -46,14 +46,10 @@ def transient_memory(content: dict[str, Any]) -> Iterator[str]:
         entries = [model["variants"].get(key) for model in models.values()]
         rows.append([title, *["-" if e is None else _growing(e) for e in entries]])
     yield table(["", *models], rows)
-    flops = [
-        [title, *[_times(m["variants"].get(key, {}).get("matmul_flops_of_plain")) for m in models.values()]]
-        for key, title in kept.items()
-        if not key.startswith("layer")
-    ]
+    flops = [[title, *[_times(m["variants"].get(key)) for m in models.values()]] for key, title in titles.items()]
     yield (
-        'Matrix products of a step without attention, of plain checkpointing\'s; those of scope "layer" are counted on real '
-        "steps (tests/test_parity.py), as fake tensors have no values to show which of them nobody reads.\n"
+        f"Matrix products of the decoder's step, of plain checkpointing's, and in brackets with the attention's at "
+        f"{arguments['flops_seq']:,} tokens; counted on real steps with all widths divided by 16:\n"
     )
     yield table(["", *models], flops)
     offloaded = [
@@ -91,8 +87,10 @@ def _growing(entry: dict[str, Any]) -> str:
     return f"{entry['W_KiB_per_token']:.1f}" + (f" (+{growth:.1f} for each further layer)" if growth >= 0.05 else "")
 
 
-def _times(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}x"
+def _times(entry: dict[str, Any] | None) -> str:
+    if entry is None or "matmul_flops_of_plain" not in entry:
+        return "-"
+    return f"{entry['matmul_flops_of_plain']:.3f}x ({entry['all_flops_of_plain']:.3f}x)"
 
 
 def _device_and_host(entry: dict[str, Any] | None) -> str:
@@ -139,10 +137,33 @@ def max_context(content: dict[str, Any]) -> Iterator[str]:
     yield from _unavailable(reasons, "was not run")
 
 
+def loss_head(content: dict[str, Any]) -> Iterator[str]:
+    sizes = content["arguments"]
+    yield (
+        f"LM head and cross entropy, forward and backward: {sizes['tokens']:,} tokens, hidden size {sizes['hidden_size']:,}, "
+        f"vocabulary {sizes['vocab_size']:,}, {sizes['dtype']}. Bytes above hidden states, weight and labels, both gradients "
+        "included; errors are relative, against float64.\n"
+    )
+    results = content["results"]
+    plain, rows = results["plain"].get("seconds"), []
+    for name, entry in results.items():
+        if "seconds" in entry:
+            times = "-" if plain is None else f"{entry['seconds'] / plain:.2f}x"
+            errors = [f"{entry[key]:.1e}" for key in ("loss_error", "hidden_grad_error", "weight_grad_error")]
+            rows.append(
+                [name, f"{entry['seconds'] * 1e3:.1f} ms", times, f"{entry['peak_bytes'] / MIB:.0f} MiB", *errors]
+            )
+    head = ["", "median", "of plain", "peak", "error of the loss", "of the hidden states' gradient", "of the weight's"]
+    yield table(head, rows)
+    reasons = {name: entry.get("skipped") or entry.get("failed") for name, entry in results.items()}
+    yield from _unavailable({name: reason for name, reason in reasons.items() if reason}, "was not run")
+
+
 TITLES: dict[str, tuple[str, Callable[[dict], Iterator[str]]]] = {
     "transient_memory": ("Transient memory", transient_memory),
     "step_time": ("Time of a step", step_time),
     "max_context": ("Longest sequence", max_context),
+    "loss_head": ("LM head and loss", loss_head),
 }
 
 
@@ -210,6 +231,8 @@ def _bars(content: dict[str, Any]) -> tuple[dict[str, float], str]:
         return {
             f"{e['setting']}: {e['title']}": e["tokens"] for e in results if "tokens" in e
         }, "longest sequence, tokens"
+    if content.get("benchmark") == "loss_head":
+        return {name: e["seconds"] * 1e3 for name, e in results.items() if "seconds" in e}, "LM head and loss, ms"
     return {}, ""
 
 

@@ -14,7 +14,11 @@ hidden size x 2 bytes, the input of each decoder layer. So W holds all else: rec
 rotary tables, token ids, chunk buffers, and gradients of parameters before they are added to the set.
 The attention kernel and the loss are stand-ins with FlashAttention-2's and a fused loss's memory (see stubs.py); what an
 allocator adds (rounding, fragments) is not counted. `layers` of 2 and `--layers_again` (default 4) are compared, so that
-memory that grows with depth cannot hide: it is `W_growth_per_layer`, and has to be 0.
+memory that grows with depth cannot hide: it is `W_growth_per_layer`, and has to be 0; at `--seq_again` tokens, to save time.
+
+Matrix products are counted on a real step, of a model of 2 layers with all widths divided by 16: what ds_minis need not
+compute is found by values, of which fake tensors have none. Their proportions are the full size's; the attention's, which
+grow with the square of the length, are carried on to `--flops_seq` tokens.
 
 The loss stage is the model's own LM head and cross entropy, converted, on given hidden states: bytes at the peak above
 parameters, gradients and those hidden states, per token; `weight_buffers` of it are buffers as large as the head's weight.
@@ -77,17 +81,31 @@ def decoder_memory(shape: Shape, variant: Variant, seq: int, layers: int, *, tra
             before = live.now
             step.decoder(input_ids)
     checkpoints = 0 if offloaded else layers * seq * config.hidden_size * 2
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return {
         "layers": layers,
         "peak_bytes": live.peak - before,
         "checkpoint_bytes": checkpoints,
         "W_KiB_per_token": (live.peak - before - checkpoints) / seq / KIB,
         "host_bytes": live.host_peak,
-        "matmul_flops": live.matmul_flops,
-        "attention_flops": stubs.attention_flops(live.ops, config.num_attention_heads, seq, width),
         "note": step.note,
         "snapshot": live.summary(),
+    }
+
+
+DIVISOR, FLOPS_TOKENS = 16, 4096  # of the widths, and of the step that is run
+
+
+def decoder_flops(shape: Shape, variant: Variant, seq: int) -> dict[str, float]:
+    """FLOPs of one real step of two layers of the decoder, carried on to the full widths and to `seq` tokens."""
+    model = build(shape.divided(DIVISOR, num_hidden_layers=2), attention=stubs.register(), dtype=torch.float32)
+    variant.apply(model)
+    with LiveBytes(flops_of=stubs.FLOPS) as live, variant.around():
+        hidden_states = model.base_model(input_ids=torch.arange(FLOPS_TOKENS)[None], use_cache=False).last_hidden_state
+        stubs.LossStandIn.apply(hidden_states).backward()
+    longer = seq / FLOPS_TOKENS
+    return {
+        "matmul_flops": live.matmul_flops * DIVISOR**2 * longer,
+        "attention_flops": live.other_flops * DIVISOR * longer**2,
     }
 
 
@@ -124,20 +142,21 @@ def measure_model(name: str, args: argparse.Namespace) -> dict:
         variant = ALL[key]
         try:
             result = decoder_memory(shape, variant, args.seq, args.layers, trace=args.snapshot)
-            deeper = decoder_memory(shape, variant, args.seq, args.layers_again) if args.layers_again else None
-            flops = decoder_memory(shape, variant, args.flops_seq, 2)
+            depths = [args.layers, args.layers_again] if args.layers_again else []
+            few_and_more = [decoder_memory(shape, variant, args.seq_again, layers) for layers in depths]
+            flops = decoder_flops(shape, variant, args.flops_seq)
         except Unavailable as reason:
             results["unavailable"][key] = str(reason)
             print(f"{name:12} {variant.title:66} {reason}", flush=True)
             continue
         snapshot = result.pop("snapshot")
-        if deeper is not None:
-            added = (
-                deeper["peak_bytes"] - result["peak_bytes"] - deeper["checkpoint_bytes"] + result["checkpoint_bytes"]
-            )
-            per_layer = (args.layers_again - args.layers) * args.seq * KIB
+        if few_and_more:
+            few, more = few_and_more
+            added = more["peak_bytes"] - few["peak_bytes"] - more["checkpoint_bytes"] + few["checkpoint_bytes"]
+            per_layer = (args.layers_again - args.layers) * args.seq_again * KIB
             result["W_growth_per_layer"] = added / per_layer
-            result["host_KiB_per_token_and_layer"] = (deeper["host_bytes"] - result["host_bytes"]) / per_layer
+            result["host_KiB_per_token_and_layer"] = (more["host_bytes"] - few["host_bytes"]) / per_layer
+        result |= flops
         totals = [flops["matmul_flops"], flops["matmul_flops"] + flops["attention_flops"]]
         plain_flops = totals if key == PLAIN else plain_flops
         if plain_flops:
@@ -187,6 +206,7 @@ def parsed(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seq", type=int, default=262144)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--layers_again", type=int, default=4, help="a second depth, to see growth; 0: none")
+    parser.add_argument("--seq_again", type=int, default=65536, help="tokens for that")
     parser.add_argument("--flops_seq", type=int, default=8192, help="length at which FLOPs are compared")
     parser.add_argument("--loss_variants", nargs="*", choices=list(ALL), default=[PLAIN, "tokens", "alst-loss"])
     parser.add_argument("--loss_vocab", type=int, default=128256)

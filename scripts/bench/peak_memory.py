@@ -1,7 +1,7 @@
 """Peak of live tensor bytes, and time, of one training step: plain checkpointing beside mini-sequences.
 
-    python scripts/peak_memory.py                       # a small Llama, 16,384 tokens, on the CPU: a minute
-    python scripts/peak_memory.py --tokens 65536 --vocab_size 32000
+    python scripts/bench/peak_memory.py                       # a small Llama, 16,384 tokens, on the CPU: a minute
+    python scripts/bench/peak_memory.py --tokens 65536 --vocab_size 32000
 
 Bytes are counted by a dispatch mode that sees every tensor that is made and every storage that is freed, parameters and
 their gradients apart; nothing is estimated.
@@ -14,11 +14,9 @@ import json
 import platform
 import statistics
 import time
-import weakref
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from live_bytes import LiveBytes
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from ds_minis import convert_to_mini_sequence
@@ -29,34 +27,6 @@ SETTINGS = {
     "MLP and loss tiled (the paper's)": {"scope": "mlp"},
     "everything (the default)": True,
 }
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of all storages made inside and not yet freed, now and at their peak."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self._live: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        return out
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._live:
-            return
-        self._live[key] = storage.nbytes()
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._free, key)
-
-    def _free(self, key: int) -> None:
-        self.now -= self._live.pop(key, 0)
 
 
 def make_model(args: argparse.Namespace) -> PreTrainedModel:
