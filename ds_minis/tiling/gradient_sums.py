@@ -110,7 +110,7 @@ def _add_product(total_VH: Tensor, left_VC: Tensor, right_CH: Tensor, beta: int 
 
 
 def _multiplies_into_float32(total: Tensor, dtype: torch.dtype) -> bool:
-    real = type(total) in (Tensor, nn.Parameter)  # a fake one has no kernel to ask
+    real = type(total) in (Tensor, nn.Parameter) and not total.is_meta  # a fake one has no kernel to ask
     return real and total.dtype == torch.float32 and _asked_to_multiply(total.device, dtype)
 
 

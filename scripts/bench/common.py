@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,23 +88,6 @@ def build(config, *, attention: str, dtype: torch.dtype, device: str = "cpu") ->
     return checkpointed(model.train())
 
 
-def make_fake(model: nn.Module, device: str) -> None:
-    """Puts fake tensors on `device` in the place of all parameters and buffers. To be called under a FakeTensorMode.
-
-    Models are built on the meta device before: neither PEFT nor some models can be built from fake tensors.
-    """
-    made: dict[Tensor, Tensor] = {}
-    for module in model.modules():
-        for holder in (module._parameters, module._buffers):
-            for name, tensor in holder.items():
-                if tensor is not None and tensor not in made:
-                    new = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    made[tensor] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
-                if tensor is not None:
-                    holder[name] = made[tensor]
-
-
 def checkpointed(model: PreTrainedModel) -> PreTrainedModel:
     # The successors of what is deprecated here are not in the oldest transformers that is supported.
     warnings.filterwarnings("ignore", ".*is deprecated and will be removed in v6", FutureWarning)
@@ -118,7 +100,7 @@ def envelope(benchmark: str, arguments: argparse.Namespace, *, simulated: bool, 
     return {
         "benchmark": benchmark,
         "simulated": simulated,
-        "device": f"none: simulated with fake tensors (on {cpu_name()})" if simulated else device_name(),
+        "device": f"none: simulated with tensors without values (on {cpu_name()})" if simulated else device_name(),
         "versions": versions(),
         "date": datetime.date.today().isoformat(),
         "commit": commit(),

@@ -1,4 +1,4 @@
-"""A full training step, optimizer included, as the largest lengths are searched with; on a device, or on fake tensors.
+"""A full training step, optimizer included, as the largest lengths are searched with; on a device, or on meta tensors.
 
 - full: every parameter is trained in bfloat16 with AdamW, whose two moments are bfloat16 too (torch's, fused). The optimizer
   runs in backward: as soon as a parameter has its gradient it is stepped and the gradient freed, as in the benchmark of the
@@ -44,11 +44,11 @@ class FullStep:
         else:
             self._after = [(optimizer(trained), trained)]
 
-    def __call__(self, input_ids: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, **inputs) -> Tensor:
         """The loss of a step on these tokens; all of it is done when this returns."""
         self.optimizer_steps.clear()
         with self._variant.around():
-            loss = self.model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+            loss = self.model(input_ids=input_ids, labels=input_ids, use_cache=False, **inputs).loss
             loss.backward()
         for optimizer, trained in self._after:
             optimizer.step()
@@ -77,7 +77,7 @@ def adamw(parameters: list[Tensor]) -> torch.optim.Optimizer:
 
 
 class AdamWBytes:
-    """Has the memory of `adamw`, which cannot run on fake tensors: two moments for each parameter, and nothing besides."""
+    """Has the memory of `adamw`, which cannot run on meta tensors: two moments for each parameter, and nothing besides."""
 
     def __init__(self, parameters: list[Tensor]):
         self.moments = [torch.zeros_like(p, requires_grad=False) for p in parameters for _ in range(2)]

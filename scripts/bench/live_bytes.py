@@ -1,4 +1,4 @@
-"""Counts the bytes of all tensors that are alive, and the matrix products, of whatever runs inside; on fake tensors too."""
+"""Counts the bytes of all tensors that are alive, and the matrix products, of whatever runs inside; on meta tensors too."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     python scripts/bench/max_context.py                                        # on the GPU that is there, 8 minutes
     python scripts/bench/max_context.py --settings lora --variants layer-offload
-    python scripts/bench/max_context.py --simulate --json benchmarks/max_context_simulated.json     # no GPU: fake tensors
+    python scripts/bench/max_context.py --simulate --json benchmarks/max_context_simulated.json     # no GPU
 
 The setting is that of the mini-s benchmark: Llama-3-8B's shape, random weights, bfloat16, one sequence of random tokens, from
 8,192 tokens up, AdamW in backward for full fine-tuning (see full_step.py for the details, and for LoRA).
@@ -11,7 +11,7 @@ tokens brings the optimizer's states and the kernels into being, and then one st
 loss. The search starts at the length that the simulation predicts. It ends when the longest that completed and the shortest
 that did not are one unit apart, or when the time is over; what ran out of time counts as neither.
 
-With --simulate nothing is measured on a device: the same step runs on fake tensors, with a few layers, and its bytes are
+With --simulate nothing is measured on a device: the same step runs on meta tensors, with a few layers, and its bytes are
 carried on to full depth (simulate.py); the largest length whose bytes are within the card's, less a reserve for the CUDA
 context, libraries and fragments, is reported as simulated, and with it the host memory that offloaded checkpoints need.
 """
@@ -122,7 +122,7 @@ def measured(args: argparse.Namespace, setting: str, name: str, seconds: float) 
 
 
 def simulated(args: argparse.Namespace, setting: str, name: str) -> dict[str, Any]:
-    """The longest whose bytes fit, on fake tensors."""
+    """The longest whose bytes fit, on meta tensors."""
     shape, variant, budget = SHAPES[args.shape], ALL[name], (args.card_gib - args.reserve_gib) * GIB
     bytes_of: dict[int, Any] = {}
 
@@ -161,7 +161,7 @@ def parsed(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=list(SHAPES), default="llama-3-8b")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--variants", nargs="+", choices=list(ALL), default=DEFAULT)
-    parser.add_argument("--simulate", action="store_true", help="no GPU: bytes of fake tensors against a card's")
+    parser.add_argument("--simulate", action="store_true", help="no GPU: bytes of meta tensors against a card's")
     parser.add_argument("--card_gib", type=float, default=79.1, help="memory of the simulated card (an 80 GB H100)")
     parser.add_argument("--reserve_gib", type=float, default=3.0, help="for the CUDA context, libraries and fragments")
     parser.add_argument("--unit", type=int, default=4096, help="lengths are multiples of this")
@@ -173,7 +173,7 @@ def parsed(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--trial", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if not (args.simulate or args.trial or torch.cuda.is_available()):
-        parser.error("there is no CUDA device to measure on; --simulate computes the lengths on fake tensors")
+        parser.error("there is no CUDA device to measure on; --simulate computes the lengths on meta tensors")
     return args
 
 

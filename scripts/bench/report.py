@@ -119,8 +119,8 @@ def max_context(content: dict[str, Any]) -> Iterator[str]:
     yield f"The longest sequence, {word}: {arguments['shape']}, one GPU.\n"
     if content["simulated"]:
         yield (
-            f"Simulated: bytes of fake tensors against {arguments['card_gib']} GiB less {arguments['reserve_gib']} GiB for "
-            "the CUDA context, libraries and fragments. No step was run.\n"
+            f"Simulated: bytes of tensors without values against {arguments['card_gib']} GiB less {arguments['reserve_gib']} "
+            "GiB for the CUDA context, libraries and fragments. No step was run.\n"
         )
     rows, reasons = [], {}
     for entry in content["results"]:

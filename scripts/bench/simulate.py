@@ -1,4 +1,4 @@
-"""Bytes of a full training step at full depth, from steps of a few layers on fake tensors."""
+"""Bytes of a full training step at full depth, from steps of a few layers on meta tensors."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import stubs
 import torch
-from common import GIB, Shape, build, make_fake
+from common import GIB, Shape, build
 from full_step import AdamWBytes, FullStep, with_lora
 from live_bytes import LiveBytes
-from torch._subclasses.fake_tensor import FakeTensorMode
 from variants import OFFLOADED, Variant
 
 # The loss of all logits, whole, has nothing to do with the number of layers; nor have embeddings.
@@ -29,15 +28,15 @@ class Bytes:
 
 def step_bytes(shape: Shape, setting: str, variant: Variant, seq: int, layers: int) -> Bytes:
     """Peak of a step with all there is: weights, moments, gradients, checkpoints, activations. `layers` layers."""
-    device = "meta" if variant in OFFLOADED.values() else "cpu"  # the host is told from the device by this
     config = shape.config(num_hidden_layers=layers)
     model = build(config, attention=stubs.register(), dtype=torch.bfloat16, device="meta")
     model = with_lora(model) if setting == "lora" else model
-    with FakeTensorMode(), LiveBytes(device) as live:
-        make_fake(model, device)
+    with stubs.HostCopies(), LiveBytes("meta") as live:
+        for tensor in (*model.parameters(), *model.buffers()):
+            live.hold(tensor, "parameter or buffer")
         step = FullStep(model, setting, variant, AdamWBytes)
-        step(torch.zeros(1, seq, dtype=torch.int64, device=device))
-    return Bytes(live.peak, live.host_peak)
+        step(torch.zeros(1, seq, dtype=torch.int64, device="meta"), attention_mask=stubs.no_mask())
+    return Bytes(live.peak, live.host_peak if variant in OFFLOADED.values() else 0)
 
 
 def at_full_depth(shape: Shape, setting: str, variant: Variant, seq: int) -> Bytes:

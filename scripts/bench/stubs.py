@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface
 
 ATTENTION = "ds_minis_bench_stub"  # a name with "flash" in it is looked up as a kernel
@@ -74,6 +75,22 @@ FLOPS = {
     torch.ops.ds_minis_bench.flash: lambda args: _products(args[0], 2),
     torch.ops.ds_minis_bench.flash_backward: lambda args: _products(args[1], 5),
 }
+
+
+def no_mask() -> Tensor:
+    """To be given as the mask: one of four dimensions is handed on as it is, where others are looked at for their values."""
+    return torch.empty(1, 1, 1, 1, device="meta")
+
+
+class HostCopies(TorchDispatchMode):
+    """Lets host and meta device copy to each other, which torch refuses: only the memory of both counts."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default and args[0].is_meta != args[1].is_meta:
+            return args[0]
+        if func is torch.ops.aten._to_copy.default and args[0].is_meta and str(kwargs.get("device")) == "cpu":
+            return torch.empty(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype))
+        return func(*args, **(kwargs or {}))
 
 
 class LossStandIn(torch.autograd.Function):

@@ -1,10 +1,11 @@
-"""W: transient working set of a training step in KiB per token, at real model sizes, on fake tensors (no GPU, minutes).
+"""W: transient working set of a training step in KiB per token, at real model sizes, on meta tensors (no GPU, minutes).
 
     python scripts/bench/transient_memory.py --seq 262144
     python scripts/bench/transient_memory.py --models llama-3-8b --variants tokens --snapshot   # what is alive at the peak
 
 A step of a few layers (default 2; W does not depend on it, or a variant keeps more than its checkpoints) in bfloat16, one
-sequence, runs on fake tensors: shapes without values. A dispatch mode sees every storage that is made and freed.
+sequence, runs on meta tensors: shapes without values. A dispatch mode sees each storage that is made and freed. (Fake tensors
+would take four times as long, and hold each other more often than real ones do, which hides what is written over.)
 
     W = (peak - parameters - gradients - checkpoints) / tokens
 
@@ -17,7 +18,7 @@ allocator adds (rounding, fragments) is not counted. `layers` of 2 and `--layers
 memory that grows with depth cannot hide: it is `W_growth_per_layer`, and has to be 0; at `--seq_again` tokens, to save time.
 
 Matrix products are counted on a real step, of a model of 2 layers with all widths divided by 16: what ds_minis need not
-compute is found by values, of which fake tensors have none. Their proportions are the full size's; the attention's, which
+compute is found by values, of which meta tensors have none. Their proportions are the full size's; the attention's, which
 grow with the square of the length, are carried on to `--flops_seq` tokens.
 
 The loss stage is the model's own LM head and cross entropy, converted, on given hidden states: bytes at the peak above
@@ -32,24 +33,21 @@ import argparse
 
 import stubs
 import torch
-from common import GIB, KIB, SHAPES, Shape, build, envelope, make_fake, write
+from common import GIB, KIB, SHAPES, Shape, build, envelope, write
 from live_bytes import LiveBytes
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from variants import ALL, OFFLOADED, PLAIN, VARIANTS, Unavailable, Variant
 
 
 class Step:
-    """A model on fake tensors, changed by a variant, with parameters and gradients in place. Made under a FakeTensorMode."""
+    """A model on the meta device, changed by a variant, with parameters and gradients in place."""
 
-    def __init__(self, model: PreTrainedModel, variant: Variant, device: str = "cpu"):
-        self.model, self.variant, self.device = model, variant, device
-        make_fake(model, device)
-        self.note = variant.apply(model)
+    def __init__(self, config, variant: Variant):
+        self.model = build(config, attention=stubs.register(), dtype=torch.bfloat16, device="meta")
+        self.variant, self.note = variant, variant.apply(self.model)
 
     def live(self, *, trace: bool = False) -> LiveBytes:
-        live = LiveBytes(self.device, trace=trace)
+        live = LiveBytes("meta", trace=trace)
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
             live.hold(parameter, "parameter")
@@ -60,7 +58,7 @@ class Step:
 
     def decoder(self, input_ids: torch.Tensor) -> None:
         with self.variant.around():
-            output = self.model.base_model(input_ids=input_ids, use_cache=False)
+            output = self.model.base_model(input_ids=input_ids, attention_mask=stubs.no_mask(), use_cache=False)
             hidden_states = output.last_hidden_state
             del output
             loss = stubs.LossStandIn.apply(hidden_states)
@@ -72,27 +70,24 @@ def decoder_memory(shape: Shape, variant: Variant, seq: int, layers: int, *, tra
     """Bytes of one step of the decoder, and its FLOPs."""
     offloaded = variant in OFFLOADED.values()
     config = shape.config(num_hidden_layers=layers)
-    model = build(config, attention=stubs.register(), dtype=torch.bfloat16, device="meta")
-    with FakeTensorMode():
-        # The host is told from the device by the device of the tensors, so that the device must be another than the CPU.
-        step = Step(model, variant, "meta" if offloaded else "cpu")
-        input_ids = torch.zeros(1, seq, dtype=torch.int64, device=step.device)
-        with step.live(trace=trace) as live:
-            before = live.now
-            step.decoder(input_ids)
+    step = Step(config, variant)
+    input_ids = torch.zeros(1, seq, dtype=torch.int64, device="meta")
+    with stubs.HostCopies(), step.live(trace=trace) as live:
+        before = live.now
+        step.decoder(input_ids)
     checkpoints = 0 if offloaded else layers * seq * config.hidden_size * 2
     return {
         "layers": layers,
         "peak_bytes": live.peak - before,
         "checkpoint_bytes": checkpoints,
         "W_KiB_per_token": (live.peak - before - checkpoints) / seq / KIB,
-        "host_bytes": live.host_peak,
+        "host_bytes": live.host_peak if offloaded else 0,
         "note": step.note,
         "snapshot": live.summary(),
     }
 
 
-DIVISOR, FLOPS_TOKENS = 16, 4096  # of the widths, and of the step that is run
+DIVISOR, FLOPS_TOKENS = 16, 2048  # of the widths, and of the step that is run
 
 
 def decoder_flops(shape: Shape, variant: Variant, seq: int) -> dict[str, float]:
@@ -112,18 +107,16 @@ def decoder_flops(shape: Shape, variant: Variant, seq: int) -> dict[str, float]:
 def loss_memory(shape: Shape, variant: Variant, seq: int, vocab_size: int, *, trace: bool = False) -> dict:
     """Bytes of LM head and loss above the hidden states."""
     config = shape.config(num_hidden_layers=1, vocab_size=vocab_size)
-    model, width = build(config, attention=stubs.register(), dtype=torch.bfloat16, device="meta"), config.hidden_size
-    with FakeTensorMode():
-        step = Step(model, variant)
-        hidden_states = torch.zeros(1, seq, width, dtype=torch.bfloat16, requires_grad=True)
-        model.base_model.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden_states)
-        labels = torch.zeros(1, seq, dtype=torch.int64)
-        with step.live(trace=trace) as live:
-            live.hold(hidden_states, "hidden states")
-            live.hold(labels, "labels")
-            before = live.now
-            loss = model(input_ids=labels, labels=labels, use_cache=False).loss
-            loss.backward()
+    step, width = Step(config, variant), config.hidden_size
+    hidden_states = torch.zeros(1, seq, width, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    step.model.base_model.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden_states)
+    labels = torch.zeros(1, seq, dtype=torch.int64, device="meta")
+    with step.live(trace=trace) as live:
+        live.hold(hidden_states, "hidden states")
+        live.hold(labels, "labels")
+        before = live.now
+        loss = step.model(input_ids=labels, labels=labels, use_cache=False).loss
+        loss.backward()
     large = [entry for entry in live.at_peak if entry.made_by not in ("parameter", "gradient", "hidden states")]
     weights = sum(e.nbytes for e in large if sorted(e.shape) == sorted((vocab_size, width)))
     return {

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -99,19 +98,20 @@ def _deepspeed_with_loss(model: nn.Module) -> str:
     from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss
 
     class Loss(TiledFusedLogitsLoss):
-        """Its backward asks whether the incoming gradient is 1, which fake tensors cannot tell; here it is."""
+        """Its backward asks whether the incoming gradient is 1, which meta tensors cannot tell; here it is."""
 
         @staticmethod
         def backward(ctx, grad):
-            return TiledFusedLogitsLoss.backward(ctx, 1.0 if isinstance(grad, FakeTensor) else grad)
+            return TiledFusedLogitsLoss.backward(ctx, 1.0 if grad.is_meta else grad)
 
     causal = next(
         m for m in model.modules() if isinstance(m, PreTrainedModel) and m.get_output_embeddings() is not None
     )
     head = causal.get_output_embeddings()
 
-    def forward(input_ids, labels, **others):  # PEFT hands on arguments that are None
-        hidden_states = causal.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    def forward(input_ids, labels, attention_mask=None, **others):  # PEFT hands on arguments that are None
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        hidden_states = causal.base_model(**inputs, use_cache=False).last_hidden_state
         shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
         # The mean is taken inside: the op hands its weights' gradients on without the factor that comes in from outside.
         factor = 1 / (shifted != -100).sum()
