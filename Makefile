@@ -7,8 +7,8 @@ lint:            ## style and formatting
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-test:            ## unit tests, one process, five minutes
-	$(PYTHON) -m pytest -m "not engine"
+test:            ## unit tests, a process each
+	$(PYTHON) -m pytest -m "not engine and not large" -n auto --maxprocesses 4 --dist loadfile
 
 matrix:          ## real engines in two processes
 	$(PYTHON) -m pytest -m engine

@@ -15,5 +15,6 @@ if [ "$#" -gt 0 ]; then
 fi
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-"$PYTHON" -m pytest -m "not engine"
+"$PYTHON" -m pytest -m "not engine and not large" -n auto --maxprocesses 4 --dist loadfile
+"$PYTHON" -m pytest -m "large and not engine"
 "$PYTHON" -m pytest -m engine
