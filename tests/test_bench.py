@@ -195,6 +195,21 @@ def test_search_that_is_cut_off_keeps_what_it_knows():
     assert (search.best, search.failed, search.ended) == (170, None, "the time is over")
 
 
+@pytest.mark.parametrize("truth", [0, 5, 8, 20, 32, 33, 77, 100])
+def test_length_that_fits_a_budget(truth):
+    """Bytes that are a line but for a step, as a chunk size's."""
+    unit, calls = 4096, []
+
+    def bytes_of(tokens):
+        calls.append(tokens)
+        return 1000 + 7 * tokens + (3000 if tokens > 50000 else 0)
+
+    found = simulate.longest(bytes_of, bytes_of(truth * unit) + 6 * unit, unit, 100 * unit)
+    assert found.best == truth * unit
+    assert found.failed == ((truth + 1) * unit if truth < 100 else None)
+    assert len(calls) <= 7
+
+
 def test_full_depth_is_a_line_through_few_layers():
     for setting in ("full", "lora"):
         expected = simulate.step_bytes(SMALL, setting, ALL[PLAIN], TOKENS, 6)

@@ -30,7 +30,7 @@ import torch
 from common import GIB, SHAPES, Shape, build, envelope, write
 from full_step import SETTINGS, FullStep, adamw, with_lora
 from search import Search, largest
-from simulate import at_full_depth, predicted
+from simulate import at_full_depth, longest, predicted
 from variants import ALL, PLAIN, Unavailable, Variant
 
 DEFAULT = [PLAIN, "alst-loss", "mlp", "tokens", "layer", "layer-groups"]
@@ -126,11 +126,11 @@ def simulated(args: argparse.Namespace, setting: str, name: str) -> dict[str, An
     shape, variant, budget = SHAPES[args.shape], ALL[name], (args.card_gib - args.reserve_gib) * GIB
     bytes_of: dict[int, Any] = {}
 
-    def trial(tokens: int) -> bool:
+    def device_bytes(tokens: int) -> float:
         bytes_of[tokens] = at_full_depth(shape, setting, variant, tokens)
-        return bytes_of[tokens].device <= budget
+        return bytes_of[tokens].device
 
-    search = largest(trial, args.start or predicted(shape, setting, variant, budget), args.unit, args.most)
+    search = longest(device_bytes, budget, args.unit, args.most)
     result = found(search)
     if search.best:
         best = bytes_of[search.best]

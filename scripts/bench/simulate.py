@@ -1,7 +1,8 @@
-"""Bytes of a full training step at full depth, from steps of a few layers on meta tensors."""
+"""Bytes of a full training step at full depth, from steps of a few layers on meta tensors; and the length that fits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import stubs
@@ -9,10 +10,12 @@ import torch
 from common import GIB, Shape, build
 from full_step import AdamWBytes, FullStep, with_lora
 from live_bytes import LiveBytes
+from search import Search
 from variants import OFFLOADED, Variant
 
 # The loss of all logits, whole, has nothing to do with the number of layers; nor have embeddings.
-LAYERS = 2, 4
+LAYERS = 2, 3
+FIRST_TOKENS = 32768, 131072
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,34 @@ def at_full_depth(shape: Shape, setting: str, variant: Variant, seq: int) -> Byt
 
 def predicted(shape: Shape, setting: str, variant: Variant, budget: float) -> int:
     """About how many tokens fit into a budget of bytes: peaks are a line in the number of tokens, but for chunk sizes."""
-    points = 32768, 131072
-    few, more = (at_full_depth(shape, setting, variant, seq).device for seq in points)
-    slope = (more - few) / (points[1] - points[0])
-    return max(1, int(points[0] + (budget - few) / slope))
+    few, more = (at_full_depth(shape, setting, variant, seq).device for seq in FIRST_TOKENS)
+    slope = (more - few) / (FIRST_TOKENS[1] - FIRST_TOKENS[0])
+    return max(1, int(FIRST_TOKENS[0] + (budget - few) / slope))
+
+
+def longest(bytes_of: Callable[[int], float], budget: float, unit: int, most: int) -> Search:
+    """The largest multiple of `unit` whose bytes are within the budget; bytes are nearly a line in the number of tokens.
+
+    Each trial is where the line through the nearest two lengths known crosses the budget.
+    """
+    search, known = Search(), {}
+
+    def fits(units: int) -> bool:
+        known[units] = bytes_of(units * unit)
+        search.trials[units * unit] = known[units] <= budget
+        return known[units] <= budget
+
+    low, high, limit = 0, most // unit + 1, most // unit
+    for tokens in FIRST_TOKENS:
+        here = min(max(1, tokens // unit), limit)
+        if low < here < high:
+            low, high = (here, high) if fits(here) else (low, here)
+    while low + 1 < high:
+        near = sorted(known, key=lambda units: abs(known[units] - budget))[:2]
+        (a, b) = near if len(near) == 2 else (0, near[0])
+        slope = (known[b] - known.get(a, 0)) / (b - a)
+        here = int(b + (budget - known[b]) / slope) if slope > 0 else (low + high) // 2
+        here = min(max(here, low + 1), high - 1)
+        low, high = (here, high) if fits(here) else (low, here)
+    search.best, search.failed = low * unit, high * unit if high <= limit else None
+    return search
