@@ -49,10 +49,6 @@ class AttentionRequest:
         kwargs = {name: whole_of(value) for name, value in self.kwargs.items()}
         return dataclasses.replace(self, tensors=(), args=tuple(map(whole_of, self.args)), kwargs=kwargs)
 
-    def uses(self, tensor: Tensor) -> bool:
-        """Whether the tensor itself is among the arguments (a parameter, such as attention sinks)."""
-        return any(value is tensor for value in (*self.args, *self.kwargs.values()))
-
     def per_head(self, num_heads: int) -> str:
         """The name of an argument that has a part for each head: a mask `(B, N, S, S)`, sinks `(N,)`; empty if none has."""
         for name, value in (*enumerate(self.args), *self.kwargs.items()):

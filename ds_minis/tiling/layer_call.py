@@ -22,7 +22,7 @@ class LayerCall:
 
     Attributes:
         hidden: the hidden states; whoever keeps a call for later takes them out of it.
-        key: position or name of each other argument, with what it is; calls of one key are alike.
+        key: position or name of each other argument, with what it is and where it counts tokens; calls of one key are alike.
         reason: why the call cannot be run for some of its tokens; empty if it can.
     """
 
@@ -31,22 +31,22 @@ class LayerCall:
         self.hidden: Tensor | None = None
         self.reason = ""
         self._place: int | str = 0
+        self._batch = self._num_tokens = -1
         key = []
         for place, value in (*enumerate(args), *kwargs.items()):
             if self.hidden is None and isinstance(value, Tensor):
                 self.hidden, self._place = value, place
                 (self._args if isinstance(place, int) else self._kwargs)[place] = None
+                if value.dim() == 3 and value.is_floating_point():
+                    self._batch, self._num_tokens, _ = value.shape
                 continue
             reason, kind = _described(value)
             if reason and not self.reason:
                 self.reason = f"its argument {place!r} {reason}"
-            key.append((place, kind))
+            key.append((place, kind, self._dims(place, value)))
         self.key = tuple(key)
-        x = self.hidden
-        if x is None or x.dim() != 3 or not x.is_floating_point():
+        if self._num_tokens < 0:
             self.reason = "its first tensor is not (batch, tokens, hidden size)"
-        else:
-            self._batch, self._num_tokens, _ = x.shape
 
     def with_tokens(self, x: Tensor, start: int, stop: int) -> TokensOfCall:
         """The same call for the tokens from `start` to `stop`, whose hidden states are `x`."""
@@ -62,6 +62,12 @@ class LayerCall:
         """The arguments, with `x` for the hidden states and `part(place, value)` for each other one."""
         args = [x if place == self._place else part(place, v) for place, v in enumerate(self._args)]
         return args, {place: x if place == self._place else part(place, v) for place, v in self._kwargs.items()}
+
+    def _dims(self, place: int | str, value: Any) -> Any:
+        """The dimension that counts tokens, of each tensor in a value: one of other lengths is another way of calling."""
+        if isinstance(value, tuple | list):
+            return tuple(self._dims(place, v) for v in value)
+        return self.dim_of_tokens(place, value) if isinstance(value, Tensor) else None
 
     def dim_of_tokens(self, place: int | str, value: Tensor) -> int | None:
         """The dimension of an argument that counts tokens; None for one that is given whole to each chunk."""
@@ -95,6 +101,8 @@ class TokensOfCall:
             part = value[:, self._slice] if dim == 1 else value[self._slice]
             if self._batch is not None and dim == 1:
                 part = part[: self._batch]
+        if self._batch is not None and part.is_inference():
+            part = part.clone()  # gradients are asked for, in inference mode too
         self._whole_of[id(part)] = value
         return part
 

@@ -111,19 +111,20 @@ class LayerNode(Call):
                 request, heads = self._passes.before(x)
             name = request.per_head(heads[0].shape[1] * self._groups.count)
             if name:
-                tell(
-                    self._module,
-                    "attends to all heads at once",
-                    f"its attention's argument {name} has a part for each head",
-                )
-                self._groups = None
-                return self._attended(x)
+                return self._attended_at_once(x, f"its attention's argument {name} has a part for each head")
             with self._passes.attending(group):
                 part = self._attend(request, heads)
+            if part.dim() != 4:
+                return self._attended_at_once(x, "its attention gives all heads in one dimension")
             if out is None:
                 out = part.new_empty(*part.shape[:2], part.shape[2] * self._groups.count, part.shape[3])
             self._groups.of_output(out, group).copy_(part)
         return out
+
+    def _attended_at_once(self, x: Tensor, reason: str) -> Tensor:
+        tell(self._module, "attends to all heads at once", reason)
+        self._groups = None
+        return self._attended(x)
 
     def backward(self, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
         grad_y, self.grad_output = self.grad_output, None
@@ -195,7 +196,8 @@ class LayerNode(Call):
         self, request: AttentionRequest, heads: list[Tensor], edge, grad_out: Tensor, sums: GradientSums, leaves
     ) -> list[Tensor | None]:
         """Gradients of queries, keys and values; those of parameters among the attention's arguments are added."""
-        own = [leaf for leaf in leaves if leaf.requires_grad and request.uses(leaf)]
+        # All, as an attention function may read a weight from its module, beside those among its arguments.
+        own = [leaf for leaf in leaves if leaf.requires_grad]
         grads = torch.autograd.grad(edge, [*heads, *own], grad_out, allow_unused=True)
         by_leaf = dict(zip(map(id, own), grads[3:], strict=True))
         sums.add(by_leaf.get(id(leaf)) for leaf in leaves if leaf.requires_grad)

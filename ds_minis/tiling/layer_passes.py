@@ -78,7 +78,7 @@ class LayerPasses:
         self.autocast = AutocastState(x.device)
         self._forward, self._call, self._chunking = forward, call, chunking
         self._constants = constants_of(module)
-        self._seeds = Seeds(x.device) if module.training and has_values(x) else None
+        self._seeds = Seeds(x.device) if has_values(x) and any(m.training for m in module.modules()) else None
 
     def before(self, x: Tensor) -> tuple[AttentionRequest, list[Tensor]]:
         """The attention's call, for all tokens, and its queries, keys and values."""

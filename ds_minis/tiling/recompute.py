@@ -78,7 +78,7 @@ class Seeds:
     def __init__(self, device: torch.device):
         generator = torch.Generator()
         generator.set_state(torch.get_rng_state())
-        self._first = int(torch.randint(2**62, (), generator=generator))
+        self._first = int(torch.randint(2**62, (), generator=generator, device="cpu"))
         self._device = None if device.type in ("cpu", "meta") else device
         self._drawn = False
 
@@ -102,7 +102,7 @@ class Seeds:
     def advance(self) -> None:
         """To be called after forward: the next call gets other random numbers, if this one drew any."""
         if self._drawn:
-            torch.rand(())
+            torch.rand((), device="cpu")
 
     def _states(self) -> list[Tensor]:
         if self._device is None:

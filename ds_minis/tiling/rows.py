@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -76,12 +77,20 @@ _NOTHING = object()
 def constants_of(module: nn.Module) -> list[tuple[nn.Module, dict[str, object]]]:
     """What the parts of a module are set to (training, a scale, whether an adapter is on), but for DeepSpeed's counters."""
     return [
-        (part, {k: v for k, v in part.__dict__.items() if type(v) in _CONSTANTS and not k.startswith("ds_")})
+        (part, {k: copy.copy(v) for k, v in part.__dict__.items() if _is_constant(v) and not k.startswith("ds_")})
         for part in module.modules()
     ]
 
 
 _CONSTANTS = frozenset((bool, int, float, str, type(None)))
+
+
+def _is_constant(value: object) -> bool:
+    """A constant, or some of them together: PEFT's active adapters and their scales."""
+    if type(value) in (list, dict):
+        values = value.values() if isinstance(value, dict) else value
+        return len(value) > 0 and all(v is not None and type(v) in _CONSTANTS for v in values)
+    return type(value) in _CONSTANTS
 
 
 @contextlib.contextmanager
