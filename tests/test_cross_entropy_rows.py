@@ -67,6 +67,21 @@ def test_losses_and_gradients(implementation, dtype, vocab_size, ignore_index):
     assert made[target == ignore_index].eq(0).all()
 
 
+@pytest.mark.parametrize("level", [0.0, 1e2, 1e4])
+def test_small_losses_of_large_logits(implementation, level):
+    """A row that is nearly right: its loss must not be lost in the rounding of its logits. As close as torch's."""
+    logits, target = chunk(301)
+    rows = (target != -100).nonzero().squeeze()
+    logits[rows, target[rows]] = logits[rows].amax(1) + 7
+    logits += level
+    weights = torch.ones(7)
+    losses, gradient = expected(logits, target, -100, weights)
+    actual, normalizers = implementation.losses(logits, target, -100, None)
+    torch.testing.assert_close(actual.double(), losses, rtol=3e-4, atol=0)
+    made = implementation.gradients(logits, target, -100, normalizers, weights)
+    assert (made - gradient).abs().max() <= 3e-5 * gradient.abs().max()
+
+
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("vocab_size", [37, 301])
 def test_gradients_in_the_place_of_the_logits(implementation, dtype, vocab_size):
@@ -127,7 +142,7 @@ def test_large_logits_do_not_overflow(implementation):
 def test_no_rows(implementation):
     logits = torch.empty(0, 37)
     losses, normalizers = implementation.losses(logits, torch.empty(0, dtype=torch.long), -100, torch.tensor(1.0))
-    assert losses.shape == normalizers.shape == (0,)
+    assert losses.shape == (0,) and normalizers.shape == (2, 0)
 
 
 def test_a_label_out_of_range_is_an_error(implementation):

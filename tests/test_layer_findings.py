@@ -5,7 +5,16 @@ import math
 
 import pytest
 import torch
-from models import add_lora, assert_same_training, batch, build, count_layers, loss_and_grads, twins
+from models import (
+    add_lora,
+    assert_same_tensors,
+    assert_same_training,
+    batch,
+    build,
+    count_layers,
+    loss_and_grads,
+    twins,
+)
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, Llama4TextConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -207,3 +216,15 @@ def test_rounding_in_bfloat16_is_not_taken_for_mixing():
     convert_to_mini_sequence(model, CHUNKS)
     loss_and_grads(model, batch(40))
     assert count_layers(model) == 40
+
+
+def test_a_head_that_is_run_again_after_its_model_was_set_to_evaluation():
+    model = add_lora(build("llama"), target_modules=["q_proj", "lm_head"], lora_dropout=0.3)
+    convert_to_mini_sequence(model, CHUNKS)
+    loss = model(**batch(40)).loss
+    loss.backward(retain_graph=True)
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.eval()
+    loss.backward()
+    assert_same_tensors({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, grads)

@@ -51,18 +51,18 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_CV: Tensor, target_C: Tensor, ignore_index: int, factor: Tensor | None):
         ctx.ignore_index, ctx.is_gradient = ignore_index, factor is not None
-        losses_C, normalizers_C = _implementation(logits_CV).losses(logits_CV, target_C, ignore_index, factor)
-        ctx.save_for_backward(logits_CV, target_C, normalizers_C)
+        losses_C, normalizers_2C = _implementation(logits_CV).losses(logits_CV, target_C, ignore_index, factor)
+        ctx.save_for_backward(logits_CV, target_C, normalizers_2C)
         return losses_C
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_C: Tensor):
-        logits_CV, target_C, normalizers_C = ctx.saved_tensors
+        logits_CV, target_C, normalizers_2C = ctx.saved_tensors
         if ctx.is_gradient:
             return logits_CV, None, None, None
         gradients = _implementation(logits_CV).gradients
-        return gradients(logits_CV, target_C, ctx.ignore_index, normalizers_C, grad_C), None, None, None
+        return gradients(logits_CV, target_C, ctx.ignore_index, normalizers_2C, grad_C), None, None, None
 
 
 class _Torch:
@@ -70,9 +70,12 @@ class _Torch:
 
     @staticmethod
     def losses(logits_CV: Tensor, target_C: Tensor, ignore_index: int, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The losses, and the logarithm of each row's sum of exponentials; with `factor` the logits become gradients."""
+        """The losses; each row's greatest logit, and the logarithm of its sum of exponentials with that taken off.
+
+        With `factor` the logits become gradients.
+        """
         losses_C = logits_CV.new_empty(logits_CV.shape[0], dtype=torch.float32)
-        normalizers_C = torch.empty_like(losses_C)
+        normalizers_2C = losses_C.new_empty(2, losses_C.shape[0])
         for start, stop in _blocks(logits_CV):
             logits_BV, target_B = logits_CV[start:stop], target_C[start:stop]
             ignored_B = target_B == ignore_index
@@ -82,20 +85,22 @@ class _Torch:
             in_place = factor is not None and logits_BV.dtype == torch.float32
             exponentials_BV = torch.sub(logits_BV, greatest_B, out=logits_BV if in_place else None).exp_()
             sums_B = exponentials_BV.sum(-1, keepdim=True)
-            normalizers_B = (greatest_B + sums_B.log()).squeeze(-1)
-            normalizers_C[start:stop] = normalizers_B
-            losses_C[start:stop] = (picked_B.float() + normalizers_B).masked_fill_(ignored_B, 0.0)
+            logs_B = sums_B.log()
+            normalizers_2C[0, start:stop], normalizers_2C[1, start:stop] = greatest_B[:, 0], logs_B[:, 0]
+            # The greatest logit is taken off first: a small loss would be lost in the rounding of large logits.
+            losses_B = (picked_B.float() + greatest_B[:, 0]) + logs_B[:, 0]
+            losses_C[start:stop] = losses_B.masked_fill_(ignored_B, 0.0)
             if factor is not None:
                 factor_B = factor.float().expand(stop - start).masked_fill(ignored_B, 0.0)[:, None]
                 gradient_BV = exponentials_BV.mul_(factor_B / sums_B)
                 gradient_BV.scatter_add_(-1, target_B.masked_fill(ignored_B, 0)[:, None], -factor_B)
                 if not in_place:
                     logits_BV.copy_(gradient_BV)
-        return losses_C, normalizers_C
+        return losses_C, normalizers_2C
 
     @staticmethod
     def gradients(
-        logits_CV: Tensor, target_C: Tensor, ignore_index: int, normalizers_C: Tensor, grad_C: Tensor
+        logits_CV: Tensor, target_C: Tensor, ignore_index: int, normalizers_2C: Tensor, grad_C: Tensor
     ) -> Tensor:
         """The gradient of the logits for the losses' gradient `grad_C`."""
         gradients_CV = torch.empty_like(logits_CV)
@@ -103,7 +108,8 @@ class _Torch:
             target_B, logits_BV = target_C[start:stop], logits_CV[start:stop]
             ignored_B = target_B == ignore_index
             factor_B = grad_C[start:stop].float().masked_fill(ignored_B, 0.0)[:, None]
-            gradient_BV = torch.sub(logits_BV, normalizers_C[start:stop, None]).exp_().mul_(factor_B)
+            greatest_B, logs_B = normalizers_2C[:, start:stop, None]
+            gradient_BV = torch.sub(logits_BV, greatest_B).sub_(logs_B).exp_().mul_(factor_B)
             gradient_BV.scatter_add_(-1, target_B.masked_fill(ignored_B, 0)[:, None], -factor_B)
             gradients_CV[start:stop] = gradient_BV
         return gradients_CV

@@ -48,12 +48,15 @@ def _rows(
             shift = tl.where(new_greatest == float("-inf"), 0.0, new_greatest)
             total = total * tl.exp(greatest - shift) + tl.sum(tl.exp(x - shift), 0)
             greatest = new_greatest
-        normalizer = tl.where(counted, greatest + tl.log(total), 0.0)
+        log_total = tl.log(total)
         picked = tl.load(logits + tl.where(counted, target, 0)).to(tl.float32)
-        tl.store(losses + row, tl.where(counted, normalizer - picked, 0.0))
-        tl.store(normalizers + row, normalizer)
+        # The greatest logit is taken off first: a small loss would be lost in the rounding of large logits.
+        tl.store(losses + row, tl.where(counted, (greatest - picked) + log_total, 0.0))
+        tl.store(normalizers + row, greatest)
+        tl.store(normalizers + tl.num_programs(0).to(tl.int64) + row, log_total)
     else:
-        normalizer = tl.load(normalizers + row)
+        greatest = tl.load(normalizers + row)
+        log_total = tl.load(normalizers + tl.num_programs(0).to(tl.int64) + row)
 
     if WITH_GRADIENT:
         if WITH_LOSS:
@@ -63,30 +66,33 @@ def _rows(
         for start in range(0, vocab_size, BLOCK):
             offsets = start + columns
             x = tl.load(logits + offsets, mask=offsets < read_size, other=0.0).to(tl.float32)
-            gradient = tl.exp(x - normalizer) * factor
+            gradient = tl.exp((x - greatest) - log_total) * factor
             gradient = tl.where(offsets == target, gradient - factor, gradient)
             gradient = tl.where(counted, gradient, 0.0)
             tl.store(gradients + offsets, gradient.to(gradients.dtype.element_ty), mask=offsets < vocab_size)
 
 
 def losses(logits_CV: Tensor, target_C: Tensor, ignore_index: int, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The losses, and the logarithm of each row's sum of exponentials; with `factor` the logits become gradients."""
+    """The losses; each row's greatest logit, and the logarithm of its sum of exponentials with that taken off.
+
+    With `factor` the logits become gradients.
+    """
     require_targets_in_range(target_C, ignore_index, logits_CV.shape[1])
     rows_CV = logits_CV if logits_CV.stride(1) == 1 else logits_CV.contiguous()
     losses_C = rows_CV.new_empty(rows_CV.shape[0], dtype=torch.float32)
-    normalizers_C = torch.empty_like(losses_C)
+    normalizers_2C = losses_C.new_empty(2, losses_C.shape[0])
     gradients_CV = None if factor is None else rows_CV
-    _launch(rows_CV, target_C, ignore_index, losses_C, normalizers_C, gradients_CV, factor)
+    _launch(rows_CV, target_C, ignore_index, losses_C, normalizers_2C, gradients_CV, factor)
     if factor is not None and rows_CV is not logits_CV:
         logits_CV.copy_(rows_CV)
-    return losses_C, normalizers_C
+    return losses_C, normalizers_2C
 
 
-def gradients(logits_CV: Tensor, target_C: Tensor, ignore_index: int, normalizers_C: Tensor, grad_C: Tensor) -> Tensor:
+def gradients(logits_CV: Tensor, target_C: Tensor, ignore_index: int, normalizers_2C: Tensor, grad_C: Tensor) -> Tensor:
     """The gradient of the logits for the losses' gradient `grad_C`."""
     rows_CV = logits_CV if logits_CV.stride(1) == 1 else logits_CV.contiguous()
     gradients_CV = torch.empty_like(rows_CV, memory_format=torch.contiguous_format)
-    _launch(rows_CV, target_C, ignore_index, None, normalizers_C, gradients_CV, grad_C)
+    _launch(rows_CV, target_C, ignore_index, None, normalizers_2C, gradients_CV, grad_C)
     return gradients_CV
 
 
@@ -95,7 +101,7 @@ def _launch(
     target_C: Tensor,
     ignore_index: int,
     losses_C: Tensor | None,
-    normalizers_C: Tensor,
+    normalizers_2C: Tensor,
     gradients_CV: Tensor | None,
     factor: Tensor | None,
 ) -> None:
@@ -108,11 +114,11 @@ def _launch(
             rows_CV,
             rows_CV.stride(0),
             target_C.contiguous(),
-            normalizers_C if losses_C is None else losses_C,
-            normalizers_C,
+            normalizers_2C if losses_C is None else losses_C,
+            normalizers_2C,
             rows_CV if gradients_CV is None else gradients_CV,
             rows_CV.stride(0) if gradients_CV is None else gradients_CV.stride(0),
-            normalizers_C if factor is None else factor,
+            normalizers_2C if factor is None else factor,
             0 if factor is None or factor.dim() == 0 else factor.stride(0),
             vocab_size,
             ignore_index,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ds_minis.tiling.gradient_sums import GradientSums, let_go
 from ds_minis.tiling.linears import chunk_forwards
 from ds_minis.tiling.recompute import Replay, forwards_set, unseen_graph
-from ds_minis.tiling.rows import Guard, ParameterSlots
+from ds_minis.tiling.rows import Guard, ParameterSlots, constants_of, set_to
 
 
 class _SumCall:
@@ -35,7 +35,7 @@ class _SumCall:
         self.slots = ParameterSlots(module)
         self.expected = expected
         self._function, self._module, self._guard = function, module, guard
-        self._replay = Replay(rows[0].device)
+        self._replay, self._constants = Replay(rows[0].device), constants_of(module)
         num_rows = rows[0].shape[0]
         self._bounds = [(i, min(i + chunk_rows, num_rows)) for i in range(0, max(num_rows, 1), chunk_rows)]
 
@@ -84,7 +84,7 @@ class _SumCall:
             torch.clear_autocast_cache()
 
     def grads_again(self, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
-        with self._replay.active():
+        with self._replay.active(), set_to(self._constants):
             return self.value_and_grads(tensors, needs_grad)[1]
 
 
