@@ -302,3 +302,26 @@ def test_a_step_of_more_than_2_to_the_31_elements_at_full_width():
     """Shapes alone: 540,672 tokens x 4,096, more than 2**31 elements."""
     plain, ours = (decoder_memory(SHAPES["llama-3-8b"], ALL[name], 540_672, 1) for name in ("plain", "layer-groups"))
     assert ours["W_KiB_per_token"] < 36 < 52 < plain["W_KiB_per_token"]
+
+
+def changed_in_place(module, args, output):
+    with torch.no_grad():
+        (output[0] if isinstance(output, tuple) else output).mul_(1.3)
+
+
+def changed_anew(module, args, output):
+    y = output[0] if isinstance(output, tuple) else output
+    module.held = y  # as somebody who collects hidden states does
+    changed = y * 1.3
+    return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+
+@pytest.mark.parametrize("change", [changed_in_place, changed_anew])
+@pytest.mark.parametrize("settings", ["every 2nd", "every 3rd", "all"])
+def test_hidden_states_that_are_changed_between_layers(settings, change):
+    """What is computed once more is the layer's output, not what somebody made of it."""
+    model, reference = converted("llama", SETTINGS[settings], **DEEP)
+    for m in (model, reference):
+        for i in (0, 2, 3):
+            m.model.layers[i].register_forward_hook(change)
+    assert_same_training(model, reference, batch(23))

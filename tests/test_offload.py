@@ -1,5 +1,6 @@
 """Checkpoints in host memory: contents, order, memory. On the CPU, by the code that runs on a GPU too."""
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -12,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from ds_minis.tiling import host_memory
-from ds_minis.tiling.host_memory import host_bytes_needed
+from ds_minis.tiling import host_memory, offload
+from ds_minis.tiling.host_memory import BlockPool, host_bytes_needed
 from ds_minis.tiling.offload import HostStore
 
 BLOCK = 256
@@ -389,3 +390,105 @@ def test_no_host_memory_left():
     assert number > 1 and in_use == number * 2**25 == int(after)
     assert f"{in_use:,} bytes hold checkpoints" in message and f"needs {2**25:,}" in message
     assert "checkpoint_every" in message and "pinned" not in message
+
+
+class Streams:
+    """Stands for `torch.cuda`: what waits for what is noted, and no copy ends before somebody waits for it."""
+
+    class Stream:
+        def __init__(self, device=None):
+            self.waited_for = []
+
+        def wait_stream(self, other):
+            self.waited_for.append(other)
+
+        def wait_event(self, event):
+            self.waited_for.append(event)
+
+    class Event:
+        def record(self, stream):
+            self.stream = stream
+
+        def query(self):
+            return False
+
+    def __init__(self):
+        self.now = self.Stream()
+        self.copying_behind = []
+
+    def current_stream(self, device=None):
+        return self.now
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        assert stream.waited_for[-1:] == [self.now], "a copy began before what it reads was there"
+        stream.waited_for.clear()
+        yield
+
+
+@pytest.fixture
+def lane(monkeypatch):
+    """The copies of a device with streams, on the CPU."""
+    streams = Streams()
+    monkeypatch.setattr(torch, "cpu", streams)
+    lane = offload._Lane(torch.device("cpu"))
+    lane.streams = streams
+    return lane
+
+
+def test_copies_wait_for_what_they_read(lane):
+    kept = offload.Kept(lane, torch.randn(40))
+    assert lane.in_flight[-1].tensor is not None
+    kept.fetch()
+    kept.fetch()  # brought back, by a second copy
+
+
+def test_memory_goes_back_behind_the_copy_that_reads_it(lane):
+    kept = offload.Kept(lane, torch.randn(40))
+    on_device = lane.in_flight[-1]
+    event = on_device._event
+    assert event not in lane.streams.now.waited_for
+    on_device.drop()
+    assert event in lane.streams.now.waited_for and on_device.tensor is None
+    kept.release()
+
+
+def test_a_stream_waits_for_what_it_is_given(lane):
+    """Where it is another than the one that the memory goes back to, that must know of it."""
+    kept = offload.Kept(lane, torch.randn(40))
+    on_device, event = lane.in_flight[-1], lane.in_flight[-1]._event
+    other, recorded = Streams.Stream(), []
+    on_device._asynchronous = True
+
+    class Watched(torch.Tensor):
+        def record_stream(self, stream):
+            recorded.append(stream)
+
+    on_device.tensor = on_device.tensor.as_subclass(Watched)
+    lane.streams.now, first = other, lane.streams.now
+    kept.fetch()
+    assert event in other.waited_for and event in first.waited_for and recorded == [other]
+
+
+def test_no_more_than_two_copies_are_under_way(lane):
+    kept = []
+    for _ in range(5):
+        kept.append(offload.Kept(lane, torch.randn(40)))
+        assert len(lane.in_flight) <= 2
+    assert len(lane.in_flight) == 2
+
+
+def test_blocks_taken_before_memory_ran_out_are_free_again(monkeypatch):
+    pool, own, made = BlockPool(pinned=False), torch.empty, []
+
+    def empty(*args, **kwargs):
+        if len(made) == 2:
+            raise RuntimeError("no memory")
+        made.append(own(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(RuntimeError, match="no host memory left"):
+        pool.take(3 * BLOCK)
+    assert pool.bytes_in_use == 0 and pool.bytes_allocated == 2 * BLOCK
+    assert len(pool.take(2 * BLOCK)) == 2

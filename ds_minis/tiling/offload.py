@@ -118,10 +118,10 @@ class _Lane:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._asynchronous = device.type in _WITH_STREAMS
-        self._streams = torch.get_device_module(device) if self._asynchronous else torch.cpu
-        self._stream = self._streams.Stream(**{"device": device} if self._asynchronous else {})
-        self.pool = BlockPool(pinned=self._asynchronous)
+        self.asynchronous = device.type in _WITH_STREAMS
+        self._streams = torch.get_device_module(device) if self.asynchronous else torch.cpu
+        self._stream = self._streams.Stream(**{"device": device} if self.asynchronous else {})
+        self.pool = BlockPool(pinned=self.asynchronous)
         self.in_flight: deque[_OnDevice] = deque()
         self.ahead = _OnDevice()
         self.last = lambda: None
@@ -138,7 +138,7 @@ class _Lane:
         self._stream.wait_stream(self.current_stream())
         with self._streams.stream(self._stream):
             for target, source in pairs:
-                target.copy_(source, non_blocking=self._asynchronous)
+                target.copy_(source, non_blocking=self.asynchronous)
         event = self._streams.Event()
         event.record(self._stream)
         return event
@@ -157,6 +157,7 @@ class _OnDevice:
     def put(self, lane: _Lane, tensor: Tensor, event) -> None:
         self.tensor, self._version, self._event = tensor, tensor._version, event
         self._stream = lane.current_stream()  # where its memory goes back to
+        self._asynchronous = lane.asynchronous
 
     def is_copied(self) -> bool:
         return self.tensor is None or self._event.query()
@@ -172,6 +173,8 @@ class _OnDevice:
         if tensor is None:
             return None
         stream.wait_event(self._event)
+        if self._asynchronous and stream != self._stream:
+            tensor.record_stream(stream)  # or it would go back while this one still reads it
         self.drop()
         if tensor._version != self._version:
             raise RuntimeError(
