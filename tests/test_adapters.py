@@ -117,7 +117,9 @@ def test_merged_it_is_tiled_trains_and_loads_in_plain_transformers(pair, scope, 
     expected = reference.eval()(torch.arange(1, 24)[None]).logits
     assert expected.shape == (1, 23, VOCAB_SIZE)
     torch.testing.assert_close(torch.load(logits), expected.detach(), rtol=1e-5, atol=1e-5)
-    assert torch.equal(torch.load(logits), model.eval()(torch.arange(1, 24)[None]).logits)
+    # Not to the bit: products depend on where in memory their operands begin, on some processors.
+    expected = model.eval()(torch.arange(1, 24)[None]).logits.detach()
+    torch.testing.assert_close(torch.load(logits), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_adapter_files_are_those_of_the_unconverted_model(pair, tmp_path):

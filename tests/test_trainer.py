@@ -68,7 +68,7 @@ def test_losses_and_final_weights_equal_those_of_the_unconverted_model(tmp_path,
             max_steps=STEPS,
             logging_steps=1,
             optim="sgd",
-            learning_rate=0.05,
+            learning_rate=0.5,
             lr_scheduler_type="constant",
         )
         assert trainer.model_accepts_loss_kwargs  # so num_items_in_batch reaches the loss
