@@ -150,6 +150,37 @@ def _minis(model: nn.Module) -> str:
     )
 
 
+def _require_cuda() -> None:
+    if not torch.cuda.is_available():
+        raise Unavailable("needs a CUDA device")
+
+
+def _offloaded_by_transformers(model: nn.Module) -> str:
+    _require_cuda()
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part.get_output_embeddings() is not None:
+            enable = getattr(part, "activation_checkpointing_enable", None)
+            if enable is None:
+                raise Unavailable("this transformers cannot offload checkpoints")
+            enable({"use_reentrant": False}, offload=True)
+    return ""
+
+
+def _offloaded_by_trl(model: nn.Module) -> str:
+    _require_cuda()
+    try:
+        import trl.models.activation_offloading  # noqa: F401
+    except ImportError as error:
+        raise Unavailable(f"TRL's activation offloading cannot be imported ({error})") from None
+    return "SFTConfig(activation_offloading=True): all that autograd saves, with streams of its own"
+
+
+def _trls_offloading() -> contextlib.AbstractContextManager:
+    from trl.models.activation_offloading import OffloadActivations
+
+    return OffloadActivations()
+
+
 def _save_on_cpu() -> contextlib.AbstractContextManager:
     return torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
 
@@ -171,6 +202,8 @@ VARIANTS = {
 }
 OFFLOADED = {
     "plain-offload": Variant("plain checkpointing in torch's save_on_cpu", _plain, around=_save_on_cpu),
+    "plain-offload-hf": Variant("plain checkpointing, transformers' offload", _offloaded_by_transformers),
+    "plain-offload-trl": Variant("plain checkpointing, TRL's offloading", _offloaded_by_trl, around=_trls_offloading),
     "layer-offload": ours('ds_minis, scope "layer", checkpoints offloaded', scope="layer", offload="cpu"),
     "layer-groups-offload": ours(
         'ds_minis, scope "layer", head groups, checkpoints offloaded', scope="layer", head_groups="auto", offload="cpu"
