@@ -206,6 +206,7 @@ def plots(files: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
         figure, axes = pyplot.subplots(figsize=(9, 1 + 0.35 * len(bars)), layout="constrained")
         drawn = axes.barh(list(bars), list(bars.values()))
         axes.bar_label(drawn, fmt=lambda value: f"{value:,.3g}" if value < 1000 else f"{value:,.0f}", padding=3)
+        axes.margins(x=0.1)  # or the labels run over the edge
         axes.invert_yaxis()
         axes.set_xlabel(label + (" (simulated)" if content["simulated"] else ""))
         path = folder / f"{name.removesuffix('.json')}.png"
@@ -220,7 +221,7 @@ def _bars(content: dict[str, Any]) -> tuple[dict[str, float], str]:
     results = content.get("results")
     if content.get("benchmark") == "transient_memory":
         model = next(iter(results))
-        entries = results[model]["variants"].values()
+        entries = [e for e in results[model]["variants"].values() if not e["host_bytes"]]
         return {e["title"]: e["W_KiB_per_token"] for e in entries}, f"W of {model}, KiB per token"
     if content.get("benchmark") == "step_time":
         entries = results[-1]["variants"].values()
