@@ -7,7 +7,7 @@ lint:            ## style and formatting
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-test:            ## unit tests, a process each
+test:            ## unit tests, as many processes as cores
 	$(PYTHON) -m pytest -m "not engine and not large" -n auto --maxprocesses 4 --dist loadfile
 
 matrix:          ## real engines in two processes

@@ -414,7 +414,6 @@ class Streams:
 
     def __init__(self):
         self.now = self.Stream()
-        self.copying_behind = []
 
     def current_stream(self, device=None):
         return self.now
