@@ -80,6 +80,13 @@ class MiniSequenceConfig:
         "Keep the input of every k-th tiled layer only, on the device or in host memory, and compute the others once more in "
         "backward. Not with FSDP or ZeRO-3, which hold the weights of one layer at a time.",
     )
+    keep_attention: bool = _setting(
+        False,
+        "bool",
+        "Keep each layer's attention output from forward to backward too, so that backward does not run the attention "
+        "forward again: less time, the longer the sequence the more, for about as much memory again as the layers' inputs "
+        "take (host memory, with `offload`). In other scopes than `layer`, where transformers' checkpointing is on.",
+    )
     include: tuple[str, ...] = _setting(
         (), "patterns", 'Tile only modules whose qualified name matches one of these patterns, e.g. ["*.layers.*.mlp"].'
     )
@@ -98,11 +105,17 @@ class MiniSequenceConfig:
                 f"chunk_size={self.chunk_size!r} and num_mini_sequences={self.num_mini_sequences!r} both set the size of "
                 "a chunk: give one of the two"
             )
+        defaults = {spec.name: spec.default for spec in dataclasses.fields(self)}
         for name in ("head_groups", "offload", "checkpoint_every"):
-            default = next(spec.default for spec in dataclasses.fields(self) if spec.name == name)
-            if self.scope != "layer" and getattr(self, name) != default:
+            if self.scope != "layer" and getattr(self, name) != defaults[name]:
                 raise ValueError(
                     f'{name}={getattr(self, name)!r} is for whole layers: it needs scope "layer", not {self.scope!r}'
+                )
+        for name in ("head_groups", "checkpoint_every"):
+            if self.keep_attention and getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"keep_attention=True takes memory to save time, and {name}={getattr(self, name)!r} takes time to save "
+                    f"memory: give one of the two (with keep_attention, {name} must be {defaults[name]})"
                 )
 
     @classmethod

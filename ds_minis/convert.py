@@ -126,7 +126,8 @@ def convert(
 
     warn_of_old_versions()
     chunking = Chunking(config, find_hidden_size(model))
-    candidates = [c for c in find_candidates(model) if config.scope == "layer" or c.role != "layer"]
+    found = list(find_candidates(model))
+    candidates = [c for c in found if config.scope == "layer" or c.role != "layer"]
     loss_models = find_models_with_loss(model)
     if candidates or loss_models:  # else there is nothing for a pattern to match
         _require_matches(candidates, config, door)
@@ -137,6 +138,8 @@ def convert(
     chunking.checkpoints.num_layers = sum(candidate.role == "layer" for candidate in tiled)
     for candidate in tiled:
         tile(candidate.module, TiledLayer if candidate.role == "layer" else TiledModule, chunking, candidate.fqn)
+    if config.keep_attention and config.scope != "layer":
+        _keep_attention_of_layers(found, tiled, chunking)
     for loss_model in loss_models:
         attach_loss_tiling(loss_model, chunking)
 
@@ -223,6 +226,13 @@ def _all_decided(candidates: list[Candidate], config: MiniSequenceConfig, module
         if not (inside and c.reason):
             result.append(c)
     return result
+
+
+def _keep_attention_of_layers(found: list[Candidate], tiled: list[Candidate], chunking: Chunking) -> None:
+    """Of those layers of which a part is tiled; they see to it where they are checkpointed."""
+    for layer in found:
+        if layer.role == "layer" and not layer.reason and any(_is_part_of(c.fqn, [layer.fqn]) for c in tiled):
+            tile(layer.module, TiledLayer, chunking, layer.fqn)
 
 
 def _is_part_of(fqn: str, layers: list[str]) -> bool:

@@ -36,6 +36,7 @@ class Case:
         clip: the norm that gradients are clipped to; 0 for none.
         dropout: its probability, in the MLPs or (with `lora`) in the adapters.
         head_groups, checkpoints, every: `head_groups`, `offload` ("cpu" or "") and `checkpoint_every` of the tiled layers.
+        keep: `keep_attention`, of torch's attention, as transformers' own saves too much.
         seeds: train that often, with other random numbers each time.
     """
 
@@ -59,6 +60,7 @@ class Case:
     head_groups: int | str = 1
     checkpoints: str = ""
     every: int = 1
+    keep: bool = False
     seeds: int = 0
 
     @property
@@ -82,12 +84,12 @@ def micro_batch(case: Case, rank: int, step: int, micro: int) -> dict:
 def mini_sequence(case: Case, rank: int) -> dict:
     chunks = {key: size * COPIES if case.dropout else size for key, size in CHUNKS[rank].items()}
     layers = {"head_groups": case.head_groups, "offload": case.checkpoints or None, "checkpoint_every": case.every}
-    return {"scope": case.scope, **chunks, **layers}
+    return {"scope": case.scope, "keep_attention": case.keep, **chunks, **layers}
 
 
 def make_model(case: Case, seed: int | None = None):
     """The model; `seed` is for the random numbers of its training, the weights are always the same."""
-    model = build(case.family)
+    model = build(case.family, attention="sdpa" if case.keep else "eager")
     if case.quantized:
         model = quantized(model)
     if case.lora:

@@ -30,6 +30,12 @@ SETTINGS = {
     "head groups, flat FSDP1": Case(engine="fsdp1_flat", head_groups=2),
     "all, DDP": Case(engine="ddp", head_groups="auto", checkpoints="cpu", every=2, uneven=True),
     "every second, ZeRO-2": Case(zero_stage=2, every=2, lora=True),
+    "attention kept in host memory, ZeRO-3": Case(zero_stage=3, keep=True, checkpoints="cpu", uneven=True),
+    "attention kept in host memory, FSDP2, LoRA": Case(engine="fsdp2", lora=True, keep=True, checkpoints="cpu"),
+    "attention kept, FSDP1": Case(engine="fsdp1", keep=True, uneven=True),
+    "attention kept, tokens, ZeRO-3": Case(zero_stage=3, scope="tokens", keep=True, uneven=True),
+    "attention kept, tokens, FSDP2, LoRA": Case(engine="fsdp2", lora=True, scope="tokens", keep=True),
+    "attention kept, tokens, DDP, reentrant": Case(engine="ddp", scope="tokens", keep=True, reentrant=True),
 }
 # Engines that hold the weights of one layer at a time.
 EVERY_REFUSED = {

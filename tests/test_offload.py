@@ -107,6 +107,23 @@ def test_the_copy_is_taken_at_once_and_a_write_before_its_end_is_seen_is_an_erro
     third.release()
 
 
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_so_many_are_brought_ahead_and_no_more(ahead):
+    store, tensors = HostStore(), checkpoints(9)
+    kept = keep_all(store, tensors)
+    brought = lambda: [k._on_device.tensor is not None for k in kept]  # noqa: E731
+    for i in reversed(range(9)):
+        before = brought()
+        assert torch.equal(kept[i].fetch(ahead=ahead), tensors[i])
+        assert i in (7, 8) or before[max(i - ahead + 1, 0) : i + 1] == [True] * min(ahead, i + 1)
+        assert brought()[:i] == [j >= i - ahead for j in range(i)]
+    # A backward that ends early leaves no more than so many behind, however often.
+    kept = keep_all(store, tensors)
+    for i in (8, 4, 6):
+        kept[i].fetch(ahead=ahead)
+    assert sum(brought()) <= ahead + 1  # and the one whose copy was the last
+
+
 def test_one_device_tensor_at_most_is_held_after_its_copy():
     store, tensors = HostStore(), checkpoints(6)
     held = [weakref.ref(x.untyped_storage()) for x in tensors]
@@ -199,7 +216,7 @@ def test_what_is_released_or_gone_is_not_brought():
 def test_release_gives_the_memory_back_once():
     store, tensors = HostStore(), checkpoints(4)
     kept = keep_all(store, tensors)
-    per_tensor = host_bytes_needed(1, 2, 37, 5, torch.float32)
+    per_tensor = host_bytes_needed(1, [torch.empty(2, 37, 5)])
     assert per_tensor == 6 * BLOCK
     assert store.host_bytes_in_use == store.host_bytes_peak == 4 * per_tensor
     for _ in range(3):
@@ -223,7 +240,7 @@ def test_what_nobody_holds_is_given_back_also_out_of_a_cycle():
     cycle = [kept.pop()]
     cycle.append(cycle)
     del kept
-    assert store.host_bytes_in_use == host_bytes_needed(1, 2, 37, 5, torch.float32)
+    assert store.host_bytes_in_use == host_bytes_needed(1, [torch.empty(2, 37, 5)])
     del cycle
     gc.collect()
     assert store.host_bytes_in_use == 0
@@ -253,14 +270,16 @@ def test_small_tensors_take_small_blocks():
 def test_the_need_is_stated_as_it_comes(seq):
     store = HostStore()
     kept = keep_all(store, [torch.zeros(3, seq, 5, dtype=torch.bfloat16)] * 7)
-    assert host_bytes_needed(7, 3, seq, 5, torch.bfloat16) == store.host_bytes_in_use
+    assert host_bytes_needed(7, [torch.empty(3, seq, 5, dtype=torch.bfloat16)]) == store.host_bytes_in_use
     assert len(kept) == 7
 
 
 def test_the_need_of_a_large_model(monkeypatch):
     monkeypatch.undo()
-    assert host_bytes_needed(32, 1, 524288, 4096, torch.bfloat16) == 128 * 2**30
-    assert host_bytes_needed(32, 1, 390625, 4096, torch.bfloat16) == 32 * 191 * 2**24  # 3.2 GB each, 4 MB over
+    assert host_bytes_needed(32, [torch.empty(1, 524288, 4096, dtype=torch.bfloat16, device="meta")]) == 128 * 2**30
+    assert (
+        host_bytes_needed(32, [torch.empty(1, 390625, 4096, dtype=torch.bfloat16, device="meta")]) == 32 * 191 * 2**24
+    )  # 3.2 GB each, 4 MB over
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda x: pickle.loads(pickle.dumps(x))])
@@ -315,7 +334,7 @@ def test_gradients_of_a_stack_of_layers(backwards):
     for i in range(backwards):
         grads = torch.autograd.grad(loss, weights, retain_graph=i + 1 < backwards)
         assert all(torch.equal(*pair) for pair in zip(grads, expected, strict=True))
-    assert store.host_bytes_in_use == store.host_bytes_peak == host_bytes_needed(5, 2, 37, 5, torch.float32)
+    assert store.host_bytes_in_use == store.host_bytes_peak == host_bytes_needed(5, [torch.empty(2, 37, 5)])
     del loss
     assert store.host_bytes_in_use == 0
 
@@ -327,7 +346,7 @@ def test_two_graphs_at_once_and_a_loss_that_is_dropped():
     dropped = loss_of(weights, z, store)
     loss = loss + loss_of(weights, y, store)
     del dropped
-    assert store.host_bytes_in_use == host_bytes_needed(10, 2, 37, 5, torch.float32)
+    assert store.host_bytes_in_use == host_bytes_needed(10, [torch.empty(2, 37, 5)])
     grads = torch.autograd.grad(loss, weights)
     for grad, other in zip(grads, expected, strict=True):
         torch.testing.assert_close(grad, other)
@@ -353,7 +372,7 @@ def test_as_saved_tensor_hooks_a_backward_gives_memory_back_while_the_loss_is_he
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         loss = Saved.apply(x, weight).sum()
     for retain in (True, False):
-        assert store.host_bytes_in_use == host_bytes_needed(1, 2, 37, 5, torch.float32)
+        assert store.host_bytes_in_use == host_bytes_needed(1, [torch.empty(2, 37, 5)])
         torch.testing.assert_close(torch.autograd.grad(loss, weight, retain_graph=retain)[0], expected)
     assert store.host_bytes_in_use == 0
     with pytest.raises(RuntimeError, match="second time"):

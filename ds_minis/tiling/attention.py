@@ -58,20 +58,35 @@ class AttentionRequest:
                     return repr(name)
         return ""
 
+    @property
+    def way(self) -> tuple:
+        """Which function is called how: for what module, in which dtypes, with which tensors among its arguments."""
+        arguments = (*enumerate(self.args), *self.kwargs.items())
+        names = (name for name, value in arguments if isinstance(value, Tensor))
+        function = getattr(self.function, "__qualname__", None)
+        return function, type(self.module).__qualname__, *(t.dtype for t in self.tensors), *names
+
+    def call(self, tensors: Sequence[Tensor]) -> tuple:
+        """What the function gives for these queries, keys and values: the attention's output, and its weights or None."""
+        return self.function(self.module, *tensors, *self.args, **self.kwargs)
+
     def run(self, tensors: Sequence[Tensor]) -> Tensor:
         """The attention's output for these queries, keys and values, `(B, T, N, E)`."""
-        return self.function(self.module, *tensors, *self.args, **self.kwargs)[0]
+        return self.call(tensors)[0]
 
 
 class AttentionReached(Exception):
     """Ends a run of a layer at its attention."""
 
 
+Handler = Callable[[Callable[..., Any], tuple, dict[str, Any]], tuple]
+
+
 class _Answers(threading.local):
     """Who answers the attention of layers that this thread runs, innermost last."""
 
     def __init__(self):
-        self.stack: list[Callable[[AttentionRequest], Tensor]] = []
+        self.stack: list[Handler] = []
 
 
 _answers = _Answers()
@@ -79,11 +94,20 @@ _lock = threading.Lock()
 _num_answering = 0  # in all threads
 
 
-@contextlib.contextmanager
-def attention_answered_by(answer: Callable[[AttentionRequest], Tensor]) -> Iterator[None]:
+def attention_answered_by(answer: Callable[[AttentionRequest], Tensor]) -> contextlib.AbstractContextManager[None]:
     """Inside, `answer` is given each call of an attention function in this thread, and gives its output."""
+
+    def handler(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> tuple:
+        return answer(AttentionRequest.of_call(function, args, kwargs)), None
+
+    return attention_handled_by(handler)
+
+
+@contextlib.contextmanager
+def attention_handled_by(handler: Handler) -> Iterator[None]:
+    """Inside, `handler(function, args, kwargs)` is run in the place of `function(*args, **kwargs)`."""
     _set_answering(1)
-    _answers.stack.append(answer)
+    _answers.stack.append(handler)
     try:
         yield
     finally:
@@ -112,11 +136,11 @@ def _answering(get_interface: Callable[..., Callable], *args, **kwargs) -> Calla
     function = get_interface(*args, **kwargs)
     if not _answers.stack:
         return function
-    answer = _answers.stack[-1]
+    handler = _answers.stack[-1]
 
     @functools.wraps(function)
     def attention(*args, **kwargs):
-        return answer(AttentionRequest.of_call(function, args, kwargs)), None
+        return handler(function, args, kwargs)
 
     return attention
 

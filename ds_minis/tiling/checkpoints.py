@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import weakref
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -18,7 +19,7 @@ from ds_minis.config import MiniSequenceConfig
 from ds_minis.ranks import is_main_process, num_local_ranks
 from ds_minis.tiling.host_memory import available_host_bytes, host_bytes_needed
 from ds_minis.tiling.offload import HostStore
-from ds_minis.tiling.recompute import has_values
+from ds_minis.tiling.recompute import graph_is_kept, has_values
 
 if TYPE_CHECKING:
     from ds_minis.tiling.layer_node import LayerNode
@@ -27,11 +28,12 @@ logger = logging.getLogger("ds_minis")
 
 
 class Source(Protocol):
-    """The input of one call of a layer, from its forward to its backward."""
+    """The input of one call of a layer, from its forward to its backward, with what is kept of its attention."""
 
-    def keep(self, x: Tensor) -> None: ...
+    def keep(self, x: Tensor, *attention: Tensor) -> None: ...
 
-    def fetch(self) -> Tensor: ...
+    def fetch(self) -> list[Tensor]:
+        """The same tensors, in the same order."""
 
     def release(self) -> None:
         """Called after backward; nothing is let go of where the graph is kept for another one."""
@@ -63,7 +65,7 @@ class Checkpoints:
     def source(self, layer: nn.Module, x: Tensor) -> tuple[Source | None, int]:
         """For a call of a layer: where its input `x` is kept, and from how many layers back it would be computed again."""
         every = self._config.checkpoint_every
-        if self._store is None and every == 1:
+        if self._store is None and every == 1 and not self._config.keep_attention:
             return None, 0
         self._tell_outside()
         if every > 1:
@@ -72,9 +74,8 @@ class Checkpoints:
             if node is not None and depth + 1 < every:
                 return _Recomputed(node), depth + 1
         if self._store is None:
-            return _InMemory(), 0
-        self._state_need(x)
-        return _InHostMemory(self._store), 0
+            return InMemory(), 0
+        return _InHostMemory(self._store, self._state_need), 0
 
     def made(self, node: LayerNode, y: Tensor, depth: int) -> None:
         """Notes that a layer has given `y`, which may be the next one's input."""
@@ -87,35 +88,35 @@ class Checkpoints:
         y, version, node, depth = self._last
         return (node(), depth) if y() is x and x._version == version else (None, 0)
 
-    def _state_need(self, x: Tensor) -> None:
+    def _state_need(self, tensors: Sequence[Tensor]) -> None:
         """Says how much host memory a run takes, before it takes it, and again when longer sequences come.
+
+        Args:
+            tensors: what one layer keeps, its input first.
 
         Raises:
             ValueError: there is not so much.
         """
-        if x.nbytes <= self._stated or not has_values(x):
+        x, num_bytes = tensors[0], sum(t.nbytes for t in tensors)
+        if num_bytes <= self._stated or not has_values(x):
             return
         layers = math.ceil(self.num_layers / self._config.checkpoint_every)
-        need = host_bytes_needed(layers, *x.shape, x.dtype)
+        need = host_bytes_needed(layers, tensors)
         ranks, available = num_local_ranks(), available_host_bytes()
         held = self._store.host_bytes_allocated
+        what = f"{layers} layer inputs of {tuple(x.shape)}" + (" and attention outputs" if len(tensors) > 1 else "")
         if available is not None and ranks * (need - held) > available:
             every = math.ceil(self.num_layers * ranks * need / layers / max(available, 1))
+            way_out = f'set "checkpoint_every" to {every} or more' if len(tensors) == 1 else 'turn "keep_attention" off'
             raise ValueError(
-                f'"offload": "cpu" needs {need / 2**30:.1f} GiB of host memory in each of {ranks} processes, for {layers} '
-                f"layer inputs of {tuple(x.shape)}, and {available / 2**30:.1f} GiB are available on this machine: set "
-                f'"checkpoint_every" to {every} or more in the mini-sequence configuration, or train on shorter sequences'
+                f'"offload": "cpu" needs {need / 2**30:.1f} GiB of host memory in each of {ranks} processes, for {what}, and '
+                f"{available / 2**30:.1f} GiB are available on this machine: {way_out} in the mini-sequence configuration, "
+                "or train on shorter sequences"
             )
-        tell, self._stated = x.nbytes > 1.5 * self._stated, x.nbytes  # not for each sequence that is a little longer
+        tell, self._stated = num_bytes > 1.5 * self._stated, num_bytes  # not for each sequence that is a little longer
         if tell and is_main_process():
             free = "" if available is None else f", {available / 2**30:.1f} GiB are available"
-            logger.warning(
-                "ds_minis offload: %.2f GiB of host memory per process for %d layer inputs of %s%s",
-                need / 2**30,
-                layers,
-                tuple(x.shape),
-                free,
-            )
+            logger.warning("ds_minis offload: %.2f GiB of host memory per process for %s%s", need / 2**30, what, free)
 
     def _tell_outside(self) -> None:
         if not self._told_outside and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
@@ -127,38 +128,46 @@ class Checkpoints:
                 )
 
 
-class _InMemory:
+class InMemory:
     """On the device, as autograd would, but within reach of the layers behind."""
 
-    _x: Tensor | None = None
+    _kept: list[tuple[Tensor, int]] | None = None
 
-    def keep(self, x: Tensor) -> None:
-        self._x, self._version = x.detach(), x._version
+    def keep(self, x: Tensor, *attention: Tensor) -> None:
+        self._kept = [(t.detach(), t._version) for t in (x, *attention)]
 
-    def fetch(self) -> Tensor:
-        x = _there(self._x)
-        if x._version != self._version:
-            raise RuntimeError("the input of a decoder layer was changed in place between forward and backward")
-        return x
+    def fetch(self) -> list[Tensor]:
+        if self._kept is None:
+            raise RuntimeError(
+                "backward a second time through a graph whose layer inputs were freed: use retain_graph=True"
+            )
+        for i, (t, version) in enumerate(self._kept):
+            if t._version != version:
+                what = "the output of its attention" if i else "the input of a decoder layer"
+                raise RuntimeError(f"{what} was changed in place between forward and backward")
+        return [t for t, _ in self._kept]
 
     def release(self) -> None:
-        if not _graph_is_kept():
-            self._x = None
+        if not graph_is_kept():
+            self._kept = None
 
 
 class _InHostMemory:
-    def __init__(self, store: HostStore):
-        self._store = store
+    def __init__(self, store: HostStore, state_need: Callable[[Sequence[Tensor]], None]):
+        self._store, self._state_need = store, state_need
 
-    def keep(self, x: Tensor) -> None:
-        self._kept = self._store.keep(x)
+    def keep(self, x: Tensor, *attention: Tensor) -> None:
+        self._state_need([x, *attention])
+        self._kept = [self._store.keep(t) for t in (x, *attention)]
 
-    def fetch(self) -> Tensor:
-        return self._kept.fetch()
+    def fetch(self) -> list[Tensor]:
+        # In the order in which they are brought ahead, the last first.
+        return [kept.fetch(ahead=len(self._kept)) for kept in reversed(self._kept)][::-1]
 
     def release(self) -> None:
-        if not _graph_is_kept():
-            self._kept.release()
+        if not graph_is_kept():
+            for kept in self._kept:
+                kept.release()
 
 
 class _Recomputed:
@@ -170,25 +179,13 @@ class _Recomputed:
     def keep(self, x: Tensor) -> None:
         pass
 
-    def fetch(self) -> Tensor:
+    def fetch(self) -> list[Tensor]:
         if self._x is None:
-            self._x = self._maker.forward_again(self._maker.source.fetch())
-        return self._x
+            self._x = self._maker.forward_again(*self._maker.source.fetch())
+        return [self._x]
 
     def release(self) -> None:
         self._x = None
-
-
-def _there(x: Tensor | None) -> Tensor:
-    if x is None:
-        raise RuntimeError(
-            "backward a second time through a graph whose layer inputs were freed: use retain_graph=True"
-        )
-    return x
-
-
-def _graph_is_kept() -> bool:
-    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _require_own_weights(layer: nn.Module) -> None:

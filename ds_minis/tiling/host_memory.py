@@ -7,7 +7,8 @@ none is allocated. None is given back to the system before the pool goes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -22,10 +23,9 @@ def block_layout(num_bytes: int) -> tuple[int, int]:
     return size, -(-num_bytes // size)
 
 
-def host_bytes_needed(num_layers: int, batch: int, seq: int, hidden: int, dtype: torch.dtype) -> int:
-    """Host memory for the checkpoints of one process: one `(batch, seq, hidden)` per layer, in whole blocks."""
-    size, count = block_layout(batch * seq * hidden * dtype.itemsize)
-    return num_layers * size * count
+def host_bytes_needed(num_layers: int, tensors: Sequence[Tensor]) -> int:
+    """Host memory for the checkpoints of one process: tensors like these for each layer, each in whole blocks."""
+    return num_layers * sum(math.prod(block_layout(t.nbytes)) for t in tensors)
 
 
 class BlockPool:

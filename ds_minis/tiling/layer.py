@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_minis.ranks import has_other_ranks
+from ds_minis.tiling.checkpointed_attention import CheckpointedAttention
 from ds_minis.tiling.compiling import compiled_inside, outside_of_graphs
 from ds_minis.tiling.layer_call import LayerCall
 from ds_minis.tiling.layer_node import LayerNode
@@ -33,7 +34,7 @@ class TiledLayer(Tiled):
 
     def forward(self, *args, **kwargs):
         forward, chunking = super().forward, self.mini_sequence_chunking
-        if chunking is None or chunking.suspended or torch.compiler.is_compiling():
+        if chunking is None or chunking.suspended or chunking.config.scope != "layer" or torch.compiler.is_compiling():
             return self._as_it_is(forward, args, kwargs)
         call = LayerCall(args, kwargs)
         if not call.reason and _runs_whole(self, call):
@@ -48,6 +49,10 @@ class TiledLayer(Tiled):
         checkpoint = self.__dict__.get(_CHECKPOINT)
         if checkpoint is None or not (self.gradient_checkpointing and self.training):
             return forward(*args, **kwargs)
+        chunking = self.mini_sequence_chunking
+        compiled = torch.compiler.is_compiling() or compiled_inside(self)
+        if chunking is not None and chunking.config.keep_attention and not compiled:
+            forward = CheckpointedAttention(self, forward)
         return checkpoint(functools.partial(forward, **kwargs), *args)
 
     @property
@@ -156,7 +161,7 @@ def _forward_by_tokens(layer: TiledLayer, forward: Callable[..., Any], call: Lay
     bounds = list(zip(starts, [*starts[1:], num_tokens], strict=True))
     source, depth = chunking.checkpoints.source(layer, x) if torch.is_grad_enabled() else (None, 0)
     passes = LayerPasses(layer, forward, call, bounds, chunking)
-    node = LayerNode(layer, passes, finding.unread, finding.groups, source)
+    node = LayerNode(layer, passes, finding.unread, finding.groups, source, chunking.config.keep_attention)
     y = run_call(node, [x])
     chunking.checkpoints.made(node, y, depth)
     return y

@@ -5,14 +5,15 @@ the attention once for all tokens, then the layer on each chunk once more with t
 does the same and goes back: *after* chunk by chunk, the attention, *before* chunk by chunk.
 
 With groups of heads, queries, keys, values and their gradients exist for one group at a time: *before* and the attention are
-run group by group, in backward once more than without groups.
+run group by group, in backward once more than without groups. With the attention kept, its output stays from forward to
+backward beside the layer's input, and backward does not run it forward.
 
 Shapes: B batch, S tokens, H hidden size, N heads of D.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,19 +22,13 @@ from ds_minis.tiling.attention import AttentionRequest
 from ds_minis.tiling.checkpoints import Source
 from ds_minis.tiling.gradient_sums import GradientSums, let_go
 from ds_minis.tiling.head_groups import CutWeights, HeadGroups
+from ds_minis.tiling.kept_attention import ATTENDS_TWICE, Attend, KeptAttention, attend_once
 from ds_minis.tiling.layer_passes import LayerPasses, Unread, chunk_of
 from ds_minis.tiling.linears import chunk_forwards
 from ds_minis.tiling.recompute import forwards_set
 from ds_minis.tiling.reuse import is_ours_alone
 from ds_minis.tiling.rows import Call, ParameterSlots, put
 from ds_minis.tiling.swap import tell
-
-Attend = Callable[[AttentionRequest, Sequence[Tensor]], Tensor]
-
-
-def attend_once(request: AttentionRequest, tensors: Sequence[Tensor]) -> Tensor:
-    """The attention of the layer itself, for all tokens."""
-    return request.run(tensors)
 
 
 class LayerNode(Call):
@@ -42,6 +37,7 @@ class LayerNode(Call):
     Args:
         groups: of heads; None for one call of the attention.
         source: where the layer's input is until backward; None for autograd's own.
+        keeps_attention: whether the attention is to be kept there too.
         attend: stands for the attention while a layer is being verified.
 
     Attributes:
@@ -55,24 +51,43 @@ class LayerNode(Call):
         unread: Unread,
         groups: HeadGroups | None = None,
         source: Source | None = None,
+        keeps_attention: bool = False,
         attend: Attend = attend_once,
     ):
         self._module, self.slots = module, ParameterSlots(module)
         self._passes, self._unread, self._groups = passes, unread, groups
-        self.source, self._attend = source, attend
+        self.source, self._keeps, self._attend = source, keeps_attention, attend
+        self._kept: KeptAttention | None = None
 
     def saved(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         if self.source is None:
             return tensors
-        self.source.keep(tensors[0])
+        if not self._keeps:
+            self.source.keep(tensors[0])
         self._versions = [t._version for t in self.slots.tensors]
         return tensors[1:]
 
     def forward(self, rows: Sequence[Tensor], *, with_backward: bool) -> Tensor:
         with self._passes.running():
-            y = self._forward(rows[0])
+            y = self._forward_keeping(rows[0]) if self._keeps and with_backward else self._forward(rows[0])
         self._passes.advance()
         return y
+
+    def _forward_keeping(self, x: Tensor) -> Tensor:
+        request, heads = self._passes.before(x)
+        with self._passes.attending():
+            kept = KeptAttention(self._attend, request, heads)
+        del request, heads
+        out, tensors = kept.result, kept.tensors
+        kept.let_go()
+        if kept.reason:
+            tell(self._module, ATTENDS_TWICE, kept.reason)
+            tensors = []
+        else:
+            self._kept = kept
+        self.source.keep(x, *tensors)
+        del tensors
+        return self._after_all(x, out)
 
     def forward_again(self, x: Tensor) -> Tensor:
         """The result once more, in backward, without a graph.
@@ -90,7 +105,11 @@ class LayerNode(Call):
             return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        out, output = self._attended(x), None
+        return self._after_all(x, self._attended(x))
+
+    def _after_all(self, x: Tensor, out: Tensor) -> Tensor:
+        """The layer's result, given the attention's."""
+        output = None
         with forwards_set(self._unread.output_forwards()):
             for i, (start, stop) in enumerate(self._passes.bounds):
                 y = self._passes.after(chunk_of(x, start, stop), out[:, start:stop], i)
@@ -129,7 +148,10 @@ class LayerNode(Call):
     def backward(self, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
         grad_y, self.grad_output = self.grad_output, None
         reuse = is_ours_alone(grad_y)
-        x, params = (tensors[0], tensors[1:]) if self.source is None else (self.source.fetch(), tensors)
+        if self.source is None:
+            (x, *params), kept = tensors, []
+        else:
+            params, (x, *kept) = tensors, self.source.fetch()
         x_needs_grad, *params_need_grad = needs_grad
         leaves = [p.detach().requires_grad_(need) for p, need in zip(params, params_need_grad, strict=True)]
         sums, grad_x = GradientSums(leaves, single=len(self._passes.bounds) == 1 and self._groups is None), None
@@ -138,7 +160,11 @@ class LayerNode(Call):
             reuse = reuse and grad_y.dtype == x.dtype and grad_y.shape == x.shape
             grad_x = grad_y if reuse else torch.empty_like(x)
         with self._passes.running(), self._passes.again(), self.slots.holding(leaves):
-            if self._groups is None:
+            if self._kept is not None:
+                request, heads = self._passes.before(x)
+                edge, out = None, self._kept.output(kept)
+                grad_out = torch.empty_like(out)
+            elif self._groups is None:
                 request, heads, edge, out = self._attended_with_graph(x)
                 grad_out = torch.empty_like(out)
             else:
@@ -146,7 +172,11 @@ class LayerNode(Call):
             self._backward_of_after(x, out, grad_y, grad_x, grad_out, sums, leaves)
             del out, grad_y
             sums.settle()
-            if self._groups is None:
+            if self._kept is not None:
+                grads = self._kept.backward(heads, kept, grad_out)
+                del heads, kept, grad_out
+                self._backward_of_before(x, grads, grad_x, sums, leaves)
+            elif self._groups is None:
                 grads = self._backward_of_attention(request, heads, edge, grad_out, sums, leaves)
                 del heads, edge, grad_out
                 self._backward_of_before(x, grads, grad_x, sums, leaves)

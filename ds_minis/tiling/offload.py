@@ -70,10 +70,13 @@ class Kept:
         lane.in_flight.append(self._on_device)
         self._before, lane.last = lane.last, weakref.ref(self)
 
-    def fetch(self) -> Tensor:
-        """The checkpoint on its device, contiguous, ready on the current stream; starts to bring the one kept before it.
+    def fetch(self, ahead: int = 1) -> Tensor:
+        """The checkpoint on its device, contiguous, ready on the current stream; starts to bring those kept before it.
 
         Only to be read: it may be the very memory that was kept. Any number of times, in any order.
+
+        Args:
+            ahead: how many are brought ahead of their turn: as many as one layer keeps.
         """
         if not self._give_up.alive:
             raise RuntimeError("a checkpoint was fetched after its host memory had been released")
@@ -81,21 +84,26 @@ class Kept:
         if self._on_device.tensor is None:
             self._bring()
         x = self._on_device.take(self._lane.current_stream())
-        before = self._before()
-        # Backward runs from last to first. In any other order, the one before has had its turn already.
-        if before is not None and before._num_fetches < self._num_fetches:
-            before._prefetch()
+        before = self
+        for _ in range(ahead):
+            before = before._before()
+            # Backward runs from last to first. In any other order, the one before has had its turn already.
+            if before is None or before._num_fetches >= self._num_fetches:
+                break
+            before._prefetch(ahead)
         return x
 
     def release(self) -> None:
         """Gives the host memory back to the pool. A second time does nothing."""
         self._give_up()
 
-    def _prefetch(self) -> None:
+    def _prefetch(self, at_most: int) -> None:
         if self._give_up.alive and self._on_device.tensor is None:
-            self._lane.ahead.drop()  # one at most, also where backward ends early or takes another order
+            ahead = self._lane.ahead = deque(one for one in self._lane.ahead if one.tensor is not None)
+            while len(ahead) >= at_most:  # also where backward ends early or takes another order
+                ahead.popleft().drop()
             self._bring()
-            self._lane.ahead = self._on_device
+            ahead.append(self._on_device)
 
     def _bring(self) -> None:
         x = torch.empty(self._shape, dtype=self._dtype, device=self._lane.device)
@@ -123,7 +131,7 @@ class _Lane:
         self._stream = self._streams.Stream(**{"device": device} if self.asynchronous else {})
         self.pool = BlockPool(pinned=self.asynchronous)
         self.in_flight: deque[_OnDevice] = deque()
-        self.ahead = _OnDevice()
+        self.ahead: deque[_OnDevice] = deque()
         self.last = lambda: None
 
     def current_stream(self):

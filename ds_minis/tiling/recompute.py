@@ -47,7 +47,7 @@ class Replay:
         self._device = device
         self._cpu_rng = torch.get_rng_state()
         self._device_rng = None
-        if device.type not in ("cpu", "meta"):
+        if device.type not in _ON_HOST:
             self._device_rng = torch.get_device_module(device).get_rng_state(device)
 
     @contextlib.contextmanager
@@ -69,6 +69,17 @@ def has_values(tensor: Tensor) -> bool:
     return not tensor.is_meta and type(tensor).__name__ != "FakeTensor"
 
 
+_ON_HOST = "cpu", "meta"
+
+
+def random_states(device: torch.device | None) -> list[Tensor]:
+    """The states of the generators that are drawn from by what runs on the device: the CPU's, and its own if it has one."""
+    states = [torch.get_rng_state()]
+    if device is not None and device.type not in _ON_HOST:
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return states
+
+
 class Seeds:
     """Random numbers for the parts of one call, each part with a seed of its own: it draws the same ones whenever it is run.
 
@@ -79,7 +90,7 @@ class Seeds:
         generator = torch.Generator()
         generator.set_state(torch.get_rng_state())
         self._first = int(torch.randint(2**62, (), generator=generator, device="cpu"))
-        self._device = None if device.type in ("cpu", "meta") else device
+        self._device = None if device.type in _ON_HOST else device
         self._drawn = False
 
     @contextlib.contextmanager
@@ -92,22 +103,24 @@ class Seeds:
                 module = torch.get_device_module(self._device)
                 with module.device(self._device):
                     module.manual_seed(self._first + index)
-            before = self._states()
+            before = random_states(self._device)
             try:
                 yield
             finally:
                 if not self._drawn:
-                    self._drawn = any(not torch.equal(a, b) for a, b in zip(before, self._states(), strict=True))
+                    self._drawn = any(
+                        not torch.equal(a, b) for a, b in zip(before, random_states(self._device), strict=True)
+                    )
 
     def advance(self) -> None:
         """To be called after forward: the next call gets other random numbers, if this one drew any."""
         if self._drawn:
             torch.rand((), device="cpu")
 
-    def _states(self) -> list[Tensor]:
-        if self._device is None:
-            return [torch.get_rng_state()]
-        return [torch.get_rng_state(), torch.get_device_module(self._device).get_rng_state(self._device)]
+
+def graph_is_kept() -> bool:
+    """Whether the backward in progress is to be followed by another one through the same graph."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def unseen_graph() -> contextlib.AbstractContextManager:

@@ -195,6 +195,8 @@ VARIANTS = {
     "mlp": ours('ds_minis, scope "mlp"', scope="mlp"),
     "tokens": ours('ds_minis, scope "tokens"', scope="tokens"),
     "layer": ours('ds_minis, scope "layer"', scope="layer"),
+    "tokens-keep": ours('ds_minis, scope "tokens", attention kept', scope="tokens", keep_attention=True),
+    "layer-keep": ours('ds_minis, scope "layer", attention kept', scope="layer", keep_attention=True),
     "layer-groups": ours('ds_minis, scope "layer", head groups', scope="layer", head_groups="auto"),
     "alst": Variant("DeepSpeed TiledMLP (ALST)", _deepspeed),
     "liger": Variant("Liger tiled MLP", _liger),
@@ -205,6 +207,9 @@ OFFLOADED = {
     "plain-offload-hf": Variant("plain checkpointing, transformers' offload", _offloaded_by_transformers),
     "plain-offload-trl": Variant("plain checkpointing, TRL's offloading", _offloaded_by_trl, around=_trls_offloading),
     "layer-offload": ours('ds_minis, scope "layer", checkpoints offloaded', scope="layer", offload="cpu"),
+    "layer-keep-offload": ours(
+        'ds_minis, scope "layer", attention kept, both offloaded', scope="layer", keep_attention=True, offload="cpu"
+    ),
     "layer-groups-offload": ours(
         'ds_minis, scope "layer", head groups, checkpoints offloaded', scope="layer", head_groups="auto", offload="cpu"
     ),

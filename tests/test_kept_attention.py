@@ -1,0 +1,292 @@
+"""`keep_attention`: an attention is run once in a step, nothing but its output is kept, and gradients stay the same."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from models import (
+    add_lora,
+    assert_same_tensors,
+    assert_same_training,
+    batch,
+    build,
+    checkpointed,
+    count_layers,
+    loss_and_grads,
+    twins,
+)
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+import ds_minis.tiling.checkpoints as checkpoints
+from ds_minis import convert_to_mini_sequence
+from ds_minis.config import MiniSequenceConfig
+from ds_minis.tiling.attention import AttentionRequest
+
+CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
+SETTINGS = {
+    "layer": {},
+    "layer, offload": {"offload": "cpu"},
+    "tokens": {"scope": "tokens"},
+    "mlp": {"scope": "mlp"},
+}
+WIDE = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "head_dim": 16}
+TWICE = "computes its attention once more in backward: "
+
+
+class Attention:
+    """torch's attention, registered under a name of its own; counts its calls and sees what it is given and gives."""
+
+    name = "watched_for_keep_attention"
+
+    def __init__(self):
+        self.calls, self.heads, self.outputs = 0, [], []
+        self.change = lambda out: out
+        AttentionInterface.register(self.name, self)
+
+    def __call__(self, module, query, key, value, attention_mask=None, **kwargs):
+        self.calls += 1
+        self.heads.append([weakref.ref(t.untyped_storage()) for t in (query, key, value)])
+        out, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        out = self.change(out)
+        self.outputs.append(weakref.ref(out.untyped_storage()))
+        return out, weights
+
+
+@pytest.fixture
+def attention():
+    return Attention()
+
+
+def converted(settings, family="llama", attention="sdpa", **sizes):
+    """A checkpointed model that keeps its attention, and one as it is. The second has seen a batch."""
+    model, reference = (checkpointed(m) for m in twins(family, attention=attention, **(sizes or WIDE)))
+    return convert_to_mini_sequence(model, CHUNKS | {"keep_attention": True} | settings), reference
+
+
+def unmasked(length, **kwargs):
+    inputs = batch(length, **kwargs)
+    return {key: value for key, value in inputs.items() if key != "attention_mask"}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi", "cohere", "phi3", "qwen3_moe"])
+def test_same_gradients_with_one_attention_less(family, settings, attention):
+    model, reference = converted(SETTINGS[settings], family, attention.name)
+    loss_and_grads(model, unmasked(23))  # what is found out at the first call is over
+    for length in (23, 20, 31):
+        inputs = unmasked(length, prompt=length // 3)
+        assert_same_training(model, reference, inputs)
+        attention.calls = 0
+        loss_and_grads(model, inputs)
+        assert attention.calls == 2, "not once for each layer"
+    attention.calls = 0
+    loss_and_grads(reference, inputs)
+    assert attention.calls == 4
+    assert count_layers(model) == (2 if settings.startswith("layer") else 0)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_the_output_is_kept_and_queries_keys_and_values_are_not(settings, attention):
+    model, _ = converted(SETTINGS[settings], attention=attention.name)
+    loss_and_grads(model, unmasked(23))
+    attention.heads.clear(), attention.outputs.clear()
+    loss = model(**unmasked(23)).loss
+    gc.collect()
+    assert [[ref() is None for ref in refs] for refs in attention.heads] == [[True] * 3] * 2
+    # The copy of the last output to host memory is looked after at the next one.
+    assert [ref() is not None for ref in attention.outputs] == [settings != "layer, offload", True]
+    loss.backward()
+    assert all(ref() is None for ref in attention.outputs), "kept after backward, with the loss still there"
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_backward_twice(settings):
+    model, reference = converted(SETTINGS[settings])
+    _, grads = loss_and_grads(reference, unmasked(23))
+    loss = model(**unmasked(23)).loss
+    for keep in (True, False):
+        model.zero_grad()
+        loss.backward(retain_graph=keep)
+        assert_same_tensors({name: p.grad for name, p in model.named_parameters()}, grads)
+    with pytest.raises(RuntimeError):
+        loss.backward()
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_adapters_and_two_losses_at_once(settings, reentrant):
+    model = add_lora(build("llama", attention="sdpa", **WIDE))
+    reference = copy.deepcopy(model)
+    convert_to_mini_sequence(model, CHUNKS | {"keep_attention": True} | SETTINGS[settings])
+    runs = []
+    for m in (model, reference):
+        checkpointed(m, use_reentrant=reentrant).train()
+        losses = [m(**unmasked(length)).loss for length in (23, 31)]  # the second before the first one's backward
+        sum(losses).backward()
+        runs.append({name: p.grad for name, p in m.named_parameters() if p.requires_grad})
+    assert_same_tensors(*runs)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("family", ["llama", "mistral", "phi3"])
+def test_copies_that_an_attention_makes_of_what_it_is_given_are_not_kept(family, settings, monkeypatch):
+    """A mask as numbers to be added, and keys and values once for each query head."""
+    model, reference = converted(SETTINGS[settings], family)
+    sdpa, counted = torch.nn.functional.scaled_dot_product_attention, []
+
+    def counting(*args, **kwargs):
+        counted.append(kwargs.get("attn_mask"))
+        return sdpa(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counting)
+    for _ in range(2):
+        assert_same_training(model, reference, batch(53, padding=9))
+    counted.clear()
+    loss_and_grads(model, batch(53, padding=9))
+    assert len(counted) == 2 and all(mask.dtype == torch.bool for mask in counted)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_autocast(settings, attention):
+    model, reference = converted(SETTINGS[settings], attention=attention.name)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_training(model, reference, unmasked(23), rtol=3e-2)
+        attention.calls = 0
+        loss_and_grads(model, unmasked(23))
+    assert attention.calls == 2
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize(
+    ("family", "attention", "padding", "reason"),
+    [
+        ("llama", "eager", 5, "times its output's bytes"),  # its weights, one for each pair of tokens
+        ("gpt_oss", "eager", 0, "its attention reads weights"),
+    ],
+)
+def test_what_saves_too_much_or_reads_weights_is_run_again(family, attention, padding, reason, settings, caplog):
+    model, reference = converted(SETTINGS[settings], family, attention)
+    for _ in range(2):
+        assert_same_training(model, reference, batch(37, padding=padding))
+    assert (
+        sum(TWICE in r.message and reason in r.message for r in caplog.records) <= 1
+    )  # once for all tests of a process
+
+
+@pytest.mark.parametrize("settings", ["tokens", "mlp"])
+def test_weights_that_are_given_are_those_of_the_unconverted_model(settings):
+    model, reference = converted(SETTINGS[settings], attention="eager")
+    outputs = [m(**batch(9), output_attentions=True) for m in (model, reference)]
+    for ours, theirs in zip(*(output.attentions for output in outputs), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    outputs[0].loss.backward()
+    _, expected = loss_and_grads(reference, batch(9))
+    assert_same_tensors({name: p.grad for name, p in model.named_parameters()}, expected)
+
+
+@pytest.mark.parametrize("settings", ["tokens", "mlp"])
+def test_an_attention_that_is_called_in_another_form_is_left_alone(settings, monkeypatch):
+    def refused(*args):
+        raise TypeError("another form")
+
+    monkeypatch.setattr(AttentionRequest, "of_call", refused)
+    model, reference = converted(SETTINGS[settings])
+    assert_same_training(model, reference, unmasked(23))
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_random_numbers_of_an_attention(settings, attention):
+    """In a tiled layer they come from a seed of their own; elsewhere what is drawn behind the attention must not shift."""
+    attention.change = lambda out: out * (1 + torch.rand(()))
+    model, reference = converted(SETTINGS[settings], attention=attention.name)
+    for m in (model, reference):
+        for layer in m.model.layers:
+            layer.mlp.act_fn = torch.nn.Sequential(layer.mlp.act_fn, torch.nn.Dropout(0.5))
+    model.double(), loss_and_grads(model, unmasked(23))
+
+    def loss():
+        torch.manual_seed(1)
+        return model(**unmasked(23)).loss
+
+    model.zero_grad()
+    loss().backward()
+    params = list(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    steps = [torch.randn(p.shape, generator=generator, dtype=p.dtype) * 2e-4 for p in params]
+    slope = sum((p.grad * step).sum() for p, step in zip(params, steps, strict=True))
+    values = []
+    for sign in (1, -2):
+        with torch.no_grad():
+            for p, step in zip(params, steps, strict=True):
+                p.add_(step, alpha=sign)
+        values.append(loss().detach())
+    assert slope.abs() > 3e-4
+    torch.testing.assert_close((values[0] - values[1]).double(), 2 * slope, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_write_into_what_is_kept_is_an_error(settings, attention):
+    written = []
+    attention.change = lambda out: written.append(out.detach()) or out
+    model, _ = converted(SETTINGS[settings], attention=attention.name)
+    loss_and_grads(model, unmasked(23))
+    loss = model(**unmasked(23)).loss
+    written[-1].mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        loss.backward()
+
+
+def test_layers_that_fall_back_keep_theirs(attention):
+    """Router outputs are asked for, so no layer is tiled as a whole."""
+    model, reference = converted({}, "mixtral", attention.name)
+    for _ in range(2):
+        assert_same_training(model, reference, unmasked(23), output_router_logits=True)
+    assert count_layers(model) == 0
+    attention.calls = 0
+    loss_and_grads(model, unmasked(23), output_router_logits=True)
+    assert attention.calls == 2
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_compiled_attention_is_left_alone(settings):
+    model, reference = converted(SETTINGS[settings])
+    for layer in model.model.layers:
+        layer.self_attn.compile(backend="eager")
+    assert_same_training(model, reference, unmasked(23))
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_copies_and_evaluation(settings):
+    model, reference = converted(SETTINGS[settings])
+    loss_and_grads(model, unmasked(23))
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(**unmasked(23)).loss, reference.eval()(**unmasked(23)).loss)
+    for m in (model, other):
+        assert_same_training(m.train(), reference.train(), unmasked(23))
+
+
+def test_host_memory_holds_outputs_too(caplog, monkeypatch):
+    model, _ = converted({"offload": "cpu"})
+    store = model.model.layers[0].mini_sequence_chunking.checkpoints
+    for _ in range(2):
+        loss = model(**unmasked(32)).loss
+        # Inputs and outputs of 64 numbers for each token, and a log-sum-exp for each of 4 heads.
+        assert store._store.host_bytes_in_use == 2 * 2 * 32 * (64 + 64 + 4) * 4
+        loss.backward()
+        assert store._store.host_bytes_in_use == 0
+    lines = [r.message for r in caplog.records if "host memory" in r.message]
+    assert len(lines) == 1 and "2 layer inputs of (2, 32, 64) and attention outputs" in lines[0]
+    monkeypatch.setattr(checkpoints, "available_host_bytes", lambda: 1000)
+    model, _ = converted({"offload": "cpu"})
+    with pytest.raises(ValueError, match='for 2 layer inputs .* and attention outputs, .*turn "keep_attention" off'):
+        model(**unmasked(32))
+
+
+@pytest.mark.parametrize("other", [{"head_groups": 2}, {"head_groups": "auto"}, {"checkpoint_every": 2}])
+def test_settings_that_save_memory_for_time_are_refused_beside_it(other):
+    with pytest.raises(ValueError, match=f"keep_attention=True takes memory to save time, and {next(iter(other))}="):
+        MiniSequenceConfig(keep_attention=True, **other)
