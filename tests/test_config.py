@@ -44,7 +44,7 @@ SCOPE, PATTERNS = '"mlp" or "tokens" or "layer"', "a list of name patterns"
 NOT_A_BOOL = [1, 0, "true", None, []]
 NOT_A_COUNT = ["8", True, False, 0, -1, 8.0, 1.5, [8]]
 WRONG = [
-    *[(key, value, BOOL) for key in ("enabled", "loss", "return_logits", "tile_inference", "keep_attention") for value in NOT_A_BOOL],
+    *[(key, value, BOOL) for key, default in DEFAULTS.items() if isinstance(default, bool) for value in NOT_A_BOOL],
     *[("scope", value, SCOPE) for value in ("layers", "MLP", "", None, True, 1, ["mlp"])],
     *[(key, value, SIZE) for key in ("chunk_size", "loss_chunk_size") for value in [*NOT_A_COUNT, None, "Auto", ""]],
     *[("num_mini_sequences", value, COUNT) for value in [*NOT_A_COUNT, "auto"]],
