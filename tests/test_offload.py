@@ -488,12 +488,13 @@ def test_a_stream_waits_for_what_it_is_given(lane):
     assert event in other.waited_for and event in first.waited_for and recorded == [other]
 
 
-def test_no_more_than_two_copies_are_under_way(lane):
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_no_more_than_two_layers_copies_are_under_way(lane, at_once):
     kept = []
-    for _ in range(5):
-        kept.append(offload.Kept(lane, torch.randn(40)))
-        assert len(lane.in_flight) <= 2
-    assert len(lane.in_flight) == 2
+    for _ in range(5 * at_once):
+        kept.append(offload.Kept(lane, torch.randn(40), at_once))
+        assert len(lane.in_flight) <= 2 * at_once
+    assert len(lane.in_flight) == 2 * at_once
 
 
 def test_blocks_taken_before_memory_ran_out_are_free_again(monkeypatch):

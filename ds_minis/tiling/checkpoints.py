@@ -157,8 +157,9 @@ class _InHostMemory:
         self._store, self._state_need = store, state_need
 
     def keep(self, x: Tensor, *attention: Tensor) -> None:
-        self._state_need([x, *attention])
-        self._kept = [self._store.keep(t) for t in (x, *attention)]
+        tensors = [x, *attention]
+        self._state_need(tensors)
+        self._kept = [self._store.keep(t, at_once=len(tensors)) for t in tensors]
 
     def fetch(self) -> list[Tensor]:
         # In the order in which they are brought ahead, the last first.

@@ -17,7 +17,7 @@ from torch import Tensor
 from ds_minis.tiling.host_memory import BlockPool, block_layout
 
 _WITH_STREAMS = ("cuda", "xpu", "npu")
-_MAX_IN_FLIGHT = 2
+_MAX_IN_FLIGHT = 2  # layers
 
 
 class HostStore:
@@ -43,15 +43,18 @@ class HostStore:
         """Bytes of all blocks, those that are free included."""
         return sum(lane.pool.bytes_allocated for lane in list(self._lanes.values()))
 
-    def keep(self, x: Tensor) -> Kept:
+    def keep(self, x: Tensor, at_once: int = 1) -> Kept:
         """Starts to copy `x` to host memory. Its device memory is free once the caller and the copy are done with it.
 
         The caller may read `x` and drop it, but must not write into it: the copy runs beside what the current stream does
         next. (A write before the copy's end has been seen is an error, as with tensors that autograd saves.) The end is
         looked for at the next `keep`. If two copies are under way there, the device waits for the older, the host does not.
+
+        Args:
+            at_once: as many copies are asked for in a row, by one layer; twice as many may be under way then.
         """
         lane = self._lanes.get(x.device) or self._lanes.setdefault(x.device, _Lane(x.device))
-        kept = Kept(lane, x)
+        kept = Kept(lane, x, at_once)
         self.host_bytes_peak = max(self.host_bytes_peak, self.host_bytes_in_use)
         return kept
 
@@ -59,8 +62,8 @@ class HostStore:
 class Kept:
     """One checkpoint. Made by `HostStore.keep`; given up with `release`, or when nothing holds it any more."""
 
-    def __init__(self, lane: _Lane, x: Tensor):
-        lane.limit_copies()
+    def __init__(self, lane: _Lane, x: Tensor, at_once: int = 1):
+        lane.limit_copies(_MAX_IN_FLIGHT * at_once)
         x = x.detach().contiguous()
         self._lane, self._shape, self._dtype, self._num_fetches = lane, x.shape, x.dtype, 0
         self._blocks, self._on_device = lane.pool.take(x.nbytes), _OnDevice()
@@ -151,9 +154,9 @@ class _Lane:
         event.record(self._stream)
         return event
 
-    def limit_copies(self) -> None:
+    def limit_copies(self, at_most: int) -> None:
         """Lets go of what has been copied, and of the oldest of what has not, so that there is room for one more."""
-        while self.in_flight and (len(self.in_flight) >= _MAX_IN_FLIGHT or self.in_flight[0].is_copied()):
+        while self.in_flight and (len(self.in_flight) >= at_most or self.in_flight[0].is_copied()):
             self.in_flight.popleft().take(self.current_stream())
 
 
