@@ -71,7 +71,7 @@ def copy_of(t: Tensor, sources: Sequence[tuple[Tensor, View]]) -> Copy | None:
     for source, view in sources:
         for transposed, repeats in _ways(source, small):
             copy = Copy(view, transposed, repeats, t.shape, t.stride(), t.dtype)
-            if not has_values(t) or torch.equal(copy.made(source).to(t.dtype), small):
+            if has_values(t) and torch.equal(copy.made(source).to(t.dtype), small):
                 return copy
     return None
 

@@ -26,7 +26,7 @@ from common import GIB, SHAPES, build, envelope, write
 from paired import compared, interleaved
 from torch import Tensor
 from transformers import PreTrainedModel
-from variants import ALL, PLAIN, VARIANTS, Unavailable, Variant
+from variants import ALL, KEPT, PLAIN, VARIANTS, Unavailable, Variant
 
 # Of the loss, relative; of the gradients, relative to the norm of all.
 TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-3, 5e-2)}
@@ -138,7 +138,7 @@ def shown(result: dict) -> str:
 def parsed(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[16384, 32768, 65536, 131072] if ON_CUDA else [8192])
-    parser.add_argument("--variants", nargs="+", choices=list(ALL), default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=list(ALL), default=[*VARIANTS, *KEPT])
     parser.add_argument("--loss", nargs="+", choices=["decoder", "model"], default=["decoder"])
     parser.add_argument(
         "--shape", choices=list(SHAPES), default="llama-3-8b" if ON_CUDA else None, help="instead of sizes"

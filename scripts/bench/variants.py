@@ -195,12 +195,14 @@ VARIANTS = {
     "mlp": ours('ds_minis, scope "mlp"', scope="mlp"),
     "tokens": ours('ds_minis, scope "tokens"', scope="tokens"),
     "layer": ours('ds_minis, scope "layer"', scope="layer"),
-    "tokens-keep": ours('ds_minis, scope "tokens", attention kept', scope="tokens", keep_attention=True),
-    "layer-keep": ours('ds_minis, scope "layer", attention kept', scope="layer", keep_attention=True),
     "layer-groups": ours('ds_minis, scope "layer", head groups', scope="layer", head_groups="auto"),
     "alst": Variant("DeepSpeed TiledMLP (ALST)", _deepspeed),
     "liger": Variant("Liger tiled MLP", _liger),
     "mini-s": Variant("mini-s MLP loop (stand-in)", _minis),
+}
+KEPT = {
+    "tokens-keep": ours('ds_minis, scope "tokens", attention kept', scope="tokens", keep_attention=True),
+    "layer-keep": ours('ds_minis, scope "layer", attention kept', scope="layer", keep_attention=True),
 }
 OFFLOADED = {
     "plain-offload": Variant("plain checkpointing in torch's save_on_cpu", _plain, around=_save_on_cpu),
@@ -218,4 +220,4 @@ OFFLOADED = {
     ),
 }
 WITH_LOSS = {"alst-loss": Variant("DeepSpeed TiledMLP and TiledFusedLogitsLoss (ALST)", _deepspeed_with_loss)}
-ALL = VARIANTS | WITH_LOSS | OFFLOADED
+ALL = VARIANTS | KEPT | WITH_LOSS | OFFLOADED
