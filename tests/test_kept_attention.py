@@ -30,7 +30,6 @@ SETTINGS = {
     "layer": {},
     "layer, offload": {"offload": "cpu"},
     "tokens": {"scope": "tokens"},
-    "mlp": {"scope": "mlp"},
 }
 WIDE = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "head_dim": 16}
 TWICE = "computes its attention once more in backward: "
@@ -86,6 +85,37 @@ def test_same_gradients_with_one_attention_less(family, settings, attention):
     loss_and_grads(reference, inputs)
     assert attention.calls == 4
     assert count_layers(model) == (2 if settings.startswith("layer") else 0)
+
+
+def test_every_scope(attention):
+    model, reference = converted({"scope": "mlp"}, attention=attention.name)
+    for length in (23, 31):
+        assert_same_training(model, reference, unmasked(length))
+    attention.calls = 0
+    loss_and_grads(model, unmasked(23))
+    assert attention.calls == 2
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_an_attention_that_gives_what_it_was_given(which, settings):
+    """Its output can be made again from queries, keys or values; nothing is kept."""
+
+    class Passing(Attention):
+        name = "passing_for_keep_attention"
+
+        def __call__(self, module, *heads, **kwargs):
+            self.calls += 1
+            out = heads[which].repeat_interleave(heads[0].shape[1] // heads[which].shape[1], 1)
+            return out.transpose(1, 2).contiguous() + 0 * sum(t.sum() for t in heads[:3]), None
+
+    passing = Passing()
+    model, reference = converted(SETTINGS[settings], attention=passing.name)
+    for _ in range(2):
+        assert_same_training(model, reference, unmasked(23))
+    passing.calls = 0
+    loss_and_grads(model, unmasked(23))
+    assert passing.calls == 2
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -176,7 +206,7 @@ def test_what_saves_too_much_or_reads_weights_is_run_again(family, attention, pa
     )  # once for all tests of a process
 
 
-@pytest.mark.parametrize("settings", ["tokens", "mlp"])
+@pytest.mark.parametrize("settings", ["tokens"])
 def test_weights_that_are_given_are_those_of_the_unconverted_model(settings):
     model, reference = converted(SETTINGS[settings], attention="eager")
     outputs = [m(**batch(9), output_attentions=True) for m in (model, reference)]
@@ -187,7 +217,7 @@ def test_weights_that_are_given_are_those_of_the_unconverted_model(settings):
     assert_same_tensors({name: p.grad for name, p in model.named_parameters()}, expected)
 
 
-@pytest.mark.parametrize("settings", ["tokens", "mlp"])
+@pytest.mark.parametrize("settings", ["tokens"])
 def test_an_attention_that_is_called_in_another_form_is_left_alone(settings, monkeypatch):
     def refused(*args):
         raise TypeError("another form")

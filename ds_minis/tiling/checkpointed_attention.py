@@ -93,7 +93,7 @@ class _Answer(torch.autograd.Function):
     def forward(ctx, kept: _Kept, *heads: Tensor):
         ctx.kept = kept
         ctx.save_for_backward(*heads)
-        return kept.attention.output(kept.memory.fetch())
+        return kept.attention.output(heads, kept.memory.fetch())
 
     @staticmethod
     def backward(ctx, grad_out: Tensor):

@@ -30,7 +30,8 @@ logger = logging.getLogger("ds_minis")
 class Source(Protocol):
     """The input of one call of a layer, from its forward to its backward, with what is kept of its attention."""
 
-    def keep(self, x: Tensor, *attention: Tensor) -> None: ...
+    def keep(self, *tensors: Tensor) -> None:
+        """The layer's input, and what there is to be kept of its attention."""
 
     def fetch(self) -> list[Tensor]:
         """The same tensors, in the same order."""
@@ -133,18 +134,18 @@ class InMemory:
 
     _kept: list[tuple[Tensor, int]] | None = None
 
-    def keep(self, x: Tensor, *attention: Tensor) -> None:
-        self._kept = [(t.detach(), t._version) for t in (x, *attention)]
+    def keep(self, *tensors: Tensor) -> None:
+        self._kept = [(t.detach(), t._version) for t in tensors]
 
     def fetch(self) -> list[Tensor]:
         if self._kept is None:
             raise RuntimeError(
                 "backward a second time through a graph whose layer inputs were freed: use retain_graph=True"
             )
-        for i, (t, version) in enumerate(self._kept):
-            if t._version != version:
-                what = "the output of its attention" if i else "the input of a decoder layer"
-                raise RuntimeError(f"{what} was changed in place between forward and backward")
+        if any(t._version != version for t, version in self._kept):
+            raise RuntimeError(
+                "the input of a decoder layer, or its attention's output, was changed in place between forward and backward"
+            )
         return [t for t, _ in self._kept]
 
     def release(self) -> None:
@@ -156,8 +157,7 @@ class _InHostMemory:
     def __init__(self, store: HostStore, state_need: Callable[[Sequence[Tensor]], None]):
         self._store, self._state_need = store, state_need
 
-    def keep(self, x: Tensor, *attention: Tensor) -> None:
-        tensors = [x, *attention]
+    def keep(self, *tensors: Tensor) -> None:
         self._state_need(tensors)
         self._kept = [self._store.keep(t, at_once=len(tensors)) for t in tensors]
 
@@ -177,7 +177,7 @@ class _Recomputed:
     def __init__(self, maker: LayerNode):
         self._maker, self._x = maker, None
 
-    def keep(self, x: Tensor) -> None:
+    def keep(self, *tensors: Tensor) -> None:
         pass
 
     def fetch(self) -> list[Tensor]:

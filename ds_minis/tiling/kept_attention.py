@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 
 from ds_minis.tiling.attention import AttentionRequest
 from ds_minis.tiling.recompute import graph_is_kept
-from ds_minis.tiling.remade import Copy, View, copy_of
+from ds_minis.tiling.remade import Copy, Groups, View, copy_of
 
 Attend = Callable[[AttentionRequest, Sequence[Tensor]], Tensor]
 
@@ -45,7 +45,7 @@ class KeptAttention:
         self.tensors: list[Tensor] = []
         self.reason = ""
         self._arguments = _tensors((request.args, request.kwargs))
-        self._now: dict[str, Sequence[Tensor]] = {"arguments": self._arguments}
+        self._now: Groups | None = None
         weights = {_key(t) for t in (*request.module.parameters(), *request.module.buffers())}
         packing = _Packing(self, heads, weights)
         with torch.enable_grad():
@@ -76,25 +76,28 @@ class KeptAttention:
         if self.reason:
             self._edge = self._inputs = None
 
-    def output(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The attention's output again, given what was kept."""
-        return self._out.of({**self._now, "kept": tensors})
-
-    def backward(self, heads: Sequence[Tensor], tensors: Sequence[Tensor], grad_out: Tensor) -> list[Tensor | None]:
-        """Gradients of queries, keys and values.
+    def output(self, heads: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
+        """The attention's output again.
 
         Args:
             heads: the same as in forward, computed again.
             tensors: what was kept.
         """
-        self._now |= {"heads": heads, "kept": tensors}
+        return self._out.of(self._groups(heads, tensors))
+
+    def backward(self, heads: Sequence[Tensor], tensors: Sequence[Tensor], grad_out: Tensor) -> list[Tensor | None]:
+        """Gradients of queries, keys and values; heads and tensors are as above."""
+        self._now = self._groups(heads, tensors)
         try:
             grads = torch.autograd.grad(
                 self._edge, self._inputs, grad_out, retain_graph=graph_is_kept(), allow_unused=True
             )
         finally:
-            self._now = {"arguments": self._arguments}
+            self._now = None
         return list(grads)
+
+    def _groups(self, heads: Sequence[Tensor], tensors: Sequence[Tensor]) -> Groups:
+        return {"arguments": self._arguments, "heads": heads, "kept": tensors}
 
     def _unpack(self, packed: Tensor | View | Copy) -> Tensor:
         return packed if isinstance(packed, Tensor) else packed.of(self._now)

@@ -162,7 +162,7 @@ class LayerNode(Call):
         with self._passes.running(), self._passes.again(), self.slots.holding(leaves):
             if self._kept is not None:
                 request, heads = self._passes.before(x)
-                edge, out = None, self._kept.output(kept)
+                edge, out = None, self._kept.output(heads, kept)
                 grad_out = torch.empty_like(out)
             elif self._groups is None:
                 request, heads, edge, out = self._attended_with_graph(x)
