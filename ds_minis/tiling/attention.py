@@ -66,6 +66,10 @@ class AttentionRequest:
         function = getattr(self.function, "__qualname__", None)
         return function, type(self.module).__qualname__, *(t.dtype for t in self.tensors), *names
 
+    def argument_tensors(self) -> list[Tensor]:
+        """All tensors among the other arguments, lists and tuples of them included."""
+        return tensors_in((self.args, self.kwargs))
+
     def call(self, tensors: Sequence[Tensor]) -> tuple:
         """What the function gives for these queries, keys and values: the attention's output, and its weights or None."""
         return self.function(self.module, *tensors, *self.args, **self.kwargs)
@@ -73,6 +77,14 @@ class AttentionRequest:
     def run(self, tensors: Sequence[Tensor]) -> Tensor:
         """The attention's output for these queries, keys and values, `(B, T, N, E)`."""
         return self.call(tensors)[0]
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in nested lists, tuples and mappings."""
+    if isinstance(value, Tensor):
+        return [value]
+    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
+    return [t for v in values for t in tensors_in(v)]
 
 
 class AttentionReached(Exception):

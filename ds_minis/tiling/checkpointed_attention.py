@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_minis.tiling.attention import AttentionRequest, attention_handled_by
+from ds_minis.tiling.attention import AttentionRequest, attention_handled_by, tensors_in
 from ds_minis.tiling.checkpoints import InMemory
 from ds_minis.tiling.kept_attention import ATTENDS_TWICE, KeptAttention
-from ds_minis.tiling.recompute import random_states
+from ds_minis.tiling.recompute import random_states, refuse_gradients_of_gradients, set_random_states
 from ds_minis.tiling.swap import Tiled, tell
 
 
@@ -32,17 +32,22 @@ class CheckpointedAttention:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._calls is None:
-            self._calls, handler = [], self._first
+            self._calls = []
+            handler = functools.partial(self._first, tensors_in((args, kwargs)))
         else:
             handler = functools.partial(_again, iter(self._calls))
         with attention_handled_by(handler):
             return self._forward(*args, **kwargs)
 
-    def _first(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> tuple:
-        self._calls.append(self._kept(function, args, kwargs))
+    def _first(
+        self, others: Sequence[Tensor], function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+    ) -> tuple:
+        self._calls.append(self._kept(others, function, args, kwargs))
         return _again(iter(self._calls[-1:]), function, args, kwargs)
 
-    def _kept(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> _Kept | None:
+    def _kept(
+        self, others: Sequence[Tensor], function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+    ) -> _Kept | None:
         unkept = self._layer.mini_sequence_chunking.unkept
         try:
             request = AttentionRequest.of_call(function, args, kwargs)
@@ -50,10 +55,10 @@ class CheckpointedAttention:
             return None
         if request.way in unkept:
             return None
-        kept = _Kept(request)
-        if not kept.attention.reason:
+        kept = _Kept(request, others)
+        if not kept.reason:
             return kept
-        tell(self._layer, ATTENDS_TWICE, kept.attention.reason)
+        tell(self._layer, ATTENDS_TWICE, kept.reason)
         unkept.add(request.way)
         return None
 
@@ -61,28 +66,48 @@ class CheckpointedAttention:
 def _again(kept: Iterator[_Kept | None], function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> tuple:
     """The result of a call, from what was kept of it, if it was."""
     kept = next(kept)
-    return function(*args, **kwargs) if kept is None else (_Answer.apply(kept, *args[1:4]), None)
+    if kept is None or kept.memory.is_empty:  # after a backward of its own, as the reentrant kind of checkpointing runs
+        return function(*args, **kwargs)
+    if any(t.requires_grad for t in tensors_in((args[4:], kwargs))):  # which that kind does not show the first time
+        return function(*args, **kwargs)
+    return _Answer.apply(kept, *args[1:4]), None
 
 
 class _Kept:
-    """An attention with what is kept of it."""
+    """An attention with what is kept of it.
 
-    def __init__(self, request: AttentionRequest):
-        heads, self._reason = [t.detach() for t in request.tensors], ""
-        before = random_states(heads[0].device)
-        self.attention, self.memory = KeptAttention(self._attend, request, heads), InMemory()
-        after = random_states(heads[0].device)
-        if not all(map(torch.equal, before, after)):  # what is drawn behind it would be other numbers the second time
-            self._reason = "its attention draws random numbers"
-        self.attention.reason = self.attention.reason or self._reason
-        if not self.attention.reason:
-            self.memory.keep(*self.attention.tensors)
-        self.attention.let_go()
+    Attributes:
+        reason: why it cannot be kept. Nothing has happened then.
+    """
+
+    def __init__(self, request: AttentionRequest, others: Sequence[Tensor]):
+        self.reason, self.memory = "", InMemory()
+        heads, device = [t.detach() for t in request.tensors], request.tensors[0].device
+        before, versions = random_states(device), [t._version for t in heads]
+        try:
+            self.attention = KeptAttention(self._attend, request, heads, others)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # one that writes to its queries, say
+            if [t._version for t in heads] != versions:
+                raise
+            self.reason = f"its attention cannot be run with a graph of its own ({str(error)[:100]})"
+        else:
+            self.reason = self.reason or self.attention.reason
+            if not all(map(torch.equal, before, random_states(device))):
+                # What is drawn behind it would be other numbers the second time.
+                self.reason = self.reason or "its attention draws random numbers"
+            if not self.reason:
+                self.memory.keep(*self.attention.tensors)
+            self.attention.let_go()
+        if self.reason:
+            self.attention = None
+            set_random_states(device, before)
 
     def _attend(self, request: AttentionRequest, heads: Sequence[Tensor]) -> Tensor:
         out, *weights = request.call(heads)
         if any(w is not None for w in weights):
-            self._reason = "its attention gives its weights too"
+            self.reason = "its attention gives its weights too"
         return out
 
 
@@ -97,6 +122,7 @@ class _Answer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out: Tensor):
+        refuse_gradients_of_gradients()
         kept = ctx.kept
         grads = kept.attention.backward(ctx.saved_tensors, kept.memory.fetch(), grad_out)
         kept.memory.release()

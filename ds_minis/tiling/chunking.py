@@ -32,7 +32,7 @@ class Chunking:
         suspended: True while the model runs a forward pass that must equal the unconverted model's to the bit.
         checkpoints: the inputs of its tiled layers.
         unread: what was found out about layers, by the names of their parts (`ds_minis.tiling.layer_verify`).
-        unkept: ways to call an attention in which it cannot be kept (`ds_minis.tiling.checkpointed_attention`).
+        unkept: ways to call an attention in which it cannot be kept (`ds_minis.tiling.kept_attention`).
         passes: what the end of each forward pass in progress must undo (`ds_minis.tiling.loss`).
     """
 

@@ -7,8 +7,8 @@ Queries, keys and values, and copies of them, are cheap to make again; the outpu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 
 from ds_minis.tiling.attention import AttentionRequest
 from ds_minis.tiling.recompute import graph_is_kept
-from ds_minis.tiling.remade import Copy, Groups, View, copy_of
+from ds_minis.tiling.remade import Copy, Groups, Layout, View, copy_of, storage_key, whole_storage
 
 Attend = Callable[[AttentionRequest, Sequence[Tensor]], Tensor]
 
@@ -34,6 +34,7 @@ class KeptAttention:
 
     Args:
         heads: queries, keys and values, `(B, N, S, D)`, `(B, K, S, D)` and `(B, K, S, E)`; not held after this.
+        others: tensors that are there until backward in any case; None: all that are among the attention's arguments are.
 
     Attributes:
         result: the attention's output, until `let_go` is called.
@@ -41,37 +42,47 @@ class KeptAttention:
         reason: why this call cannot be kept, and has to be run once more; empty if it can.
     """
 
-    def __init__(self, attend: Attend, request: AttentionRequest, heads: Sequence[Tensor]):
+    def __init__(
+        self,
+        attend: Attend,
+        request: AttentionRequest,
+        heads: Sequence[Tensor],
+        others: Sequence[Tensor] | None = None,
+    ):
         self.tensors: list[Tensor] = []
         self.reason = ""
-        self._arguments = _tensors((request.args, request.kwargs))
-        self._now: Groups | None = None
-        weights = {_key(t) for t in (*request.module.parameters(), *request.module.buffers())}
-        packing = _Packing(self, heads, weights)
+        self._arguments = request.argument_tensors()
+        self._layout = Layout(heads)
+        # Nothing that the graph holds may hold the graph: such a cycle is out of the garbage collector's sight.
+        self._now: dict[str, Sequence[Tensor]] = {}
+        weights = {storage_key(t) for t in (*request.module.parameters(), *request.module.buffers())}
+        packing = _Packing(heads, self._arguments, weights)
         with torch.enable_grad():
             # Heads by way of a node of ours, as a leaf would be held by the graph.
             sources = _Source.apply(heads[0].new_empty((), requires_grad=True), *heads)
             self._inputs = [get_gradient_edge(t) for t in sources]
-            with saved_tensors_hooks(packing, self._unpack):
+            with saved_tensors_hooks(packing, functools.partial(_unpack, self._now)):
                 out = attend(request, sources)
         del sources
-        if not out.requires_grad:
-            self.reason = self.reason or "its attention gives no graph"
-        else:
-            self._edge = get_gradient_edge(out)
-            if _other_leaves(self._edge, self._inputs):
-                self.reason = self.reason or "its attention reads weights"
         self.result = out.detach()
         self._out = packing(self.result)
-        packing.end()
+        self._edge = get_gradient_edge(out) if out.requires_grad else None
+        self.tensors = packing.end()
         num_bytes = sum(t.nbytes for t in self.tensors)
-        if num_bytes > _MOST * self.result.nbytes:
-            self.reason = (
-                self.reason or f"its attention saves {num_bytes / self.result.nbytes:.1f} times its output's bytes"
-            )
+        if others is not None:
+            there = set(map(storage_key, others))
+            num_bytes += sum(t.nbytes for t in self._arguments if storage_key(t) not in there)
+        if self._edge is None:
+            self.reason = "its attention gives no graph"
+        elif packing.met_weights:  # which an engine may take away after forward
+            self.reason = "its attention reads weights"
+        elif num_bytes > _MOST * self.result.nbytes:
+            self.reason = f"its attention saves {num_bytes / self.result.nbytes:.1f} times its output's bytes"
+        else:
+            self.reason = _why_not(self._edge, self._inputs)
 
     def let_go(self) -> None:
-        """Holds nothing but the graph from now on; all of that if the call cannot be kept."""
+        """Holds nothing but the graph from now on; not even that if the call cannot be kept."""
         self.tensors, self.result = [], None
         if self.reason:
             self._edge = self._inputs = None
@@ -87,50 +98,56 @@ class KeptAttention:
 
     def backward(self, heads: Sequence[Tensor], tensors: Sequence[Tensor], grad_out: Tensor) -> list[Tensor | None]:
         """Gradients of queries, keys and values; heads and tensors are as above."""
-        self._now = self._groups(heads, tensors)
+        self._now.update(self._groups(heads, tensors))
         try:
             grads = torch.autograd.grad(
                 self._edge, self._inputs, grad_out, retain_graph=graph_is_kept(), allow_unused=True
             )
         finally:
-            self._now = None
+            self._now.clear()
         return list(grads)
 
     def _groups(self, heads: Sequence[Tensor], tensors: Sequence[Tensor]) -> Groups:
-        return {"arguments": self._arguments, "heads": heads, "kept": tensors}
+        return {"arguments": self._arguments, "heads": self._layout.of(heads), "kept": tensors}
 
-    def _unpack(self, packed: Tensor | View | Copy) -> Tensor:
-        return packed if isinstance(packed, Tensor) else packed.of(self._now)
+
+def _unpack(now: Groups, packed: Tensor | View | Copy) -> Tensor:
+    return packed if isinstance(packed, Tensor) else packed.of(now)
 
 
 class _Packing:
-    """Decides of each tensor that the attention saves what is kept in its place. Used in forward alone."""
+    """Decides of each tensor that the attention saves what is kept in its place. Used in forward alone.
 
-    def __init__(self, kept: KeptAttention, heads: Sequence[Tensor], weights: set[tuple]):
-        self._kept, self._weights = kept, weights
-        self._arguments = {_key(t) for t in kept._arguments}
-        self._places = {_key(t): ("heads", i) for i, t in reversed([*enumerate(heads)])}
+    Attributes:
+        met_weights: whether one of them was a weight.
+    """
+
+    def __init__(self, heads: Sequence[Tensor], arguments: Sequence[Tensor], weights: set[tuple]):
+        self.met_weights, self._weights = False, weights
+        self._kept: list[Tensor] = []
+        self._arguments = set(map(storage_key, arguments))
+        self._places = {storage_key(t): ("heads", i) for i, t in enumerate(heads)}
         self._sources = [(t, View.like(t, "heads", i)) for i, t in enumerate(heads)]
-        self._sources += [(t, View.like(t, "arguments", i)) for i, t in enumerate(kept._arguments)]
+        self._sources += [(t, View.like(t, "arguments", i)) for i, t in enumerate(arguments)]
 
     def __call__(self, t: Tensor) -> Tensor | View | Copy:
-        key = _key(t)
-        if key in self._weights:  # which an engine may take away after forward
-            self._kept.reason = self._kept.reason or "its attention reads weights"
+        key = storage_key(t)
+        self.met_weights = self.met_weights or key in self._weights
         if key in self._arguments:
             return t.detach()
         if key not in self._places:
             copy = copy_of(t.detach(), self._sources)
             if copy is not None:
                 return copy
-            place = self._places[key] = "kept", len(self._kept.tensors)
-            self._kept.tensors.append(_whole_storage(t))
+            place = self._places[key] = "kept", len(self._kept)
+            self._kept.append(whole_storage(t))
             self._sources.append((t.detach(), View.like(t, *place)))
         return View.like(t, *self._places[key])
 
-    def end(self) -> None:
-        """Lets go of what it knows: memory that may be gone soon."""
-        self._places, self._sources = {}, []
+    def end(self) -> list[Tensor]:
+        """What has to be kept. Lets go of it, and of what it knows of memory that may be gone soon."""
+        kept, self._kept, self._places, self._sources = self._kept, [], {}, []
+        return kept
 
 
 class _Source(torch.autograd.Function):
@@ -145,24 +162,8 @@ class _Source(torch.autograd.Function):
         return None, *grads
 
 
-def _key(t: Tensor) -> tuple:
-    return t.untyped_storage()._cdata, t.dtype
-
-
-def _whole_storage(t: Tensor) -> Tensor:
-    """All memory that a tensor is a view of, flat."""
-    return t.detach().as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
-    return [t for v in values for t in _tensors(v)]
-
-
-def _other_leaves(edge: GradientEdge, inputs: Sequence[GradientEdge]) -> bool:
-    """Whether a graph leads to more than the given inputs."""
+def _why_not(edge: GradientEdge, inputs: Sequence[GradientEdge]) -> str:
+    """Why a graph cannot be used for gradients of these inputs alone; empty if it can."""
     own, seen, todo = {e.node for e in inputs}, set(), [edge.node]
     while todo:
         node = todo.pop()
@@ -171,6 +172,8 @@ def _other_leaves(edge: GradientEdge, inputs: Sequence[GradientEdge]) -> bool:
         seen.add(node)
         following = [n for n, _ in node.next_functions]
         if not following:
-            return True
+            return "its attention reads weights"
+        if "CheckpointFunction" in node.name():  # which wants backward(), and no gradients of some inputs
+            return "its attention is checkpointed by itself, in the reentrant way"
         todo += following
-    return False
+    return ""

@@ -51,7 +51,7 @@ class TiledLayer(Tiled):
             return forward(*args, **kwargs)
         chunking = self.mini_sequence_chunking
         compiled = torch.compiler.is_compiling() or compiled_inside(self)
-        if chunking is not None and chunking.config.keep_attention and not compiled:
+        if chunking is not None and chunking.config.keep_attention and torch.is_grad_enabled() and not compiled:
             forward = CheckpointedAttention(self, forward)
         return checkpoint(functools.partial(forward, **kwargs), *args)
 
@@ -161,7 +161,8 @@ def _forward_by_tokens(layer: TiledLayer, forward: Callable[..., Any], call: Lay
     bounds = list(zip(starts, [*starts[1:], num_tokens], strict=True))
     source, depth = chunking.checkpoints.source(layer, x) if torch.is_grad_enabled() else (None, 0)
     passes = LayerPasses(layer, forward, call, bounds, chunking)
-    node = LayerNode(layer, passes, finding.unread, finding.groups, source, chunking.config.keep_attention)
+    unkept = chunking.unkept if chunking.config.keep_attention else None
+    node = LayerNode(layer, passes, finding.unread, finding.groups, source, unkept)
     y = run_call(node, [x])
     chunking.checkpoints.made(node, y, depth)
     return y

@@ -37,7 +37,7 @@ class LayerNode(Call):
     Args:
         groups: of heads; None for one call of the attention.
         source: where the layer's input is until backward; None for autograd's own.
-        keeps_attention: whether the attention is to be kept there too.
+        unkept: ways to call an attention in which it cannot be kept there too; None if it is not to be.
         attend: stands for the attention while a layer is being verified.
 
     Attributes:
@@ -51,40 +51,45 @@ class LayerNode(Call):
         unread: Unread,
         groups: HeadGroups | None = None,
         source: Source | None = None,
-        keeps_attention: bool = False,
+        unkept: set[tuple] | None = None,
         attend: Attend = attend_once,
     ):
         self._module, self.slots = module, ParameterSlots(module)
         self._passes, self._unread, self._groups = passes, unread, groups
-        self.source, self._keeps, self._attend = source, keeps_attention, attend
+        self.source, self._unkept, self._attend = source, unkept, attend
         self._kept: KeptAttention | None = None
 
     def saved(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         if self.source is None:
             return tensors
-        if not self._keeps:
+        if self._unkept is None:
             self.source.keep(tensors[0])
         self._versions = [t._version for t in self.slots.tensors]
         return tensors[1:]
 
     def forward(self, rows: Sequence[Tensor], *, with_backward: bool) -> Tensor:
         with self._passes.running():
-            y = self._forward_keeping(rows[0]) if self._keeps and with_backward else self._forward(rows[0])
+            keeping = self._unkept is not None and with_backward
+            y = self._forward_keeping(rows[0]) if keeping else self._forward(rows[0])
         self._passes.advance()
         return y
 
     def _forward_keeping(self, x: Tensor) -> Tensor:
         request, heads = self._passes.before(x)
+        tensors: list[Tensor] = []
         with self._passes.attending():
-            kept = KeptAttention(self._attend, request, heads)
+            if request.way in self._unkept:
+                out = self._attend(request, heads)
+            else:
+                kept = KeptAttention(self._attend, request, heads)
+                out, tensors = kept.result, [] if kept.reason else kept.tensors
+                kept.let_go()
+                if kept.reason:
+                    tell(self._module, ATTENDS_TWICE, kept.reason)
+                    self._unkept.add(request.way)
+                else:
+                    self._kept = kept
         del request, heads
-        out, tensors = kept.result, kept.tensors
-        kept.let_go()
-        if kept.reason:
-            tell(self._module, ATTENDS_TWICE, kept.reason)
-            tensors = []
-        else:
-            self._kept = kept
         self.source.keep(x, *tensors)
         del tensors
         return self._after_all(x, out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,22 @@ def random_states(device: torch.device | None) -> list[Tensor]:
     if device is not None and device.type not in _ON_HOST:
         states.append(torch.get_device_module(device).get_rng_state(device))
     return states
+
+
+def set_random_states(device: torch.device, states: Sequence[Tensor]) -> None:
+    """Undoes what has been drawn since `random_states(device)`."""
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.get_device_module(device).set_rng_state(state, device)
+
+
+def refuse_gradients_of_gradients() -> None:
+    """To be called in a backward that makes no graph. Raises RuntimeError if one is asked for."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "create_graph=True (a gradient of a gradient) is not supported through mini-sequences: call "
+            "revert_mini_sequence(model), or exclude the modules"
+        )
 
 
 class Seeds:

@@ -17,6 +17,55 @@ from ds_minis.tiling.recompute import has_values
 Groups = Mapping[str, Sequence[Tensor]]
 
 
+def storage_key(t: Tensor) -> tuple:
+    """The same for tensors that share memory, as long as one of them lives."""
+    return t.untyped_storage()._cdata, t.dtype
+
+
+def whole_storage(t: Tensor) -> Tensor:
+    """All memory that a tensor is a view of, flat."""
+    return t.detach().as_strided((_storage_size(t),), (1,), 0)
+
+
+def _storage_size(t: Tensor) -> int:
+    return t.untyped_storage().nbytes() // t.element_size()
+
+
+class Layout:
+    """How some tensors lie in memory, which views of them count on."""
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self._all = self._places(tensors)
+
+    def of(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Tensors of the same values that lie as those did. Saved tensor hooks may have copied them in between."""
+        if self._places(tensors) == self._all:
+            return tensors
+        memory: dict[int, Tensor] = {}
+        placed = []
+        for t, (shape, stride, offset, size, first) in zip(tensors, self._all, strict=True):
+            flat = memory.setdefault(first, t.new_empty(size))
+            placed.append(flat.as_strided(shape, stride, offset))
+            _unexpanded(placed[-1]).copy_(t[_part(stride)])
+        return placed
+
+    @staticmethod
+    def _places(tensors: Sequence[Tensor]) -> list[tuple]:
+        """Of each: shape, strides, offset and size of its memory, and the first that shares it."""
+        keys = list(map(storage_key, tensors))
+        pairs = zip(tensors, keys, strict=True)
+        return [(t.shape, t.stride(), t.storage_offset(), _storage_size(t), keys.index(key)) for t, key in pairs]
+
+
+def _part(stride: Sequence[int]) -> tuple[slice, ...]:
+    """Without what is there again by expansion."""
+    return tuple(slice(0, 1) if step == 0 else slice(None) for step in stride)
+
+
+def _unexpanded(t: Tensor) -> Tensor:
+    return t[_part(t.stride())]
+
+
 @dataclass(frozen=True)
 class View:
     """A view of a tensor: which one of a group of them, and where it lies in that one's memory."""
@@ -67,13 +116,19 @@ class Copy:
 
 def copy_of(t: Tensor, sources: Sequence[tuple[Tensor, View]]) -> Copy | None:
     """How a tensor `(B, N, S, D)` can be made from one of some others, to the bit; None if it cannot."""
-    small = t[tuple(slice(0, 1) if step == 0 else slice(None) for step in t.stride())]
+    small = _unexpanded(t)
     for source, view in sources:
         for transposed, repeats in _ways(source, small):
             copy = Copy(view, transposed, repeats, t.shape, t.stride(), t.dtype)
-            if has_values(t) and torch.equal(copy.made(source).to(t.dtype), small):
+            if has_values(t) and _same_bits(copy.made(source).to(t.dtype), small):
                 return copy
     return None
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """A NaN equals itself here, and zeros of different signs are different."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(a.element_size())
+    return integers is not None and torch.equal(a.view(integers), b.view(integers))
 
 
 def _ways(source: Tensor, t: Tensor) -> Iterator[tuple[bool, int]]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ds_minis.ranks import has_other_ranks
 from ds_minis.tiling.gradient_sums import GradientSums, let_go
 from ds_minis.tiling.linears import LastLinear, chunk_forwards
-from ds_minis.tiling.recompute import Replay, forwards_set
+from ds_minis.tiling.recompute import Replay, forwards_set, refuse_gradients_of_gradients
 from ds_minis.tiling.reuse import is_ours_alone
 
 Guard = Callable[[], contextlib.AbstractContextManager]
@@ -246,11 +246,7 @@ class _Compute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "create_graph=True (a gradient of a gradient) is not supported through mini-sequences: call "
-                "revert_mini_sequence(model), or exclude the modules"
-            )
+        refuse_gradients_of_gradients()
         ctx.call.grad_output = grad_output
         return None, grad_output.new_zeros(()), *[None] * (len(ctx.needs_input_grad) - 2)
 
