@@ -2,10 +2,10 @@
 
 import copy
 import gc
-import weakref
 
 import pytest
 import torch
+from kept import CHUNKS, SETTINGS, WIDE, Attention, converted, unmasked
 from models import (
     add_lora,
     assert_same_tensors,
@@ -15,59 +15,19 @@ from models import (
     checkpointed,
     count_layers,
     loss_and_grads,
-    twins,
 )
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import ds_minis.tiling.checkpoints as checkpoints
 from ds_minis import convert_to_mini_sequence
 from ds_minis.config import MiniSequenceConfig
 from ds_minis.tiling.attention import AttentionRequest
 
-CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
-SETTINGS = {
-    "layer": {},
-    "layer, offload": {"offload": "cpu"},
-    "tokens": {"scope": "tokens"},
-}
-WIDE = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "head_dim": 16}
 TWICE = "computes its attention once more in backward: "
-
-
-class Attention:
-    """torch's attention, registered under a name of its own; counts its calls and sees what it is given and gives."""
-
-    name = "watched_for_keep_attention"
-
-    def __init__(self):
-        self.calls, self.heads, self.outputs = 0, [], []
-        self.change = lambda out: out
-        AttentionInterface.register(self.name, self)
-
-    def __call__(self, module, query, key, value, attention_mask=None, **kwargs):
-        self.calls += 1
-        self.heads.append([weakref.ref(t.untyped_storage()) for t in (query, key, value)])
-        out, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        out = self.change(out)
-        self.outputs.append(weakref.ref(out.untyped_storage()))
-        return out, weights
 
 
 @pytest.fixture
 def attention():
     return Attention()
-
-
-def converted(settings, family="llama", attention="sdpa", **sizes):
-    """A checkpointed model that keeps its attention, and one as it is. The second has seen a batch."""
-    model, reference = (checkpointed(m) for m in twins(family, attention=attention, **(sizes or WIDE)))
-    return convert_to_mini_sequence(model, CHUNKS | {"keep_attention": True} | settings), reference
-
-
-def unmasked(length, **kwargs):
-    inputs = batch(length, **kwargs)
-    return {key: value for key, value in inputs.items() if key != "attention_mask"}
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -197,7 +157,9 @@ def test_autocast(settings, attention):
         ("gpt_oss", "eager", 0, "its attention reads weights"),
     ],
 )
-def test_what_saves_too_much_or_reads_weights_is_run_again(family, attention, padding, reason, settings, caplog):
+def test_what_saves_too_much_or_reads_weights_is_run_again(
+    family, attention, padding, reason, settings, caplog, monkeypatch
+):
     model, reference = converted(SETTINGS[settings], family, attention)
     for _ in range(2):
         assert_same_training(model, reference, batch(37, padding=padding))
@@ -225,36 +187,6 @@ def test_an_attention_that_is_called_in_another_form_is_left_alone(settings, mon
     monkeypatch.setattr(AttentionRequest, "of_call", refused)
     model, reference = converted(SETTINGS[settings])
     assert_same_training(model, reference, unmasked(23))
-
-
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_random_numbers_of_an_attention(settings, attention):
-    """In a tiled layer they come from a seed of their own; elsewhere what is drawn behind the attention must not shift."""
-    attention.change = lambda out: out * (1 + torch.rand(()))
-    model, reference = converted(SETTINGS[settings], attention=attention.name)
-    for m in (model, reference):
-        for layer in m.model.layers:
-            layer.mlp.act_fn = torch.nn.Sequential(layer.mlp.act_fn, torch.nn.Dropout(0.5))
-    model.double(), loss_and_grads(model, unmasked(23))
-
-    def loss():
-        torch.manual_seed(1)
-        return model(**unmasked(23)).loss
-
-    model.zero_grad()
-    loss().backward()
-    params = list(model.parameters())
-    generator = torch.Generator().manual_seed(0)
-    steps = [torch.randn(p.shape, generator=generator, dtype=p.dtype) * 2e-4 for p in params]
-    slope = sum((p.grad * step).sum() for p, step in zip(params, steps, strict=True))
-    values = []
-    for sign in (1, -2):
-        with torch.no_grad():
-            for p, step in zip(params, steps, strict=True):
-                p.add_(step, alpha=sign)
-        values.append(loss().detach())
-    assert slope.abs() > 3e-4
-    torch.testing.assert_close((values[0] - values[1]).double(), 2 * slope, rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

@@ -1,0 +1,307 @@
+"""What reviews of `keep_attention` found, and what attentions of another kind than transformers' own may do."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from kept import SETTINGS, Attention, converted, unmasked
+from models import assert_same_tensors, assert_same_training, batch, checkpointed, loss_and_grads
+from torch.autograd.graph import saved_tensors_hooks
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from ds_minis.tiling import swap
+from ds_minis.tiling.kept_attention import KeptAttention
+from ds_minis.tiling.offload import Kept
+from ds_minis.tiling.remade import Layout, View, copy_of
+
+LAYERS, TOKENS = SETTINGS["layer"], SETTINGS["tokens"]
+
+
+@pytest.fixture
+def attention():
+    return Attention()
+
+
+@pytest.fixture
+def told(monkeypatch, caplog):
+    """The reasons that were told."""
+    monkeypatch.setattr(swap, "_told", set())
+    return lambda: [
+        r.message.partition("once more in backward: ")[2] for r in caplog.records if "once more" in r.message
+    ]
+
+
+def two_steps(model, reference, inputs, **kwargs):
+    for _ in range(2):
+        assert_same_training(model, reference, inputs, **kwargs)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_an_argument_that_is_made_of_weights(settings, reentrant, attention):
+    """Of which the reentrant kind of checkpointing shows nothing the first time."""
+    model, reference = converted(SETTINGS[settings], attention=attention.name)
+
+    def gated(module, query, key, value, *args, gate=None, **kwargs):
+        return sdpa(module, query, key, value + gate, *args, **kwargs)
+
+    sdpa, attention.run = attention.run, gated
+    for m in (model, reference):
+        checkpointed(m, use_reentrant=reentrant).enable_input_require_grads()
+        for layer in m.model.layers:
+            part = layer.self_attn
+            part.gate = torch.nn.Parameter(torch.linspace(-1, 1, 16))
+            part.register_forward_pre_hook(_with_gate, with_kwargs=True)
+    two_steps(model, reference, unmasked(23))
+    assert model.model.layers[0].self_attn.gate.grad.any()
+
+
+def _with_gate(module, args, kwargs):
+    return args, {**kwargs, "gate": torch.sigmoid(module.gate)}
+
+
+def _scaled_by_chance(*args, scaling=None, **kwargs):
+    return sdpa_attention_forward(*args, scaling=scaling * (1 + float(torch.rand(()))), **kwargs)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_first_step_draws_the_same_random_numbers(dropout, attention, told):
+    """Where it is decided whether an attention can be kept, nothing is drawn for good."""
+    model, reference = converted(TOKENS, attention=attention.name if not dropout else "sdpa")
+    attention.run = _scaled_by_chance
+    for m in (model, reference):
+        for layer in m.model.layers:
+            layer.self_attn.attention_dropout = dropout
+            layer.mlp.act_fn = torch.nn.Sequential(layer.mlp.act_fn, torch.nn.Dropout(0.5))
+    for _ in range(2):
+        runs = []
+        for m in (model, reference):
+            torch.manual_seed(7)
+            runs.append(loss_and_grads(m, unmasked(4)))  # one chunk
+        torch.testing.assert_close(runs[0][0], runs[1][0])
+        assert_same_tensors(runs[0][1], runs[1][1])
+    assert dropout or told() == ["its attention draws random numbers"]
+
+
+def test_random_numbers_of_an_attention_in_a_tiled_layer(attention):
+    """They come from a seed of their own: whether its output is kept makes no difference."""
+    attention.run = _scaled_by_chance
+    runs = []
+    for keep in (True, False):
+        model, _ = converted({"keep_attention": keep}, attention=attention.name)
+        loss_and_grads(model, unmasked(23))
+        torch.manual_seed(7)
+        attention.calls = 0
+        runs.append((*loss_and_grads(model, unmasked(23)), attention.calls))
+    assert [run[2] for run in runs] == [2, 4]
+    torch.testing.assert_close(runs[0][0], runs[1][0])
+    assert_same_tensors(runs[0][1], runs[1][1])
+
+
+@pytest.mark.parametrize("how", [torch.contiguous_format, torch.preserve_format])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox"])
+@pytest.mark.parametrize("settings", ["layer", "tokens"])
+def test_saved_tensor_hooks_that_copy(settings, family, how):
+    """Queries, keys and values then come back in other places (phi3 and gpt_neox: of one tensor all three)."""
+    model, reference = (checkpointed(m, use_reentrant=True) for m in converted(SETTINGS[settings], family))
+    for m in (model, reference):
+        m.enable_input_require_grads()
+    with saved_tensors_hooks(lambda t: t.detach().clone(memory_format=how), lambda t: t):
+        two_steps(model, reference, unmasked(23))
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_single_token(settings):
+    """The output is the values then."""
+    inputs = unmasked(1, batch_size=3)
+    two_steps(*converted(SETTINGS[settings]), inputs | {"shift_labels": inputs["input_ids"]})
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_loss_that_is_given_up_leaves_nothing_behind(settings, monkeypatch):
+    model, _ = converted(SETTINGS[settings])
+    inputs, made = batch(23, padding=5), []
+    loss_and_grads(model, inputs)
+    init = KeptAttention.__init__
+
+    def watched(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        made.append([weakref.ref(self), *map(weakref.ref, self._arguments)])
+
+    monkeypatch.setattr(KeptAttention, "__init__", watched)
+    loss = model(**inputs).loss
+    del loss
+    gc.collect()
+    assert len(made) == 2 and all(len(refs) > 1 for refs in made)
+    assert all(ref() is None for refs in made for ref in refs)
+    made.clear()
+    with torch.no_grad():  # scoring, by a model that is being trained
+        model(**inputs)
+    assert not made
+
+
+def test_gradients_of_gradients_are_refused():
+    model, _ = converted(TOKENS)
+    loss = model(unmasked(4)["input_ids"]).logits.float().square().mean()
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+
+
+def test_backward_twice_through_the_reentrant_kind_of_checkpointing():
+    model, reference = (checkpointed(m, use_reentrant=True) for m in converted(TOKENS))
+    for m in (model, reference):
+        m.enable_input_require_grads()
+    _, grads = loss_and_grads(reference, unmasked(23))
+    loss = model(**unmasked(23)).loss
+    for keep in (True, False):
+        model.zero_grad()
+        loss.backward(retain_graph=keep)
+        assert_same_tensors({name: p.grad for name, p in model.named_parameters()}, grads)
+
+
+def test_an_attention_that_writes_into_its_queries(attention, told):
+    sdpa = attention.run
+    attention.run = lambda module, query, *args, **kwargs: sdpa(module, query.mul_(2), *args, **kwargs)
+    two_steps(*converted(TOKENS, attention=attention.name), unmasked(23))
+    (reason,) = told()
+    assert reason.startswith("its attention cannot be run with a graph of its own (")
+
+
+def test_an_attention_that_is_checkpointed_by_itself(attention, told):
+    sdpa = attention.run
+
+    def checkpointing(module, query, key, value, mask, **kwargs):
+        run = lambda *heads: sdpa(module, *heads, mask, **kwargs)[0]  # noqa: E731
+        return torch.utils.checkpoint.checkpoint(run, query, key, value, use_reentrant=True), None
+
+    attention.run = checkpointing
+    two_steps(*converted(TOKENS, attention=attention.name), unmasked(23))
+    assert told() == ["its attention is checkpointed by itself, in the reentrant way"]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_step_of_no_numbers_changes_nothing_for_the_next(settings, monkeypatch):
+    model, reference = converted(SETTINGS[settings])
+    calls, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+    assert_same_training(model, reference, batch(23, padding=5))
+    weight = model.model.layers[0].self_attn.q_proj.weight.data
+    before = weight.clone()
+    weight.fill_(float("nan"))
+    loss_and_grads(model, batch(23, padding=5))
+    weight.copy_(before)
+    assert_same_training(model, reference, batch(23, padding=5))
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or sdpa(*a, **k)
+    )
+    loss_and_grads(model, batch(23, padding=5))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_an_attention_that_reads_a_weight_of_its_module(settings, trained, attention, told):
+    """An added weight is not saved, but has a gradient; a frozen one is saved, and an engine may have taken it away."""
+    model, reference = converted(SETTINGS[settings], attention=attention.name)
+    sdpa = attention.run
+
+    def reading(module, query, key, value, *args, **kwargs):
+        value = value + module.weight if trained else value * module.weight
+        return sdpa(module, query, key, value, *args, **kwargs)
+
+    attention.run = reading
+    for m in (model, reference):
+        for layer in m.model.layers:
+            layer.self_attn.weight = torch.nn.Parameter(torch.linspace(0.5, 1, 16), requires_grad=trained)
+    two_steps(model, reference, unmasked(23))
+    assert told() == ["its attention reads weights"]
+
+
+def test_a_mask_is_kept_by_nobody_a_second_time():
+    """Neither as it is given, as numbers, nor made from one of booleans."""
+    model, _ = converted({"offload": "cpu"})
+    store = model.model.layers[0].mini_sequence_chunking.checkpoints
+    masks = torch.zeros(2, 1, 23, 23).masked_fill(torch.ones(23, 23).triu(1) > 0, -1e9)
+    for inputs in (batch(23, padding=5), unmasked(23) | {"attention_mask": masks}):
+        loss = model(**inputs).loss
+        # Inputs and outputs of 64 numbers for each token, a log-sum-exp for each of 4 heads, in blocks of powers of two.
+        assert store._store.host_bytes_in_use == 2 * (2**14 + 2**14 + 2**10)
+        loss.backward()
+
+
+def test_a_mask_that_a_layer_makes_counts(attention, told):
+    """It would be there for every layer."""
+    model, reference = converted(TOKENS, attention=attention.name)
+    for m in (model, reference):
+        for layer in m.model.layers:
+            layer.self_attn.register_forward_pre_hook(_with_a_mask, with_kwargs=True)
+    two_steps(model, reference, unmasked(200))
+    (reason,) = told()
+    assert "times its output's bytes" in reason
+
+
+def _with_a_mask(module, args, kwargs):
+    length = kwargs["hidden_states"].shape[1]
+    return args, {**kwargs, "attention_mask": torch.zeros(2, 4, length, length)}
+
+
+def test_kept_tensors_are_brought_back_once_each_in_the_order_of_backward(monkeypatch):
+    model, _ = converted({"offload": "cpu"}, num_hidden_layers=4)
+    loss_and_grads(model, unmasked(23))
+    loss, brought, kept, init, bring = None, [], [], Kept.__init__, Kept._bring
+    monkeypatch.setattr(Kept, "__init__", lambda self, *args: kept.append(self) or init(self, *args))
+    monkeypatch.setattr(Kept, "_bring", lambda self: brought.append(kept.index(self)) or bring(self))
+    loss = model(**unmasked(23)).loss
+    loss.backward()
+    assert len(kept) == 12
+    assert brought == sorted(set(brought), reverse=True) and set(brought) >= set(range(6))
+
+
+HEADS = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
+COPIES = {
+    "as it is": HEADS.clone(),
+    "transposed": HEADS.transpose(1, 2).contiguous(),
+    "in another order": HEADS.transpose(1, 2).contiguous().transpose(1, 2),
+    "repeated": HEADS.repeat_interleave(2, 1),
+    "repeated and transposed": HEADS.repeat_interleave(2, 1).transpose(1, 2).contiguous(),
+    "rounded": HEADS.bfloat16(),
+    "no numbers": None,
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_are_made_again_to_the_bit(name):
+    heads = HEADS.clone()
+    if name == "no numbers":
+        heads[0, 0, 0, 0], heads[0, 0, 0, 1] = float("nan"), -0.0
+    t = heads.clone() if name == "no numbers" else COPIES[name]
+    copy = copy_of(t, [(torch.zeros(2, 3, 5, 4), View.like(heads, "zeros", 0)), (heads, View.like(heads, "heads", 0))])
+    again = copy.of({"heads": [heads]})
+    assert (again.shape, again.stride(), again.dtype) == (t.shape, t.stride(), t.dtype)
+    assert torch.equal(again.contiguous().view(torch.uint8), t.contiguous().view(torch.uint8))
+    t[-1, -1, -1, -1] += 1
+    assert copy_of(t, [(heads, View.like(heads, "heads", 0))]) is None
+
+
+def test_masks_are_made_again():
+    mask = torch.ones(2, 1, 5, 5).tril() > 0
+    numbers = torch.zeros(2, 1, 5, 5).masked_fill(~mask, -torch.inf).expand(2, 3, 5, 5)
+    copy = copy_of(numbers, [(mask, View.like(mask, "arguments", 0))])
+    again = copy.of({"arguments": [mask]})
+    assert torch.equal(again, numbers) and again.stride() == numbers.stride()
+
+
+def test_layouts():
+    """Two of one tensor, and an expanded one."""
+
+    def three():
+        both = torch.arange(48.0).view(2, 4, 6)
+        return [both[:, :, :2], both[:, :, 2:], torch.arange(3.0).view(3, 1).expand(3, 4)]
+
+    tensors = three()
+    layout = Layout(tensors)
+    assert layout.of(tensors) is tensors
+    placed = layout.of([t.clone() for t in three()])
+    assert all(map(torch.equal, placed, tensors))
+    assert [t.stride() for t in placed] == [t.stride() for t in tensors]
+    assert torch.equal(placed[0].as_strided((2, 4, 4), (24, 6, 1), 2), tensors[1])
