@@ -103,7 +103,7 @@ def envelope(benchmark: str, arguments: argparse.Namespace, *, simulated: bool, 
         "device": f"none: simulated with tensors without values (on {cpu_name()})" if simulated else device_name(),
         "versions": versions(),
         "date": datetime.date.today().isoformat(),
-        "commit": commit(),
+        "commit": COMMIT,
         "command": command(),
         "arguments": {key: value for key, value in vars(arguments).items() if key != "json"},
         "results": results,
@@ -149,6 +149,9 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return name.strip() + (" with changes" if changed.strip() else "")
+
+
+COMMIT = commit()  # as the benchmark starts; it may have moved on when that ends
 
 
 def device_name() -> str:
