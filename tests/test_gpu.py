@@ -46,6 +46,23 @@ def test_settings_of_layers(settings, attention):
         assert_same_training(model, reference, on_gpu(batch(length, prompt=5, padding=4)), rtol=1e-4)
 
 
+@pytest.mark.parametrize("settings", [{}, {"offload": "cpu"}, {"scope": "tokens"}], ids=str)
+@pytest.mark.parametrize("padding", [0, 9])
+def test_an_attention_that_is_kept_runs_once(padding, settings, monkeypatch):
+    """With the kernels that run in bfloat16: what they save beside their output must be known for what it is."""
+    sizes = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 512, "head_dim": 64}
+    model, reference = (checkpointed(m.cuda().bfloat16()) for m in twins("llama", attention="sdpa", **sizes))
+    convert_to_mini_sequence(model, {"chunk_size": 50, "keep_attention": True} | settings)
+    calls, sdpa = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or sdpa(*a, **k))
+    for length in (200, 128):
+        inputs = on_gpu(batch(length, padding=padding))
+        assert_same_training(model, reference, inputs, rtol=5e-2)
+        calls.clear()
+        loss_and_grads(model, inputs)
+        assert len(calls) == 2
+
+
 def test_dropout_replays_the_random_state_of_the_device():
     """A gradient that used another mask than forward did would differ from the one of a second, equal run."""
     model = build("llama").cuda()

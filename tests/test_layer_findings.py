@@ -109,6 +109,14 @@ def all_heads_in_one(module, *args, **kwargs):
     return tempered(module, *args, **kwargs)[0].flatten(2), None
 
 
+@pytest.mark.parametrize("scope", ["layer", "tokens"])
+def test_autocast_leaves_float64_alone(scope):
+    model, reference = (m.double() for m in twins("llama"))
+    convert_to_mini_sequence(model, CHUNKS | {"scope": scope})
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_training(model, reference, batch(23), rtol=1e-6)
+
+
 @pytest.mark.parametrize("settings", [{}, {"head_groups": 2}], ids=["", "head groups"])
 @pytest.mark.parametrize("attend", [tempered, all_heads_in_one])
 def test_a_weight_that_the_attention_reads_from_its_module(attend, settings):

@@ -63,7 +63,7 @@ class AttentionRequest:
         """Which function is called how: for what module, in which dtypes, with which tensors among its arguments."""
         arguments = (*enumerate(self.args), *self.kwargs.items())
         names = (name for name, value in arguments if isinstance(value, Tensor))
-        function = getattr(self.function, "__qualname__", None)
+        function = getattr(self.function, "__qualname__", type(self.function).__qualname__)
         return function, type(self.module).__qualname__, *(t.dtype for t in self.tensors), *names
 
     def argument_tensors(self) -> list[Tensor]:

@@ -116,7 +116,8 @@ def _forward(linear: nn.Linear, add: Callable[[Tensor, Tensor], None] | None, va
     cast: dict[torch.dtype, Tensor] = {}  # once for all chunks
 
     def forward(input: Tensor) -> Tensor:
-        leaf, bias, dtype = linear.weight, linear.bias, AutocastState(input.device).dtype()
+        leaf, bias, autocast = linear.weight, linear.bias, AutocastState(input.device)
+        dtype = autocast.dtype_of(input) if autocast.dtype() is not None else None
         if input.dim() < 2:
             return F.linear(input, leaf, bias)
         if dtype is not None:

@@ -146,7 +146,7 @@ class _Head:
         # A linear layer, quantized or adapted ones included: no need to gather its weight. But accelerate's hooks
         # (`device_map`), on the instance, may move the hidden states to another device.
         if isinstance(width, int) and "forward" not in self._module.__dict__:
-            dtype = AutocastState(hidden_LH.device).dtype() or hidden_LH.dtype
+            dtype = AutocastState(hidden_LH.device).dtype_of(hidden_LH)
             return hidden_LH.new_empty((0, width), dtype=dtype)
         with torch.no_grad():
             return self.logits(hidden_LH.reshape(-1, hidden_LH.shape[-1])[:0])

@@ -28,6 +28,10 @@ class AutocastState:
         """What autocast casts to on the device; None when it is off."""
         return next((dtype for kind, dtype in self._on() if kind == self._device.type), None)
 
+    def dtype_of(self, t: Tensor) -> torch.dtype:
+        """In which a matrix product of the tensor is made. Autocast leaves float64 as it is."""
+        return t.dtype if t.dtype == torch.float64 else self.dtype() or t.dtype
+
     def _on(self) -> list[tuple[str, torch.dtype]]:
         return [(kind, dtype) for kind, enabled, dtype in self._states if enabled]
 
