@@ -36,7 +36,7 @@ class Case:
         clip: the norm that gradients are clipped to; 0 for none.
         dropout: its probability, in the MLPs or (with `lora`) in the adapters.
         head_groups, checkpoints, every: `head_groups`, `offload` ("cpu" or "") and `checkpoint_every` of the tiled layers.
-        keep: `keep_attention`, of torch's attention, as transformers' own saves too much.
+        keep: `keep_attention`, with torch's attention; the others' eager one saves too much to be kept.
         seeds: train that often, with other random numbers each time.
     """
 

@@ -37,7 +37,7 @@ class Attention:
 
 
 def converted(settings, family="llama", attention="sdpa", **sizes):
-    """A checkpointed model that keeps its attention, and one as it is. The second has seen a batch."""
+    """A checkpointed model that keeps its attention, and one as it is."""
     model, reference = (checkpointed(m) for m in twins(family, attention=attention, **(sizes or WIDE)))
     return convert_to_mini_sequence(model, CHUNKS | {"keep_attention": True} | settings), reference
 

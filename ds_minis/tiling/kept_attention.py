@@ -49,8 +49,6 @@ class KeptAttention:
         heads: Sequence[Tensor],
         others: Sequence[Tensor] | None = None,
     ):
-        self.tensors: list[Tensor] = []
-        self.reason = ""
         self._arguments = request.argument_tensors()
         self._layout = Layout(heads)
         # Nothing that the graph holds may hold the graph: such a cycle is out of the garbage collector's sight.

@@ -50,8 +50,8 @@ class TiledLayer(Tiled):
         if checkpoint is None or not (self.gradient_checkpointing and self.training):
             return forward(*args, **kwargs)
         chunking = self.mini_sequence_chunking
-        compiled = torch.compiler.is_compiling() or compiled_inside(self)
-        if chunking is not None and chunking.config.keep_attention and torch.is_grad_enabled() and not compiled:
+        keeps = chunking is not None and chunking.config.keep_attention and torch.is_grad_enabled()
+        if keeps and not torch.compiler.is_compiling() and not compiled_inside(self):
             forward = CheckpointedAttention(self, forward)
         return checkpoint(functools.partial(forward, **kwargs), *args)
 

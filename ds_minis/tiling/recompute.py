@@ -91,12 +91,12 @@ def set_random_states(device: torch.device, states: Sequence[Tensor]) -> None:
         torch.get_device_module(device).set_rng_state(state, device)
 
 
-def refuse_gradients_of_gradients() -> None:
+def refuse_gradients_of_gradients(way_out: str = "exclude the modules") -> None:
     """To be called in a backward that makes no graph. Raises RuntimeError if one is asked for."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "create_graph=True (a gradient of a gradient) is not supported through mini-sequences: call "
-            "revert_mini_sequence(model), or exclude the modules"
+            f"revert_mini_sequence(model), or {way_out}"
         )
 
 

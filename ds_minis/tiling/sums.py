@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ds_minis.tiling.gradient_sums import GradientSums, let_go
 from ds_minis.tiling.linears import chunk_forwards
-from ds_minis.tiling.recompute import Replay, forwards_set, unseen_graph
+from ds_minis.tiling.recompute import Replay, forwards_set, refuse_gradients_of_gradients, unseen_graph
 from ds_minis.tiling.rows import Guard, ParameterSlots, constants_of, set_to
 
 
@@ -98,11 +98,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "create_graph=True (a gradient of a gradient) is not supported through mini-sequences: call "
-                'revert_mini_sequence(model), or set "loss": false'
-            )
+        refuse_gradients_of_gradients('set "loss": false')
         tensors = ctx.saved_tensors  # torch's own error where they are freed
         # The gradients are handed over, so that no copy of them is made; after `retain_graph=True` they are made again.
         grads, ctx.grads = ctx.grads, None
