@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +19,11 @@ from ds_minis.detect import (
     find_hidden_size,
     find_models_with_loss,
     has_several_heads,
+    why_unkept,
 )
 from ds_minis.doors import BY_RUN, Request, agreed
 from ds_minis.ranks import is_main_process
+from ds_minis.tiling.checkpointed_layer import UntiledLayer
 from ds_minis.tiling.chunking import Chunking
 from ds_minis.tiling.layer import TiledLayer, why_one_call
 from ds_minis.tiling.loss import attach_loss_tiling, detach_loss_tiling, loss_is_attached, why_loss_is_bypassed
@@ -47,6 +49,8 @@ class ConversionReport:
         tiled: qualified name -> class name, of every tiled module; those of a layer are used where that is not tiled.
         untiled: qualified name -> (class name, reason), of every other part of the decoder stack.
         one_call: qualified name -> reason, of every such layer that attends to all heads at once in spite of `head_groups`.
+        unkept: (class name, reason) of every kind of decoder layer that computes its attention again in backward in spite of
+            `keep_attention`; most are known after the first step only.
         loss: what became of the LM head and the loss, in words.
     """
 
@@ -57,6 +61,7 @@ class ConversionReport:
     loss: str
     layers: Mapping[str, str] = field(default_factory=dict)
     one_call: Mapping[str, str] = field(default_factory=dict)
+    unkept: Sequence[tuple[str, str]] = ()
 
     def __str__(self) -> str:
         inside = {fqn for fqn in self.tiled if any(fqn.startswith(f"{layer}.") for layer in self.layers)}
@@ -68,6 +73,7 @@ class ConversionReport:
         lines += [f"  tiled where their layer is not: {count} x {name}" for name, count in spare.items()]
         one_call = Counter((self.layers[fqn], reason) for fqn, reason in self.one_call.items() if fqn in self.layers)
         lines += [f"  attention in one call: {count} x {name} ({reason})" for (name, reason), count in one_call.items()]
+        lines += [f"  attention not kept: {name} ({reason})" for name, reason in self.unkept]
         for (name, reason), count in Counter(self.untiled.values()).items():
             lines.append(f"  not tiled: {count} x {name} ({reason})")
         return "\n".join([*lines, f"  loss: {self.loss}"])
@@ -138,8 +144,7 @@ def convert(
     chunking.checkpoints.num_layers = sum(candidate.role == "layer" for candidate in tiled)
     for candidate in tiled:
         tile(candidate.module, TiledLayer if candidate.role == "layer" else TiledModule, chunking, candidate.fqn)
-    if config.keep_attention and config.scope != "layer":
-        _keep_attention_of_layers(found, tiled, chunking)
+    unkept = _keep_attention_of_untiled_layers(found, tiled, chunking) if config.keep_attention else ()
     for loss_model in loss_models:
         attach_loss_tiling(loss_model, chunking)
 
@@ -149,6 +154,7 @@ def convert(
         layers={c.fqn: untiled_class(type(c.module)).__name__ for c in tiled if c.role == "layer"},
         tiled={c.fqn: untiled_class(type(c.module)).__name__ for c in tiled if c.role != "layer"},
         untiled={c.fqn: (type(c.module).__name__, c.reason) for c in candidates if c.reason},
+        unkept=tuple(dict.fromkeys(unkept)),
         loss=_loss_in_words(model, config, loss_models),
     )
     model.__dict__[_STATE] = report
@@ -184,11 +190,13 @@ def mini_sequence_report(model: nn.Module) -> ConversionReport | None:
 
 def _with_verdicts(report: ConversionReport, model: nn.Module) -> ConversionReport:
     """The report, with what was found out about modules at their first calls."""
-    modules = [module for module in model.modules() if isinstance(module, Tiled)]
+    modules = [m for m in model.modules() if isinstance(m, Tiled) and m.mini_sequence_chunking is not None]
     wrong = {m.mini_sequence_name: why_whole(m) for m in modules if why_whole(m)}
     one_call = {m.mini_sequence_name: why_one_call(m) for m in modules if why_one_call(m)}
-    if one_call:
-        report = dataclasses.replace(report, one_call=one_call)
+    unkept = [pair for m in modules for pair in m.mini_sequence_chunking.unkept.values()]
+    if one_call or unkept:
+        unkept = tuple(dict.fromkeys([*report.unkept, *unkept]))
+        report = dataclasses.replace(report, one_call=one_call, unkept=unkept)
     if not wrong:
         return report
     names = {**report.layers, **report.tiled}
@@ -228,11 +236,21 @@ def _all_decided(candidates: list[Candidate], config: MiniSequenceConfig, module
     return result
 
 
-def _keep_attention_of_layers(found: list[Candidate], tiled: list[Candidate], chunking: Chunking) -> None:
-    """Of those layers of which a part is tiled; they see to it where they are checkpointed."""
+def _keep_attention_of_untiled_layers(
+    found: list[Candidate], tiled: list[Candidate], chunking: Chunking
+) -> list[tuple[str, str]]:
+    """Has layers of which parts alone are tiled keep their attention; class and reason of those that cannot."""
+    whole, unkept = {c.fqn for c in tiled if c.role == "layer"}, []
     for layer in found:
-        if layer.role == "layer" and not layer.reason and any(_is_part_of(c.fqn, [layer.fqn]) for c in tiled):
-            tile(layer.module, TiledLayer, chunking, layer.fqn)
+        if layer.role != "layer" or layer.fqn in whole:
+            continue
+        has_tiled_part = any(_is_part_of(c.fqn, [layer.fqn]) for c in tiled)
+        reason = why_unkept(layer.module) if has_tiled_part else "no part of it is tiled"
+        if not reason:
+            tile(layer.module, UntiledLayer, chunking, layer.fqn)
+        elif has_tiled_part or not layer.in_tower:
+            unkept.append((untiled_class(type(layer.module)).__name__, reason))
+    return unkept
 
 
 def _is_part_of(fqn: str, layers: list[str]) -> bool:

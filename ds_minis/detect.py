@@ -21,6 +21,7 @@ _TOWER = re.compile(
 _MIXING_NORMS = (nn.GroupNorm, nn.modules.batchnorm._NormBase)
 _LAYER = re.compile(r"(layer|block)$", re.IGNORECASE)
 _MOE = re.compile(r"(moe|moe_?block|experts)$", re.IGNORECASE)
+_NO_INTERFACE = "no attention in it goes through transformers' attention interface"
 REPLACED = "its forward was replaced on the instance"
 
 
@@ -138,8 +139,13 @@ def _why_no_layer(layer: nn.Module) -> str:
     if count == 1:
         return _why_replaced(layer)
     if not count:
-        return "as a whole: no attention in it goes through transformers' attention interface"
+        return f"as a whole: {_NO_INTERFACE}"
     return f"as a whole: it has {count} attentions"
+
+
+def why_unkept(layer: nn.Module) -> str:
+    """Why a layer's attention cannot be kept from forward to backward; empty as far as can be told before its first call."""
+    return _why_replaced(layer) if num_attentions(layer) else _NO_INTERFACE
 
 
 def _columns(owner: nn.Module) -> list[tuple[str, nn.ModuleList]]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import LLAMA_CALLS
 
-from ds_minis.tiling import layer, rows, sums
+from ds_minis.tiling import layer, rows, sums, swap
 
 LARGE_GIB = 19
 
@@ -51,3 +51,25 @@ def tiled_calls(monkeypatch) -> list[tuple[str, int]]:
     monkeypatch.setattr("ds_minis.tiling.loss.tile_rows", count(rows.tile_rows))
     monkeypatch.setattr("ds_minis.tiling.loss.sum_rows", count(sums.sum_rows))
     return calls
+
+
+@pytest.fixture
+def told(monkeypatch, caplog):
+    """A function that gives the reasons told so far why attentions are not kept."""
+    monkeypatch.setattr(swap, "_told", set())
+    return lambda: [
+        r.message.partition("once more in backward: ")[2] for r in caplog.records if "once more" in r.message
+    ]
+
+
+@pytest.fixture
+def sdpa_masks(monkeypatch) -> list[torch.Tensor | None]:
+    """The mask of each call of torch's attention."""
+    masks, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+
+    def counted(*args, **kwargs):
+        masks.append(kwargs.get("attn_mask"))
+        return sdpa(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    return masks

@@ -20,9 +20,11 @@ from engine_cases import LEARNING_RATE, RANKS, STEPS, Case, deepspeed_config, ma
 from models import count_layers
 
 from ds_minis import convert_to_mini_sequence
+from ds_minis.tiling.kept_attention import KeptAttention
 from ds_minis.tiling.layer import TiledLayer
 from ds_minis.tiling.module import TiledModule
 
+kept_attentions: list[KeptAttention] = []  # each that was run backward
 COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=100)  # of ranks that wait for each other: an error, not a hang
 
 
@@ -196,6 +198,8 @@ def main() -> None:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a C++ build of 90 s that gloo does without
     deepspeed.init_distributed(dist_backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    backward = KeptAttention.backward
+    KeptAttention.backward = lambda self, *args: kept_attentions.append(self) or backward(self, *args)
     for case in cases:
         if not run(case, output):
             break
@@ -209,8 +213,9 @@ def run(case: Case, output: Path) -> bool:
     results, rank = {}, dist.get_rank()
     for kind in ("plain", "converted"):
         error = None
+        kept_attentions.clear()
         try:
-            results[kind] = train(case, converted=kind == "converted")
+            results[kind] = train(case, converted=kind == "converted") | {"kept_attentions": len(kept_attentions)}
         except Exception as e:
             error = f"{type(e).__name__}: {e}"
             (output / f"{case.name}.rank{rank}.error").write_text(f"{kind}: {error}", encoding="utf-8")

@@ -18,7 +18,8 @@ import torch
 from engine_cases import RANKS, Case
 
 WORKER = Path(__file__).with_name("engine_worker.py")
-START_SECONDS, CASE_SECONDS, SEED_SECONDS = 120, 120, 10  # what may pass before a case is done, on a busy machine
+# What may pass before the first case begins, and then before a case is done, on a busy machine.
+START_SECONDS, CASE_SECONDS, SEED_SECONDS = 240, 240, 10
 
 
 def launch(script: Path, *args: str, timeout: float = 600, processes: int = RANKS, **env: str) -> str:
@@ -33,12 +34,14 @@ def run_script(
     *args: str,
     patience: float,
     processes: int,
+    start: float = 0,
     progress: Callable[[], object] = lambda: None,
     **env: str,
 ) -> tuple[int | None, str]:
     """Exit status and output of a script in several processes.
 
-    They are ended, and the status is None, when `progress()` has not changed for `patience` seconds.
+    They are ended, and the status is None, when `progress()` has not changed for `patience` seconds; at first for `start`
+    seconds more, in which they import what they need.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -50,13 +53,13 @@ def run_script(
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
-        last, since = progress(), time.monotonic()
-        while time.monotonic() - since < patience:
+        last, end = progress(), time.monotonic() + start + patience
+        while time.monotonic() < end:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 output, _ = launcher.communicate(timeout=min(2, patience))
                 return launcher.returncode, output
             if progress() != last:
-                last, since = progress(), time.monotonic()
+                last, end = progress(), time.monotonic() + patience
         launcher.terminate()  # it ends its processes, and waits up to 30 s for them
         output, _ = launcher.communicate(timeout=90)
         return None, output
@@ -86,10 +89,11 @@ def run_cases(cases: list[Case], tell: Callable[[Case], None] = lambda case: Non
 def _run_some(cases: list[Case], processes: int, output: Path) -> dict[str, dict]:
     """Results of the first cases: all that one launch did, and at least one."""
     arguments = json.dumps([dataclasses.asdict(case) for case in cases]), str(output)
-    patience = START_SECONDS + CASE_SECONDS + SEED_SECONDS * max(case.seeds for case in cases)
     status, text = run_script(
-        WORKER, *arguments, patience=patience, processes=processes, progress=lambda: len(list(output.glob("*.pt")))
-    )
+        WORKER, *arguments, processes=processes, start=START_SECONDS,
+        patience=CASE_SECONDS + SEED_SECONDS * max(case.seeds for case in cases),
+        progress=lambda: len(list(output.glob("*.pt"))),
+    )  # fmt: skip
     results = {}
     for case in cases:
         file = output / f"{case.name}.pt"

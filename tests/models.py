@@ -6,6 +6,8 @@ import copy
 
 import torch
 from transformers import (
+    BartConfig,
+    BloomConfig,
     CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -60,7 +62,8 @@ MOE_CONFIGS = {
     ),
 }
 _SPARSE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-# Others whose layers are not like the ones above: parallel attention, sinks, norms of another kind, rotation of a part.
+# Others whose layers are not like the ones above: parallel attention, sinks, norms of another kind, rotation of a part, an
+# attention of their own, two attentions.
 LAYER_CONFIGS = {
     "phi": lambda: PhiConfig(**_SIZES, resid_pdrop=0.0, partial_rotary_factor=0.5),
     "gpt_neox": lambda: GPTNeoXConfig(**_SIZES),
@@ -69,6 +72,10 @@ LAYER_CONFIGS = {
     "gemma3": lambda: Gemma3TextConfig(**_SIZES, head_dim=8, sliding_window=8, sliding_window_pattern=2),
     "qwen3_moe": lambda: Qwen3MoeConfig(**_SIZES, **_SPARSE, head_dim=8),
     "mixtral without router outputs": lambda: MixtralConfig(**_SIZES, num_local_experts=4),
+    "bloom": lambda: BloomConfig(**_SIZES),
+    "bart": lambda: BartConfig(
+        **_SIZES, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48, dropout=0.0
+    ),
 }
 LORA_TARGETS = "all-linear"
 # What runs over chunks in one training forward of the tiny Llama, in each scope. The linear layer is the LM head.

@@ -5,7 +5,7 @@ chunks; labels of prompts are masked.
 """
 
 import pytest
-from engine_cases import RANKS, Case, make_model
+from engine_cases import NUM_LAYERS, RANKS, STEPS, Case, make_model
 from engines import run_cases
 from parity import COLUMNS, ROWS, cell, judge
 
@@ -82,6 +82,12 @@ def results() -> dict[str, dict]:
 def test_the_unconverted_models_parameters_or_its_refusal(results, name):
     judgement = judge(CASES[name], results[CASES[name].name])
     assert judgement.kind == ("refused" if name in REFUSED else "exact"), judgement.text
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.keep])
+def test_attentions_are_kept_in_every_step(results, name):
+    case = CASES[name]
+    assert results[case.name]["converted"]["kept_attentions"] == NUM_LAYERS * STEPS * case.accumulation
 
 
 def test_every_row_and_every_column_is_tested():

@@ -10,7 +10,6 @@ from models import assert_same_tensors, assert_same_training, batch, checkpointe
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ds_minis.tiling import swap
 from ds_minis.tiling.kept_attention import KeptAttention
 from ds_minis.tiling.offload import Kept
 from ds_minis.tiling.remade import Layout, View, copy_of
@@ -21,15 +20,6 @@ LAYERS, TOKENS = SETTINGS["layer"], SETTINGS["tokens"]
 @pytest.fixture
 def attention():
     return Attention()
-
-
-@pytest.fixture
-def told(monkeypatch, caplog):
-    """The reasons that were told."""
-    monkeypatch.setattr(swap, "_told", set())
-    return lambda: [
-        r.message.partition("once more in backward: ")[2] for r in caplog.records if "once more" in r.message
-    ]
 
 
 def two_steps(model, reference, inputs, **kwargs):
@@ -181,9 +171,8 @@ def test_an_attention_that_is_checkpointed_by_itself(attention, told):
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_a_step_of_no_numbers_changes_nothing_for_the_next(settings, monkeypatch):
+def test_a_step_of_no_numbers_changes_nothing_for_the_next(settings, sdpa_masks):
     model, reference = converted(SETTINGS[settings])
-    calls, sdpa = [], torch.nn.functional.scaled_dot_product_attention
     assert_same_training(model, reference, batch(23, padding=5))
     weight = model.model.layers[0].self_attn.q_proj.weight.data
     before = weight.clone()
@@ -191,11 +180,9 @@ def test_a_step_of_no_numbers_changes_nothing_for_the_next(settings, monkeypatch
     loss_and_grads(model, batch(23, padding=5))
     weight.copy_(before)
     assert_same_training(model, reference, batch(23, padding=5))
-    monkeypatch.setattr(
-        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or sdpa(*a, **k)
-    )
+    sdpa_masks.clear()
     loss_and_grads(model, batch(23, padding=5))
-    assert len(calls) == 2
+    assert len(sdpa_masks) == 2
 
 
 @pytest.mark.parametrize("trained", [True, False])

@@ -32,7 +32,8 @@ class Chunking:
         suspended: True while the model runs a forward pass that must equal the unconverted model's to the bit.
         checkpoints: the inputs of its tiled layers.
         unread: what was found out about layers, by the names of their parts (`ds_minis.tiling.layer_verify`).
-        unkept: ways to call an attention in which it cannot be kept (`ds_minis.tiling.kept_attention`).
+        unkept: way to call an attention in which it cannot be kept -> (class name of the layer, reason), see
+            `ds_minis.tiling.kept_attention`.
         passes: what the end of each forward pass in progress must undo (`ds_minis.tiling.loss`).
     """
 
@@ -41,7 +42,7 @@ class Chunking:
     suspended: bool = False
     checkpoints: Checkpoints = field(default=None, repr=False, compare=False)
     unread: dict[tuple, Any] = field(default_factory=dict, repr=False, compare=False)
-    unkept: set[tuple] = field(default_factory=set, repr=False, compare=False)
+    unkept: dict[tuple, tuple[str, str]] = field(default_factory=dict, repr=False, compare=False)
     passes: list[contextlib.ExitStack] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self):

@@ -17,11 +17,17 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from ds_minis.tiling.attention import AttentionRequest
 from ds_minis.tiling.recompute import graph_is_kept
 from ds_minis.tiling.remade import Copy, Groups, Layout, View, copy_of, storage_key, whole_storage
+from ds_minis.tiling.swap import Tiled, tell, untiled_class
 
 Attend = Callable[[AttentionRequest, Sequence[Tensor]], Tensor]
 
-ATTENDS_TWICE = "computes its attention once more in backward"  # what is told of a layer whose attention cannot be kept
 _MOST = 2  # times the bytes of the output: what may be kept for one call
+
+
+def leave_unkept(layer: Tiled, way: tuple, reason: str) -> None:
+    """Attentions of a model that are called this way are computed again in backward from now on; says so, once."""
+    layer.mini_sequence_chunking.unkept[way] = untiled_class(type(layer)).__name__, reason
+    tell(layer, "computes its attention once more in backward", reason)
 
 
 def attend_once(request: AttentionRequest, tensors: Sequence[Tensor]) -> Tensor:

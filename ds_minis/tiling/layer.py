@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_minis.ranks import has_other_ranks
-from ds_minis.tiling.checkpointed_attention import CheckpointedAttention
+from ds_minis.tiling.checkpointed_layer import ItsOwnCheckpointing
 from ds_minis.tiling.compiling import compiled_inside, outside_of_graphs
 from ds_minis.tiling.layer_call import LayerCall
 from ds_minis.tiling.layer_node import LayerNode
@@ -21,10 +20,8 @@ from ds_minis.tiling.recompute import AutocastState
 from ds_minis.tiling.rows import run_call
 from ds_minis.tiling.swap import Tiled, tell
 
-_CHECKPOINT = "_gradient_checkpointing_func"
 
-
-class TiledLayer(Tiled):
+class TiledLayer(ItsOwnCheckpointing, Tiled):
     """Mixed into a decoder layer's class; runs that class's own forward over chunks, and attention once for all.
 
     It saves its input and recomputes the rest in backward, so activation checkpointing is left to it. Where a call cannot be
@@ -34,7 +31,7 @@ class TiledLayer(Tiled):
 
     def forward(self, *args, **kwargs):
         forward, chunking = super().forward, self.mini_sequence_chunking
-        if chunking is None or chunking.suspended or chunking.config.scope != "layer" or torch.compiler.is_compiling():
+        if chunking is None or chunking.suspended or torch.compiler.is_compiling():
             return self._as_it_is(forward, args, kwargs)
         call = LayerCall(args, kwargs)
         if not call.reason and _runs_whole(self, call):
@@ -45,36 +42,11 @@ class TiledLayer(Tiled):
         y = _forward_by_tokens(self, forward, call, finding)
         return y if finding.rest is None else (y, *finding.rest)
 
-    def _as_it_is(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        checkpoint = self.__dict__.get(_CHECKPOINT)
-        if checkpoint is None or not (self.gradient_checkpointing and self.training):
-            return forward(*args, **kwargs)
-        chunking = self.mini_sequence_chunking
-        keeps = chunking is not None and chunking.config.keep_attention and torch.is_grad_enabled()
-        if keeps and not torch.compiler.is_compiling() and not compiled_inside(self):
-            forward = CheckpointedAttention(self, forward)
-        return checkpoint(functools.partial(forward, **kwargs), *args)
-
-    @property
-    def _gradient_checkpointing_func(self) -> Callable[..., Any]:
-        """What transformers checkpoints a layer with. The layer does so itself, and only where it is not tiled."""
-        if _CHECKPOINT not in self.__dict__:
-            raise AttributeError(_CHECKPOINT)
-        return _run
-
-    @_gradient_checkpointing_func.setter
-    def _gradient_checkpointing_func(self, value: Callable[..., Any]) -> None:
-        self.__dict__[_CHECKPOINT] = value
-
 
 def why_one_call(layer: nn.Module) -> str:
     """Why a layer attends to all heads at once where groups were asked for; empty if it does not, or they were not."""
     verdicts = layer.mini_sequence_verdicts.values() if isinstance(layer, TiledLayer) else ()
     return next((finding.one_call for finding in verdicts if finding.one_call), "")
-
-
-def _run(function: Callable[..., Any], *args: Any) -> Any:
-    return function(*args)
 
 
 @outside_of_graphs
@@ -161,8 +133,7 @@ def _forward_by_tokens(layer: TiledLayer, forward: Callable[..., Any], call: Lay
     bounds = list(zip(starts, [*starts[1:], num_tokens], strict=True))
     source, depth = chunking.checkpoints.source(layer, x) if torch.is_grad_enabled() else (None, 0)
     passes = LayerPasses(layer, forward, call, bounds, chunking)
-    unkept = chunking.unkept if chunking.config.keep_attention else None
-    node = LayerNode(layer, passes, finding.unread, finding.groups, source, unkept)
+    node = LayerNode(layer, passes, finding.unread, finding.groups, source, chunking.config.keep_attention)
     y = run_call(node, [x])
     chunking.checkpoints.made(node, y, depth)
     return y

@@ -16,19 +16,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ds_minis.tiling.attention import AttentionRequest
 from ds_minis.tiling.checkpoints import Source
 from ds_minis.tiling.gradient_sums import GradientSums, let_go
 from ds_minis.tiling.head_groups import CutWeights, HeadGroups
-from ds_minis.tiling.kept_attention import ATTENDS_TWICE, Attend, KeptAttention, attend_once
+from ds_minis.tiling.kept_attention import Attend, KeptAttention, attend_once, leave_unkept
 from ds_minis.tiling.layer_passes import LayerPasses, Unread, chunk_of
 from ds_minis.tiling.linears import chunk_forwards
 from ds_minis.tiling.recompute import forwards_set
 from ds_minis.tiling.reuse import is_ours_alone
 from ds_minis.tiling.rows import Call, ParameterSlots, put
-from ds_minis.tiling.swap import tell
+from ds_minis.tiling.swap import Tiled, tell
 
 
 class LayerNode(Call):
@@ -37,7 +37,7 @@ class LayerNode(Call):
     Args:
         groups: of heads; None for one call of the attention.
         source: where the layer's input is until backward; None for autograd's own.
-        unkept: ways to call an attention in which it cannot be kept there too; None if it is not to be.
+        keep: keep the attention there too, where it can be.
         attend: stands for the attention while a layer is being verified.
 
     Attributes:
@@ -46,31 +46,30 @@ class LayerNode(Call):
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Tiled,
         passes: LayerPasses,
         unread: Unread,
         groups: HeadGroups | None = None,
         source: Source | None = None,
-        unkept: set[tuple] | None = None,
+        keep: bool = False,
         attend: Attend = attend_once,
     ):
         self._module, self.slots = module, ParameterSlots(module)
         self._passes, self._unread, self._groups = passes, unread, groups
-        self.source, self._unkept, self._attend = source, unkept, attend
+        self.source, self._keep, self._attend = source, keep, attend
         self._kept: KeptAttention | None = None
 
     def saved(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         if self.source is None:
             return tensors
-        if self._unkept is None:
+        if not self._keep:
             self.source.keep(tensors[0])
         self._versions = [t._version for t in self.slots.tensors]
         return tensors[1:]
 
     def forward(self, rows: Sequence[Tensor], *, with_backward: bool) -> Tensor:
         with self._passes.running():
-            keeping = self._unkept is not None and with_backward
-            y = self._forward_keeping(rows[0]) if keeping else self._forward(rows[0])
+            y = self._forward_keeping(rows[0]) if self._keep and with_backward else self._forward(rows[0])
         self._passes.advance()
         return y
 
@@ -78,15 +77,14 @@ class LayerNode(Call):
         request, heads = self._passes.before(x)
         tensors: list[Tensor] = []
         with self._passes.attending():
-            if request.way in self._unkept:
+            if request.way in self._module.mini_sequence_chunking.unkept:
                 out = self._attend(request, heads)
             else:
                 kept = KeptAttention(self._attend, request, heads)
                 out, tensors = kept.result, [] if kept.reason else kept.tensors
                 kept.let_go()
                 if kept.reason:
-                    tell(self._module, ATTENDS_TWICE, kept.reason)
-                    self._unkept.add(request.way)
+                    leave_unkept(self._module, request.way, kept.reason)
                 else:
                     self._kept = kept
         del request, heads

@@ -1,4 +1,4 @@
-"""Kept attentions of a layer that is not tiled as a whole: inside of activation checkpointing, which runs it twice."""
+"""Layers that see to their activation checkpointing, which runs them twice, themselves, and keep their attentions there."""
 
 from __future__ import annotations
 
@@ -11,12 +11,56 @@ from torch import Tensor
 
 from ds_minis.tiling.attention import AttentionRequest, attention_handled_by, tensors_in
 from ds_minis.tiling.checkpoints import InMemory
-from ds_minis.tiling.kept_attention import ATTENDS_TWICE, KeptAttention
+from ds_minis.tiling.compiling import compiled_inside
+from ds_minis.tiling.kept_attention import KeptAttention, leave_unkept
 from ds_minis.tiling.recompute import random_states, refuse_gradients_of_gradients, set_random_states
-from ds_minis.tiling.swap import Tiled, tell
+from ds_minis.tiling.swap import Tiled
+
+_CHECKPOINT = "_gradient_checkpointing_func"
 
 
-class CheckpointedAttention:
+class ItsOwnCheckpointing:
+    """Mixed into the class of a decoder layer, in front of `Tiled`: where it is checkpointed, its forward does so."""
+
+    def _as_it_is(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The class's own forward, checkpointed if that was asked for."""
+        checkpoint = self.__dict__.get(_CHECKPOINT)
+        if checkpoint is None or not (self.gradient_checkpointing and self.training):
+            return forward(*args, **kwargs)
+        chunking = self.mini_sequence_chunking
+        keeps = chunking is not None and chunking.config.keep_attention and torch.is_grad_enabled()
+        if keeps and not torch.compiler.is_compiling():
+            compiled = compiled_inside(self)
+            if compiled:
+                leave_unkept(self, ("compiled",), compiled)
+            else:
+                forward = _KeepingAttentions(self, forward)
+        return checkpoint(functools.partial(forward, **kwargs), *args)
+
+    @property
+    def _gradient_checkpointing_func(self) -> Callable[..., Any]:
+        """What transformers checkpoints a layer with; for transformers, nothing."""
+        if _CHECKPOINT not in self.__dict__:
+            raise AttributeError(_CHECKPOINT)
+        return _run
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, value: Callable[..., Any]) -> None:
+        self.__dict__[_CHECKPOINT] = value
+
+
+def _run(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+class UntiledLayer(ItsOwnCheckpointing, Tiled):
+    """Mixed into the class of a decoder layer of which parts alone are tiled, for its attentions to be kept."""
+
+    def forward(self, *args, **kwargs):
+        return self._as_it_is(super().forward, args, kwargs)
+
+
+class _KeepingAttentions:
     """One call of a layer's forward, for activation checkpointing to run and to run again.
 
     The first time each attention is kept; later its result is given from there. An attention that cannot be kept is run each
@@ -48,18 +92,17 @@ class CheckpointedAttention:
     def _kept(
         self, others: Sequence[Tensor], function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
     ) -> _Kept | None:
-        unkept = self._layer.mini_sequence_chunking.unkept
         try:
             request = AttentionRequest.of_call(function, args, kwargs)
-        except TypeError:
+        except TypeError as error:
+            leave_unkept(self._layer, ("in another form",), str(error))
             return None
-        if request.way in unkept:
+        if request.way in self._layer.mini_sequence_chunking.unkept:
             return None
         kept = _Kept(request, others)
         if not kept.reason:
             return kept
-        tell(self._layer, ATTENDS_TWICE, kept.reason)
-        unkept.add(request.way)
+        leave_unkept(self._layer, request.way, kept.reason)
         return None
 
 
