@@ -62,8 +62,7 @@ MOE_CONFIGS = {
     ),
 }
 _SPARSE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-# Others whose layers are not like the ones above: parallel attention, sinks, norms of another kind, rotation of a part, an
-# attention of their own, two attentions.
+# Others whose layers are not like the ones above: parallel attention, sinks, norms of another kind, rotation of a part.
 LAYER_CONFIGS = {
     "phi": lambda: PhiConfig(**_SIZES, resid_pdrop=0.0, partial_rotary_factor=0.5),
     "gpt_neox": lambda: GPTNeoXConfig(**_SIZES),
@@ -72,6 +71,9 @@ LAYER_CONFIGS = {
     "gemma3": lambda: Gemma3TextConfig(**_SIZES, head_dim=8, sliding_window=8, sliding_window_pattern=2),
     "qwen3_moe": lambda: Qwen3MoeConfig(**_SIZES, **_SPARSE, head_dim=8),
     "mixtral without router outputs": lambda: MixtralConfig(**_SIZES, num_local_experts=4),
+}
+# Layers that are not tiled as a whole: an attention of their own, two attentions.
+UNTILED_CONFIGS = {
     "bloom": lambda: BloomConfig(**_SIZES),
     "bart": lambda: BartConfig(
         **_SIZES, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48, dropout=0.0
@@ -88,7 +90,7 @@ LLAMA_CALLS = {
 def build(family: str, *, seed: int = 0, attention: str = "eager", **settings) -> PreTrainedModel:
     """A model of a family; `settings` are for its configuration."""
     torch.manual_seed(seed)
-    config = (CONFIGS | MOE_CONFIGS | LAYER_CONFIGS)[family]()
+    config = (CONFIGS | MOE_CONFIGS | LAYER_CONFIGS | UNTILED_CONFIGS)[family]()
     config.update(settings)
     config._attn_implementation = attention
     model = AutoModelForCausalLM.from_config(config).train()

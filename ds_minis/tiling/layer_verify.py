@@ -26,12 +26,14 @@ from ds_minis.tiling.layer_call import LayerCall
 from ds_minis.tiling.layer_node import LayerNode
 from ds_minis.tiling.layer_passes import NOTHING_UNREAD, LayerPasses, NoAttention, Unread, chunk_of
 from ds_minis.tiling.linears import is_plain_linear
-from ds_minis.tiling.recompute import has_values
+from ds_minis.tiling.recompute import AutocastState, has_values
 from ds_minis.tiling.rows import ParameterSlots
 from ds_minis.tiling.verify import LARGEST_WEIGHT, State, foreign_weight, is_close, quietly, tolerance
 
 _BATCH, _TOKENS, _CHUNKS = 2, 32, 3
 _MIXES = "its result or gradients for a token depend on others, other than by way of its attention"
+# What need not be computed in layers of a make, with names in place of modules. Asked again of each layer, all at once.
+_unread_of_make: dict[tuple, Unread] = {}
 _MOST_LINEARS = 32  # of those asked behind the attention; a mixture of experts may have hundreds
 
 
@@ -221,7 +223,7 @@ class _Examination:
             return [y, *node.backward([self._x, *self._params], [True, *self._asked])]
 
     def _unread(self, expected: Sequence[Tensor | None]) -> Unread:
-        """Each candidate is asked alone, and then all of them at once; first, what held for a layer of the same parts."""
+        """Each candidate is asked alone, and then all of them at once; first, what held for a layer of the same make."""
 
         def matters(unread: Unread) -> bool:
             try:
@@ -234,12 +236,10 @@ class _Examination:
             pairs = zip(actual, expected, strict=True)
             return not all(a is e or (a is not None and e is not None and is_close(a, e, 1e-6)) for a, e in pairs)
 
-        nan, known = float("nan"), self._chunking.unread
+        nan, make = float("nan"), self._make()
         parts = dict(self._layer.named_modules())
-        # By name: a tiled class is made at run time, and could not be pickled with the model.
-        kind = tuple((name, type(part).__module__, type(part).__qualname__) for name, part in parts.items())
-        if kind in known:
-            found = known[kind].renamed(parts.__getitem__)
+        if make in _unread_of_make:
+            found = _unread_of_make[make].renamed(parts.__getitem__)
             values = dataclasses.replace(found, outputs=(), value=nan)
             if not matters(values) and not matters(dataclasses.replace(found, value=nan)):
                 return found
@@ -255,8 +255,17 @@ class _Examination:
         if matters(everything):
             return NOTHING_UNREAD
         found = Unread(outputs, values_before, values_after)
-        known[kind] = found.renamed({part: name for name, part in parts.items()}.__getitem__)
+        _unread_of_make[make] = found.renamed({part: name for name, part in parts.items()}.__getitem__)
         return found
+
+    def _make(self) -> tuple:
+        """Names and classes of a layer's parts, their weights' shapes, and all dtypes; nothing that holds a layer."""
+        autocast = AutocastState(self._x.device).dtype()
+        parts = (
+            (name, type(part).__module__, type(part).__qualname__, *_shapes(part))
+            for name, part in self._layer.named_modules()
+        )
+        return self._x.dtype, autocast, *parts
 
     @contextlib.contextmanager
     def _large_weights_watched(self) -> Iterator[list[nn.Module]]:
@@ -339,6 +348,10 @@ class _Examination:
                 handle.remove()
         once = {module: seen[0] for module, seen in calls.items() if len(seen) == 1 and seen[0] is not None}
         return {m: v for m, v in once.items() if m in before}, {m: v for m, v in once.items() if m not in before}
+
+
+def _shapes(part: nn.Module) -> tuple:
+    return tuple((name, p.shape, p.dtype) for name, p in part._parameters.items() if p is not None)
 
 
 def _unread_outputs(
