@@ -10,7 +10,7 @@ from models import add_lora, batch, build, checkpointed, quantized, with_dropout
 
 STEPS, RANKS, NUM_LAYERS = 4, 2, 2
 LEARNING_RATE = 0.2
-CHUNKS = ({"chunk_size": 10, "loss_chunk_size": 9}, {"chunk_size": 7, "loss_chunk_size": 5})  # of rank 0, of rank 1
+CHUNKS = ({"chunk_size": 24, "loss_chunk_size": 20}, {"chunk_size": 16, "loss_chunk_size": 12})  # of rank 0, of rank 1
 COPIES = 8  # of each sequence where dropout is on: more masks in a step, less noise in its mean
 
 

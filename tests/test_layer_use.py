@@ -22,6 +22,7 @@ from models import (
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report, revert_mini_sequence
+from ds_minis.tiling import layer_verify
 from ds_minis.tiling.layer import TiledLayer
 from ds_minis.tiling.module import TiledModule
 
@@ -428,6 +429,41 @@ def test_a_copy_made_after_the_first_step(duplicate, wrap):
             param.zero_()
     assert_same_training(twin, reference, batch(23))
     assert count_layers(twin) == 2
+
+
+def class_with(activation):
+    """Each of the same name, in the same module."""
+
+    class Layer(LlamaDecoderLayer):
+        def forward(self, hidden_states, **kwargs):
+            return activation(super().forward(hidden_states, **kwargs))
+
+    return Layer
+
+
+def test_what_is_not_read_is_found_out_once_for_all_models_and_asked_again_of_each_layer(monkeypatch):
+    """The second model is made as the first, the third only seems to be: it reads its MLP's result for a gradient."""
+    monkeypatch.setattr(layer_verify, "_unread_of_make", {})
+    asked, run = [], layer_verify._Examination._by_chunks
+    monkeypatch.setattr(
+        layer_verify._Examination, "_by_chunks", lambda self, *args: asked.append(self._layer) or run(self, *args)
+    )
+    asked_of, read = [], []
+    for activation in (torch.clone, torch.clone, torch.sin):
+        model, reference = twins("llama")
+        for m in (model, reference):
+            cls = class_with(activation)
+            for layer in m.model.layers:
+                layer.__class__ = cls
+        convert_to_mini_sequence(model, CHUNKS)
+        assert_same_training(model, reference, batch(23))
+        asked_of.append([asked.count(layer) for layer in model.model.layers])
+        (finding,) = model.model.layers[0].mini_sequence_verdicts.values()
+        read.append(model.model.layers[0].mlp.down_proj not in finding.unread.values_after)
+    assert read == [False, False, True]
+    (first, again), second, (third, after_it) = asked_of
+    assert first > 10 and [again, *second] == [3, 3, 3], "each as it is, without outputs and without values"
+    assert third == first + 1 and after_it == 3, "one question more: the one that told"
 
 
 def test_reverted_after_a_step():

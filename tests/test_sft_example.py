@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "sft"
-SMALL = {"MAX_LENGTH": "256", "MAX_STEPS": "6", "PER_DEVICE_BATCH_SIZE": "2", "LEARNING_RATE": "3e-3"}
+SMALL = {"MAX_LENGTH": "128", "MAX_STEPS": "4", "PER_DEVICE_BATCH_SIZE": "2", "LEARNING_RATE": "3e-3"}
 
 
 def run_script(
@@ -47,7 +47,7 @@ def test_default_run_trains_with_the_engine_and_mini_sequences(default_run):
     summary, losses, folder, printed = default_run
     assert summary["engine"] == "DEEPSPEED, DeepSpeedEngine" and summary["num_processes"] == 2
     assert summary["tiled_modules"] == 13 and summary["mini_sequence"]["enabled"]
-    assert len(losses) == 6 and losses[-1] < losses[0] - 0.1
+    assert len(losses) == 4 and losses[-1] < losses[0] - 0.1
     assert summary["tokens_per_second"] > 0 and summary["peak_memory_bytes"] > 2**27
     assert Path(summary["output_dir"]) == folder
     for line in (
@@ -102,39 +102,10 @@ def test_saved_adapter_loads_without_ds_minis(default_run, tmp_path):
     assert any(t.abs().max() > 1e-4 for n, t in adapter.items() if "lora_B" in n)
 
 
-@pytest.mark.engine
-def test_full_fine_tuning_zero3_resumes_with_the_models_own_loss(tmp_path):
-    flags = (
-        "--mini_sequence_loss",
-        "True",
-        "--eval_strategy",
-        "steps",
-        "--eval_steps",
-        "2",
-        "--eval_on_start",
-        "False",
-    )
-    settings = {"FULL": "1", "ZERO_STAGE": "3", "SAVE_STRATEGY": "steps", "MAX_STEPS": "4"}
-    summary, losses, folder, printed = trained(tmp_path, *flags, "--save_steps", "2", **settings)
-    assert summary["engine"] == "DEEPSPEED, DeepSpeedEngine" and summary["num_processes"] == 2
-    assert "steps aside" not in printed
-    assert json.loads((folder / "all_results.json").read_text())["eval_loss"] > 0
-    whole = load_file(folder / "model.safetensors")
-    assert whole["model.layers.0.mlp.up_proj.weight"].shape == (704, 256)
-
-    (folder / "checkpoint-4").rename(tmp_path / "removed")
-    _, resumed, _, _ = trained(tmp_path, *flags, "--save_steps", "2", **settings, RESUME="last")
-    assert resumed == losses
-    again = load_file(folder / "model.safetensors")
-    assert all(torch.equal(whole[k], again[k]) for k in whole)
-
-
 @pytest.mark.parametrize(
     ("section", "words"),
     [
         ({"mini_sequnce_size": 512}, ["'mini_sequnce_size'", "512", '"mini_sequence"']),
-        ({"mini_sequence": {"chunk_size": "512"}}, ["chunk_size", "'512'", "whole number"]),
-        ({"mini_sequence": {"chunk_size": 0}}, ["chunk_size", "0", "from 1"]),
         ({"mini_sequence": {"chunck_size": 5}}, ["'chunck_size'", "5", 'did you mean "chunk_size"']),
     ],
 )

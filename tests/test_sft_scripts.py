@@ -29,6 +29,7 @@ FULL = {
     "zero3": ("run_peft_deepspeed.sh", {"ZERO_STAGE": "3"}, "DEEPSPEED, DeepSpeedEngine"),
 }
 SAVE = ("--save_steps", "2", "--mini_sequence_loss", "True")
+EVALUATE = {"zero3": ("--eval_strategy", "steps", "--eval_steps", "2", "--eval_on_start", "False")}
 SETTINGS = {"FULL": "1", "SAVE_STRATEGY": "steps", "MAX_STEPS": "4"}
 
 
@@ -54,7 +55,8 @@ def full_runs(tmp_path_factory):
     def run(name: str):
         if name not in made:
             script, env, _ = FULL[name]
-            made[name] = trained(tmp_path_factory.mktemp(name), *SAVE, script=script, **SETTINGS, **env)
+            flags = (*SAVE, *EVALUATE.get(name, ()))
+            made[name] = trained(tmp_path_factory.mktemp(name), *flags, script=script, **SETTINGS, **env)
         return made[name]
 
     return run
@@ -62,15 +64,19 @@ def full_runs(tmp_path_factory):
 
 @pytest.mark.parametrize("name", FULL)
 def test_full_fine_tuning_resumes_as_if_it_had_not_stopped(full_runs, name, tmp_path):
-    summary, losses, folder, _ = full_runs(name)
+    summary, losses, folder, printed = full_runs(name)
+    assert "steps aside" not in printed
     assert summary["engine"] == FULL[name][2] and summary["num_processes"] == 2 and summary["tiled_modules"] == 13
     assert len(losses) == 4 and losses[-1] < losses[0] - 0.1
     copy = tmp_path / "outputs" / folder.name
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("checkpoint-4"))
     (copy / "model.safetensors").unlink()
     script, env, _ = FULL[name]
-    _, resumed, _, _ = trained(tmp_path, *SAVE, script=script, **SETTINGS, **env, RESUME="last")
+    flags = (*SAVE, *EVALUATE.get(name, ()))
+    _, resumed, _, _ = trained(tmp_path, *flags, script=script, **SETTINGS, **env, RESUME="last")
     assert resumed == losses
+    if name in EVALUATE:
+        assert json.loads((copy / "all_results.json").read_text())["eval_loss"] > 0
     whole, again = load_file(folder / "model.safetensors"), load_file(copy / "model.safetensors")
     assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
 
@@ -93,23 +99,26 @@ import sys
 sys.modules["ds_minis"] = None
 import torch
 from transformers import AutoModelForCausalLM
-model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
-assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-torch.save(model.state_dict(), sys.argv[2])
+weights = []
+for folder in sys.argv[2:]:
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    weights.append(model.state_dict())
+torch.save(weights, sys.argv[1])
 """
 
 
-def loaded(folder: Path, output: Path) -> dict[str, torch.Tensor]:
+def loaded(output: Path, *folders: Path) -> list[dict[str, torch.Tensor]]:
     """The weights that plain transformers loads, in a process that cannot import ds_minis."""
     env = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}  # as if ds_minis were not installed
-    subprocess.run([sys.executable, "-c", LOAD, str(folder), str(output)], check=True, env=env)
+    subprocess.run([sys.executable, "-c", LOAD, str(output), *map(str, folders)], check=True, env=env)
     return torch.load(output)
 
 
 def test_consolidated_weights_load_in_plain_transformers(full_runs, tmp_path):
-    for name in ("multigpu", "fsdp", "fsdp1", "zero3"):
-        folder = full_runs(name)[2]
-        saved, weights = load_file(folder / "model.safetensors"), loaded(folder, tmp_path / "weights.pt")
+    folders = [full_runs(name)[2] for name in ("multigpu", "fsdp", "fsdp1", "zero3")]
+    for folder, weights in zip(folders, loaded(tmp_path / "weights.pt", *folders), strict=True):
+        saved = load_file(folder / "model.safetensors")
         assert saved.keys() == weights.keys() and all(torch.equal(saved[k], weights[k]) for k in saved)
 
 
@@ -119,7 +128,8 @@ def test_zero3_shards_are_put_together_by_deepspeeds_script(full_runs, tmp_path)
     command = [sys.executable, shards / "zero_to_fp32.py", shards, tmp_path / "merged", "--safe_serialization"]
     subprocess.run(command, check=True, env=os.environ | {"DS_ACCELERATOR": "cpu"}, stdout=subprocess.DEVNULL)
     shutil.copy(folder / "config.json", tmp_path / "merged")
-    merged, whole = loaded(tmp_path / "merged", tmp_path / "weights.pt"), load_file(folder / "model.safetensors")
+    (merged,) = loaded(tmp_path / "weights.pt", tmp_path / "merged")
+    whole = load_file(folder / "model.safetensors")
     assert merged.keys() == whole.keys() and all(torch.equal(merged[k], whole[k]) for k in whole)
 
 
@@ -136,13 +146,14 @@ def test_fsdp2_shards_resume_and_are_put_together_by_accelerate(full_runs, tmp_p
     shards = folder / "checkpoint-4" / "pytorch_model_fsdp_0"
     subprocess.run(["accelerate", "merge-weights", shards, tmp_path / "merged"], check=True)
     shutil.copy(whole / "config.json", tmp_path / "merged")
-    merged, weights = loaded(tmp_path / "merged", tmp_path / "weights.pt"), load_file(whole / "model.safetensors")
+    (merged,) = loaded(tmp_path / "weights.pt", tmp_path / "merged")
+    weights = load_file(whole / "model.safetensors")
     assert merged.keys() == weights.keys() and all(torch.equal(merged[k], weights[k]) for k in weights)
 
 
 def test_deepspeeds_own_launcher(full_runs, tmp_path):
     flags = f"""--model_name_or_path {EXAMPLE}/default/model --dataset_name {EXAMPLE}/default/data --output_dir {tmp_path}/out
-        --max_length 256 --max_steps 4 --learning_rate 3e-3 --per_device_train_batch_size 2 --logging_steps 1
+        --max_length 128 --max_steps 4 --learning_rate 3e-3 --per_device_train_batch_size 2 --logging_steps 1
         --gradient_accumulation_steps 2 --lr_scheduler_type cosine --weight_decay 1e-4 --seed 100
         --gradient_checkpointing True --mini_sequence_loss True --save_strategy no --report_to none""".split()
     command = ["deepspeed", "--no_local_rank", "--num_gpus", "2", "--master_port", "29617", str(EXAMPLE / "train.py")]
