@@ -154,8 +154,12 @@ for case in json.loads(sys.argv[1]):
         os._exit(7)
     if case["clip"] == 2:
         time.sleep(600)
+    file = f"{{sys.argv[2]}}/{{names[case['clip']]}}.pt"
     if os.environ["RANK"] == "0":
-        torch.save(case, f"{{sys.argv[2]}}/{{names[case['clip']]}}.pt")
+        torch.save(case, file + ".unfinished")
+        os.rename(file + ".unfinished", file)
+    while not os.path.exists(file):  # or a rank that is ahead would end the others before they are done
+        time.sleep(0.01)
 """
 
 
