@@ -144,7 +144,7 @@ def convert(
     chunking.checkpoints.num_layers = sum(candidate.role == "layer" for candidate in tiled)
     for candidate in tiled:
         tile(candidate.module, TiledLayer if candidate.role == "layer" else TiledModule, chunking, candidate.fqn)
-    unkept = _keep_attention_of_untiled_layers(found, tiled, chunking) if config.keep_attention else ()
+    unkept = _keep_attention_of_untiled_layers(found, candidates, chunking) if config.keep_attention else ()
     for loss_model in loss_models:
         attach_loss_tiling(loss_model, chunking)
 
@@ -208,7 +208,7 @@ def _with_verdicts(report: ConversionReport, model: nn.Module) -> ConversionRepo
 
 def tiled_modules(model: nn.Module) -> list[nn.Module]:
     """Every module whose weights are used inside a tiled operation (an engine must gather each of them as a whole)."""
-    modules = [module for module in model.modules() if isinstance(module, Tiled)]
+    modules = [m for m in model.modules() if isinstance(m, Tiled) and not isinstance(m, UntiledLayer)]
     report = mini_sequence_report(model)
     if report is not None and report.config.enabled and report.config.loss:
         modules += dict.fromkeys(m.get_output_embeddings() for m in find_models_with_loss(model))
@@ -237,15 +237,21 @@ def _all_decided(candidates: list[Candidate], config: MiniSequenceConfig, module
 
 
 def _keep_attention_of_untiled_layers(
-    found: list[Candidate], tiled: list[Candidate], chunking: Chunking
+    found: list[Candidate], decided: list[Candidate], chunking: Chunking
 ) -> list[tuple[str, str]]:
-    """Has layers of which parts alone are tiled keep their attention; class and reason of those that cannot."""
-    whole, unkept = {c.fqn for c in tiled if c.role == "layer"}, []
+    """Has layers of which parts alone are tiled keep their attention; class and reason of those that do not.
+
+    A layer that the user's settings leave out, or a part of it where it would be tiled as a whole, is left alone.
+    """
+    reasons, unkept = {c.fqn: c.reason for c in decided if c.role == "layer"}, []
     for layer in found:
-        if layer.role != "layer" or layer.fqn in whole:
+        if layer.role != "layer" or reasons.get(layer.fqn) == "":
             continue
-        has_tiled_part = any(_is_part_of(c.fqn, [layer.fqn]) for c in tiled)
-        reason = why_unkept(layer.module) if has_tiled_part else "no part of it is tiled"
+        has_tiled_part = any(_is_part_of(c.fqn, [layer.fqn]) for c in decided if not c.reason)
+        if reasons.get(layer.fqn, layer.reason) != layer.reason:
+            reason = reasons[layer.fqn].removeprefix("as a whole: ")
+        else:
+            reason = why_unkept(layer.module) if has_tiled_part else "no part of it is tiled"
         if not reason:
             tile(layer.module, UntiledLayer, chunking, layer.fqn)
         elif has_tiled_part or not layer.in_tower:

@@ -11,6 +11,7 @@ from transformers import (
     CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
     LlamaConfig,
@@ -72,9 +73,10 @@ LAYER_CONFIGS = {
     "qwen3_moe": lambda: Qwen3MoeConfig(**_SIZES, **_SPARSE, head_dim=8),
     "mixtral without router outputs": lambda: MixtralConfig(**_SIZES, num_local_experts=4),
 }
-# Layers that are not tiled as a whole: an attention of their own, two attentions.
+# Layers that are not tiled as a whole: an attention of their own (in all cases, in some), two attentions.
 UNTILED_CONFIGS = {
     "bloom": lambda: BloomConfig(**_SIZES),
+    "gpt2": lambda: GPT2Config(**_SIZES, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, reorder_and_upcast_attn=True),
     "bart": lambda: BartConfig(
         **_SIZES, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48, dropout=0.0
     ),

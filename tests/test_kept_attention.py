@@ -15,12 +15,16 @@ from models import (
     checkpointed,
     count_layers,
     loss_and_grads,
+    twins,
 )
 
 import ds_minis.tiling.checkpoints as checkpoints
 from ds_minis import convert_to_mini_sequence, mini_sequence_report, revert_mini_sequence
 from ds_minis.config import MiniSequenceConfig
+from ds_minis.convert import tiled_modules
 from ds_minis.tiling.attention import AttentionRequest
+from ds_minis.tiling.checkpointed_layer import UntiledLayer
+from ds_minis.tiling.kept_attention import KeptAttention
 
 
 @pytest.fixture
@@ -152,13 +156,14 @@ def test_autocast(settings, attention):
         ("llama", "eager", 5, "times its output's bytes"),  # its weights, one for each pair of tokens
         ("gpt_oss", "eager", 0, "times its output's bytes"),
         ("bloom", "eager", 0, "no attention in it goes through transformers' attention interface"),
+        ("gpt2", "eager", 0, "it calls no attention by transformers' interface"),
     ],
 )
 def test_what_cannot_be_kept_is_run_again_and_reported(family, attention, padding, reason, settings, told):
     model, reference = converted(SETTINGS[settings], family, attention)
     for _ in range(2):
         assert_same_training(model, reference, batch(37, padding=padding))
-    if settings == "tokens" and family != "bloom":
+    if settings == "tokens" and family in ("llama", "gpt_oss"):
         reason = "its attention gives its weights too"
     ((name, said),) = mini_sequence_report(model).unkept
     assert name == layer_class(reference) and reason in said and told() == [said] * (family != "bloom")
@@ -184,7 +189,7 @@ def test_an_attention_that_is_called_in_another_form_is_left_alone(settings, mon
     monkeypatch.setattr(AttentionRequest, "of_call", refused)
     model, reference = converted(SETTINGS[settings])
     assert_same_training(model, reference, unmasked(23))
-    assert told() == ["another form"]
+    assert told() == ["another form"] and mini_sequence_report(model).unkept == (("LlamaDecoderLayer", "another form"),)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -210,19 +215,59 @@ def test_a_layer_with_two_attentions(settings, attention):
     assert count_layers(model) == 0
 
 
-def test_a_layer_of_which_a_part_is_left_out(attention):
-    model, reference = converted({"exclude": ["layers.0.mlp"]}, attention=attention.name)
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"exclude": ["layers.0"]}, "in exclude"),
+        ({"exclude": ["layers.0.mlp"]}, "a part of it is left out"),
+        ({"exclude": ["layers.0.*"], "scope": "tokens"}, "no part of it is tiled"),
+    ],
+)
+def test_a_layer_that_is_left_out_is_left_alone_and_reported(settings, reason, attention, capsys):
+    model, reference = converted(settings, attention=attention.name)
     loss_and_grads(model, unmasked(23))
     attention.calls = 0
     assert_same_training(model, reference, unmasked(23))
-    assert attention.calls == 2 + 4 and not mini_sequence_report(model).unkept
+    assert attention.calls == 3 + 4
+    (name,) = {type(m).__name__ for m in reference.model.layers}
+    assert type(model.model.layers[0]) is type(reference.model.layers[0])
+    assert mini_sequence_report(model).unkept == ((name, reason),)
+    assert f"  attention not kept: {name} ({reason})" in capsys.readouterr().out.splitlines()
+
+
+def test_a_layer_whose_forward_was_replaced(attention):
+    model, reference = (checkpointed(m) for m in twins("llama", attention=attention.name, **WIDE))
+    for m in (model, reference):
+        layer = m.model.layers[0]
+        layer.forward = lambda *args, forward=layer.forward, **kwargs: forward(*args, **kwargs)
+    convert_to_mini_sequence(model, CHUNKS | {"keep_attention": True, "scope": "tokens"})
+    assert_same_training(model, reference, unmasked(23))
+    ((_, reason),) = mini_sequence_report(model).unkept
+    assert reason.startswith("its forward was replaced on the instance")
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_each_class_of_layers_is_asked_once_and_named(settings, monkeypatch):
+    """Also where something was left out before the first step."""
+    model, reference = (checkpointed(m) for m in twins("llama", num_hidden_layers=4))
+    for m in (model, reference):
+        m.model.layers[3].__class__ = type("Other", (type(m.model.layers[3]),), {})
+    convert_to_mini_sequence(model, CHUNKS | SETTINGS[settings] | {"keep_attention": True, "exclude": ["layers.0.*"]})
+    made, init = [], KeptAttention.__init__
+    monkeypatch.setattr(KeptAttention, "__init__", lambda self, *args: made.append(self) or init(self, *args))
+    for _ in range(2):
+        assert_same_training(model, reference, batch(37))
+    assert len(made) == 2
+    names = [name for name, _ in mini_sequence_report(model).unkept]
+    assert names == ["LlamaDecoderLayer", "LlamaDecoderLayer", "Other"]
+
+
+def test_the_parts_of_untiled_layers_are_all_that_engines_must_gather():
+    model, reference = converted(SETTINGS["tokens"])
+    assert {type(m).__name__ for m in tiled_modules(model)} == {"LlamaMLP", "LlamaRMSNorm", "Linear"}
+    assert any(isinstance(m, UntiledLayer) for m in model.modules())
     revert_mini_sequence(model)
     assert [type(m) for m in model.modules()] == [type(m) for m in reference.modules()]
-
-
-def test_a_layer_of_which_nothing_is_tiled_is_reported(attention, capsys):
-    name = layer_class(converted({"exclude": ["layers.0.*"]}, attention=attention.name)[1])
-    assert f"  attention not kept: {name} (no part of it is tiled)" in capsys.readouterr().out.splitlines()
 
 
 def test_layers_that_fall_back_keep_theirs(attention):
@@ -242,7 +287,8 @@ def test_compiled_attention_is_left_alone(settings, told):
     for layer in model.model.layers:
         layer.self_attn.compile(backend="eager")
     assert_same_training(model, reference, unmasked(23))
-    assert told() == ["its part self_attn is compiled by itself"]
+    reason = "its part self_attn is compiled by itself"
+    assert told() == [reason] and mini_sequence_report(model).unkept == (("LlamaDecoderLayer", reason),)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

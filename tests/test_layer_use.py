@@ -441,29 +441,41 @@ def class_with(activation):
     return Layer
 
 
-def test_what_is_not_read_is_found_out_once_for_all_models_and_asked_again_of_each_layer(monkeypatch):
-    """The second model is made as the first, the third only seems to be: it reads its MLP's result for a gradient."""
-    monkeypatch.setattr(layer_verify, "_unread_of_make", {})
+def test_what_is_not_read_is_asked_again_of_each_layer(monkeypatch):
+    """The second layer is made as the first, the third only seems to be: it reads its MLP's result for a gradient."""
     asked, run = [], layer_verify._Examination._by_chunks
     monkeypatch.setattr(
         layer_verify._Examination, "_by_chunks", lambda self, *args: asked.append(self._layer) or run(self, *args)
     )
-    asked_of, read = [], []
-    for activation in (torch.clone, torch.clone, torch.sin):
-        model, reference = twins("llama")
-        for m in (model, reference):
-            cls = class_with(activation)
-            for layer in m.model.layers:
-                layer.__class__ = cls
-        convert_to_mini_sequence(model, CHUNKS)
-        assert_same_training(model, reference, batch(23))
-        asked_of.append([asked.count(layer) for layer in model.model.layers])
-        (finding,) = model.model.layers[0].mini_sequence_verdicts.values()
-        read.append(model.model.layers[0].mlp.down_proj not in finding.unread.values_after)
+    model, reference = twins("llama", num_hidden_layers=3)
+    for m in (model, reference):
+        for layer, activation in zip(m.model.layers, (torch.clone, torch.clone, torch.sin), strict=True):
+            layer.__class__ = class_with(activation)
+    convert_to_mini_sequence(model, CHUNKS)
+    assert_same_training(model, reference, batch(23))
+    layers = list(model.model.layers)
+    (first, second, third), findings = map(asked.count, layers), [findings_of(layer)[0] for layer in layers]
+    read = [m.mlp.down_proj not in f.unread.values_after for m, f in zip(layers, findings, strict=True)]
     assert read == [False, False, True]
-    (first, again), second, (third, after_it) = asked_of
-    assert first > 10 and [again, *second] == [3, 3, 3], "each as it is, without outputs and without values"
-    assert third == first + 1 and after_it == 3, "one question more: the one that told"
+    assert first > 10 and second == 3, "as it is, without outputs and without values"
+    assert third == first + 1, "one question more: the one that told"
+
+
+def findings_of(layer) -> list:
+    return list(layer.mini_sequence_verdicts.values())
+
+
+def test_a_projection_that_draws_random_numbers_in_one_layer_alone():
+    """Which is not seen while a layer is asked: dropout is off then."""
+    model, _ = twins("llama")
+    for layer, p in zip(model.model.layers, (0.0, 0.3), strict=True):
+        layer.self_attn.q_proj = torch.nn.Sequential(layer.self_attn.q_proj, torch.nn.Dropout(p))
+    convert_to_mini_sequence(model, CHUNKS)
+    loss_and_grads(model, batch(23))
+    left_out = [
+        layer.self_attn.q_proj in {m for m, *_ in findings_of(layer)[0].unread.outputs} for layer in model.model.layers
+    ]
+    assert left_out == [True, False]
 
 
 def test_reverted_after_a_step():

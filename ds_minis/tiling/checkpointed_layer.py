@@ -12,7 +12,7 @@ from torch import Tensor
 from ds_minis.tiling.attention import AttentionRequest, attention_handled_by, tensors_in
 from ds_minis.tiling.checkpoints import InMemory
 from ds_minis.tiling.compiling import compiled_inside
-from ds_minis.tiling.kept_attention import KeptAttention, leave_unkept
+from ds_minis.tiling.kept_attention import KeptAttention, is_unkept, leave_unkept
 from ds_minis.tiling.recompute import random_states, refuse_gradients_of_gradients, set_random_states
 from ds_minis.tiling.swap import Tiled
 
@@ -32,7 +32,7 @@ class ItsOwnCheckpointing:
         if keeps and not torch.compiler.is_compiling():
             compiled = compiled_inside(self)
             if compiled:
-                leave_unkept(self, ("compiled",), compiled)
+                leave_unkept(self, compiled)
             else:
                 forward = _KeepingAttentions(self, forward)
         return checkpoint(functools.partial(forward, **kwargs), *args)
@@ -81,7 +81,10 @@ class _KeepingAttentions:
         else:
             handler = functools.partial(_again, iter(self._calls))
         with attention_handled_by(handler):
-            return self._forward(*args, **kwargs)
+            result = self._forward(*args, **kwargs)
+        if not self._calls:
+            leave_unkept(self._layer, "it calls no attention by transformers' interface")
+        return result
 
     def _first(
         self, others: Sequence[Tensor], function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
@@ -95,14 +98,14 @@ class _KeepingAttentions:
         try:
             request = AttentionRequest.of_call(function, args, kwargs)
         except TypeError as error:
-            leave_unkept(self._layer, ("in another form",), str(error))
+            leave_unkept(self._layer, str(error))
             return None
-        if request.way in self._layer.mini_sequence_chunking.unkept:
+        if is_unkept(self._layer, request.way):
             return None
         kept = _Kept(request, others)
         if not kept.reason:
             return kept
-        leave_unkept(self._layer, request.way, kept.reason)
+        leave_unkept(self._layer, kept.reason, request.way)
         return None
 
 

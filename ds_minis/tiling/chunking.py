@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -30,8 +31,8 @@ class Chunking:
         hidden_size: width of the model's hidden states, in elements; what one token is for `chunk_size`.
         suspended: True while the model runs a forward pass that must equal the unconverted model's to the bit.
         checkpoints: the inputs of its tiled layers.
-        unkept: way to call an attention in which it cannot be kept -> (class name of the layer, reason), see
-            `ds_minis.tiling.kept_attention`.
+        unread: what need not be computed in a layer of some make (`ds_minis.tiling.layer_verify`).
+        unkept: where an attention cannot be kept -> (class name of the layer, reason) (`ds_minis.tiling.kept_attention`).
         passes: what the end of each forward pass in progress must undo (`ds_minis.tiling.loss`).
     """
 
@@ -39,6 +40,7 @@ class Chunking:
     hidden_size: int
     suspended: bool = False
     checkpoints: Checkpoints = field(default=None, repr=False, compare=False)
+    unread: dict[tuple, Any] = field(default_factory=dict, repr=False, compare=False)
     unkept: dict[tuple, tuple[str, str]] = field(default_factory=dict, repr=False, compare=False)
     passes: list[contextlib.ExitStack] = field(default_factory=list, repr=False, compare=False)
 

@@ -24,9 +24,16 @@ Attend = Callable[[AttentionRequest, Sequence[Tensor]], Tensor]
 _MOST = 2  # times the bytes of the output: what may be kept for one call
 
 
-def leave_unkept(layer: Tiled, way: tuple, reason: str) -> None:
-    """Attentions of a model that are called this way are computed again in backward from now on; says so, once."""
-    layer.mini_sequence_chunking.unkept[way] = untiled_class(type(layer)).__name__, reason
+def is_unkept(layer: Tiled, way: tuple) -> bool:
+    """Whether attentions that layers of this class call in this way are known not to be kept."""
+    return (untiled_class(type(layer)).__qualname__, *way) in layer.mini_sequence_chunking.unkept
+
+
+def leave_unkept(layer: Tiled, reason: str, way: tuple | None = None) -> None:
+    """Tells why a layer's attention is computed again in backward; from now on, so is any that is called in this way."""
+    cls = untiled_class(type(layer))
+    key = (cls.__qualname__, *((reason,) if way is None else way))
+    layer.mini_sequence_chunking.unkept[key] = cls.__name__, reason
     tell(layer, "computes its attention once more in backward", reason)
 
 

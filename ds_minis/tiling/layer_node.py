@@ -22,7 +22,7 @@ from ds_minis.tiling.attention import AttentionRequest
 from ds_minis.tiling.checkpoints import Source
 from ds_minis.tiling.gradient_sums import GradientSums, let_go
 from ds_minis.tiling.head_groups import CutWeights, HeadGroups
-from ds_minis.tiling.kept_attention import Attend, KeptAttention, attend_once, leave_unkept
+from ds_minis.tiling.kept_attention import Attend, KeptAttention, attend_once, is_unkept, leave_unkept
 from ds_minis.tiling.layer_passes import LayerPasses, Unread, chunk_of
 from ds_minis.tiling.linears import chunk_forwards
 from ds_minis.tiling.recompute import forwards_set
@@ -77,14 +77,14 @@ class LayerNode(Call):
         request, heads = self._passes.before(x)
         tensors: list[Tensor] = []
         with self._passes.attending():
-            if request.way in self._module.mini_sequence_chunking.unkept:
+            if is_unkept(self._module, request.way):
                 out = self._attend(request, heads)
             else:
                 kept = KeptAttention(self._attend, request, heads)
                 out, tensors = kept.result, [] if kept.reason else kept.tensors
                 kept.let_go()
                 if kept.reason:
-                    leave_unkept(self._module, request.way, kept.reason)
+                    leave_unkept(self._module, kept.reason, request.way)
                 else:
                     self._kept = kept
         del request, heads

@@ -32,8 +32,6 @@ from ds_minis.tiling.verify import LARGEST_WEIGHT, State, foreign_weight, is_clo
 
 _BATCH, _TOKENS, _CHUNKS = 2, 32, 3
 _MIXES = "its result or gradients for a token depend on others, other than by way of its attention"
-# What need not be computed in layers of a make, with names in place of modules. Asked again of each layer, all at once.
-_unread_of_make: dict[tuple, Unread] = {}
 _MOST_LINEARS = 32  # of those asked behind the attention; a mixture of experts may have hundreds
 
 
@@ -236,10 +234,10 @@ class _Examination:
             pairs = zip(actual, expected, strict=True)
             return not all(a is e or (a is not None and e is not None and is_close(a, e, 1e-6)) for a, e in pairs)
 
-        nan, make = float("nan"), self._make()
+        nan, make, known = float("nan"), self._make(), self._chunking.unread
         parts = dict(self._layer.named_modules())
-        if make in _unread_of_make:
-            found = _unread_of_make[make].renamed(parts.__getitem__)
+        if make in known:
+            found = known[make].renamed(parts.__getitem__)
             values = dataclasses.replace(found, outputs=(), value=nan)
             if not matters(values) and not matters(dataclasses.replace(found, value=nan)):
                 return found
@@ -255,14 +253,17 @@ class _Examination:
         if matters(everything):
             return NOTHING_UNREAD
         found = Unread(outputs, values_before, values_after)
-        _unread_of_make[make] = found.renamed({part: name for name, part in parts.items()}.__getitem__)
+        known[make] = found.renamed({part: name for name, part in parts.items()}.__getitem__)
         return found
 
     def _make(self) -> tuple:
-        """Names and classes of a layer's parts, their weights' shapes, and all dtypes; nothing that holds a layer."""
+        """Names and classes of a layer's parts, which of them draw random numbers (not asked), weights' shapes, all dtypes.
+
+        By name: a tiled class is made at run time, and could not be pickled with the model.
+        """
         autocast = AutocastState(self._x.device).dtype()
         parts = (
-            (name, type(part).__module__, type(part).__qualname__, *_shapes(part))
+            (name, type(part).__module__, type(part).__qualname__, _draws(part), *_shapes(part))
             for name, part in self._layer.named_modules()
         )
         return self._x.dtype, autocast, *parts
@@ -350,6 +351,10 @@ class _Examination:
         return {m: v for m, v in once.items() if m in before}, {m: v for m, v in once.items() if m not in before}
 
 
+def _draws(part: nn.Module) -> bool:
+    return "drop" in type(part).__name__.lower() and bool(getattr(part, "p", 1))
+
+
 def _shapes(part: nn.Module) -> tuple:
     return tuple((name, p.shape, p.dtype) for name, p in part._parameters.items() if p is not None)
 
@@ -362,8 +367,7 @@ def _unread_outputs(
     Not those that draw random numbers: what is drawn after them has to be drawn again in the same way.
     """
     for child in module.children():
-        draws = any("drop" in type(part).__name__.lower() and getattr(part, "p", 1) for part in child.modules())
-        output = (child, *before[child]) if child in before and not draws else None
+        output = (child, *before[child]) if child in before and not any(map(_draws, child.modules())) else None
         if output is not None and is_unread(output):
             yield output
         else:

@@ -77,7 +77,8 @@ def untile(module: nn.Module) -> None:
             "Revert before the engine wraps the model"
         )
     _swap_class(module, untiled_class(cls))
-    del module.mini_sequence_chunking, module.mini_sequence_name, module.mini_sequence_verdicts
+    for name in ("mini_sequence_chunking", "mini_sequence_name", "mini_sequence_verdicts"):
+        module.__dict__.pop(name, None)  # a module that was built from a tiled class has none of them
 
 
 def why_whole(module: Tiled) -> str:
