@@ -85,7 +85,8 @@ class MiniSequenceConfig:
         "bool",
         "Keep each layer's attention output from forward to backward too, so that backward does not run the attention "
         "forward again: less time, the longer the sequence the more, for about as much memory again as the layers' inputs "
-        "take (host memory, with `offload`). In other scopes than `layer`, where transformers' checkpointing is on.",
+        "take (host memory, with `offload`). In layers that are not tiled as a whole, where transformers' checkpointing is "
+        "on.",
     )
     include: tuple[str, ...] = _setting(
         (), "patterns", 'Tile only modules whose qualified name matches one of these patterns, e.g. ["*.layers.*.mlp"].'
