@@ -234,8 +234,8 @@ class _Examination:
             pairs = zip(actual, expected, strict=True)
             return not all(a is e or (a is not None and e is not None and is_close(a, e, 1e-6)) for a, e in pairs)
 
-        nan, make, known = float("nan"), self._make(), self._chunking.unread
-        parts = dict(self._layer.named_modules())
+        nan, known, parts = float("nan"), self._chunking.unread, dict(self._layer.named_modules())
+        make = self._make(parts)
         if make in known:
             found = known[make].renamed(parts.__getitem__)
             values = dataclasses.replace(found, outputs=(), value=nan)
@@ -256,7 +256,7 @@ class _Examination:
         known[make] = found.renamed({part: name for name, part in parts.items()}.__getitem__)
         return found
 
-    def _make(self) -> tuple:
+    def _make(self, layer_parts: dict[str, nn.Module]) -> tuple:
         """Names and classes of a layer's parts, which of them draw random numbers (not asked), weights' shapes, all dtypes.
 
         By name: a tiled class is made at run time, and could not be pickled with the model.
@@ -264,7 +264,7 @@ class _Examination:
         autocast = AutocastState(self._x.device).dtype()
         parts = (
             (name, type(part).__module__, type(part).__qualname__, _draws(part), *_shapes(part))
-            for name, part in self._layer.named_modules()
+            for name, part in layer_parts.items()
         )
         return self._x.dtype, autocast, *parts
 
