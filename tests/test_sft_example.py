@@ -106,6 +106,8 @@ def test_saved_adapter_loads_without_ds_minis(default_run, tmp_path):
     ("section", "words"),
     [
         ({"mini_sequnce_size": 512}, ["'mini_sequnce_size'", "512", '"mini_sequence"']),
+        ({"mini_sequence": {"chunk_size": "512"}}, ["chunk_size", "'512'", "whole number"]),
+        ({"mini_sequence": {"chunk_size": 0}}, ["chunk_size", "0", "from 1"]),
         ({"mini_sequence": {"chunck_size": 5}}, ["'chunck_size'", "5", 'did you mean "chunk_size"']),
     ],
 )
