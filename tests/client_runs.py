@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -38,8 +39,8 @@ class Run:
 
     @property
     def reports(self) -> list[str]:
-        """The first line of every conversion report that was printed."""
-        return [line for line in self.printed.splitlines() if line.startswith("ds_minis (")]
+        """The first line of every conversion report that was printed; another rank's progress bar may stand before it."""
+        return re.findall(r"ds_minis \(.*", self.printed)
 
     @property
     def log(self) -> list[dict]:

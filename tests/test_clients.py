@@ -173,6 +173,12 @@ def test_no_client_mentions_this_project():
     assert {"accelerator_loop", "deepspeed_loop", "trainer", "sft", "common", "sitecustomize"} < scripts.keys()
 
 
+def test_a_report_is_read_behind_a_progress_bar_of_another_rank(tmp_path):
+    bar, report = "\rLoading weights: 100%|██████████| 21/21 [00:00<00:00, 8492.95it/s]", f"ds_minis (here): {CHUNKS}"
+    printed = f"{bar}{report}\n  tiled: 1 x LlamaRMSNorm\n\n{report}\nno report of ds_minis\n"
+    assert Run(tmp_path, printed, 0).reports == [report, report]
+
+
 @each(LOOPS + TRAINERS)
 def test_the_engine_that_was_asked_for_ran_with_and_without(clients, case):
     on, off = pair(clients, case)
