@@ -206,9 +206,14 @@ def _with_verdicts(report: ConversionReport, model: nn.Module) -> ConversionRepo
     return dataclasses.replace(report, tiled=tiled, layers=layers, untiled={**report.untiled, **untiled})
 
 
+def modules_with_chunks(model: nn.Module) -> list[nn.Module]:
+    """Every module that runs over chunks; not the layers that are only there to keep their attention."""
+    return [m for m in model.modules() if isinstance(m, Tiled) and not isinstance(m, UntiledLayer)]
+
+
 def tiled_modules(model: nn.Module) -> list[nn.Module]:
     """Every module whose weights are used inside a tiled operation (an engine must gather each of them as a whole)."""
-    modules = [m for m in model.modules() if isinstance(m, Tiled) and not isinstance(m, UntiledLayer)]
+    modules = modules_with_chunks(model)
     report = mini_sequence_report(model)
     if report is not None and report.config.enabled and report.config.loss:
         modules += dict.fromkeys(m.get_output_embeddings() for m in find_models_with_loss(model))

@@ -17,10 +17,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ds_minis.convert import ConversionReport, NothingToTile, convert_to_mini_sequence, mini_sequence_report
-from ds_minis.tiling.checkpointed_layer import UntiledLayer
+from ds_minis.convert import (
+    ConversionReport,
+    NothingToTile,
+    convert_to_mini_sequence,
+    mini_sequence_report,
+    modules_with_chunks,
+)
 from ds_minis.tiling.layer import TiledLayer
-from ds_minis.tiling.swap import Tiled, why_whole
+from ds_minis.tiling.swap import why_whole
 from ds_minis.tiny import FIRST_SPECIAL_ID, FIRST_TEXT_ID, tiny_model, without_dropout
 
 LIMIT = 1e-5  # of a parameter's largest gradient, or of FLOOR times the model's where that is more
@@ -146,7 +151,7 @@ def text_batch(model: nn.Module, *, batch_size: int = BATCH_SIZE, length: int = 
 
 def _idle(model: nn.Module) -> tuple[str, ...]:
     """Modules without a verdict: they were never called with more rows than a chunk has."""
-    tiled = [m for m in model.modules() if isinstance(m, Tiled) and not isinstance(m, UntiledLayer)]
+    tiled = modules_with_chunks(model)
     layers = [m for m in tiled if isinstance(m, TiledLayer) and m.mini_sequence_verdicts and not why_whole(m)]
     inside = {part for layer in layers for part in layer.modules()}
     return tuple(m.mini_sequence_name for m in tiled if not m.mini_sequence_verdicts and m not in inside)

@@ -23,6 +23,11 @@ LAUNCHERS = {
         "--num_processes=2", "--num_machines=1", "--main_process_port=0",
     ],
 }  # fmt: skip
+_RAN = {  # what a run by such a launcher says of itself at its end
+    "one": ("NO, PeftModelForCausalLM", 1),
+    "ddp": ("MULTI_CPU, DistributedDataParallel", 2),
+    "zero2": ("DEEPSPEED, DeepSpeedEngine", 2),
+}
 _FLAGS = {
     "model_name_or_path": DEFAULT / "model", "dataset_name": DEFAULT / "data", "max_length": 128, "max_steps": 4,
     "per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1,
@@ -54,9 +59,12 @@ def finish(process: subprocess.Popen, timeout: float = 300) -> str:
 
 
 def run(launcher: str, output_dir: Path, *, popen: dict | None = None, **flags) -> tuple[int, str]:
-    """Exit status of a run and what it printed."""
+    """Exit status of a run and what it printed; one that ended well had the engine and the processes of its launcher."""
     process = start(command(launcher, output_dir, **flags), **popen or {})
     printed = finish(process)
+    if process.returncode == 0:
+        summary = json.loads((output_dir / "summary.json").read_text())
+        assert (summary["engine"], summary["num_processes"]) == _RAN[launcher], printed[-5000:]
     return process.returncode, printed
 
 

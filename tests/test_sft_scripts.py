@@ -47,16 +47,23 @@ def test_script_without_arguments_trains_adapters_with_its_engine(name, tmp_path
     assert all(tensor.abs().max() > 1e-5 for key, tensor in load_file(folder / "adapter_model.safetensors").items())
 
 
+def trained_in_full(cwd: Path, name: str, **env: str) -> tuple[dict, list[float], Path, str]:
+    """A run of four steps with checkpoints, by the engine of that name."""
+    script, settings, engine = FULL[name]
+    flags = (*SAVE, *EVALUATE.get(name, ()))
+    run = trained(cwd, *flags, script=script, **SETTINGS, **settings, **env)
+    assert run[0]["engine"] == engine and run[0]["num_processes"] == 2 and run[0]["tiled_modules"] == 13
+    return run
+
+
 @pytest.fixture(scope="module")
 def full_runs(tmp_path_factory):
-    """Runs of four steps with checkpoints, by engine; each is made when it is first asked for."""
+    """Runs by engine; each is made when it is first asked for."""
     made = {}
 
     def run(name: str):
         if name not in made:
-            script, env, _ = FULL[name]
-            flags = (*SAVE, *EVALUATE.get(name, ()))
-            made[name] = trained(tmp_path_factory.mktemp(name), *flags, script=script, **SETTINGS, **env)
+            made[name] = trained_in_full(tmp_path_factory.mktemp(name), name)
         return made[name]
 
     return run
@@ -64,16 +71,13 @@ def full_runs(tmp_path_factory):
 
 @pytest.mark.parametrize("name", FULL)
 def test_full_fine_tuning_resumes_as_if_it_had_not_stopped(full_runs, name, tmp_path):
-    summary, losses, folder, printed = full_runs(name)
+    _, losses, folder, printed = full_runs(name)
     assert "steps aside" not in printed
-    assert summary["engine"] == FULL[name][2] and summary["num_processes"] == 2 and summary["tiled_modules"] == 13
     assert len(losses) == 4 and losses[-1] < losses[0] - 0.1
     copy = tmp_path / "outputs" / folder.name
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("checkpoint-4"))
     (copy / "model.safetensors").unlink()
-    script, env, _ = FULL[name]
-    flags = (*SAVE, *EVALUATE.get(name, ()))
-    _, resumed, _, _ = trained(tmp_path, *flags, script=script, **SETTINGS, **env, RESUME="last")
+    resumed = trained_in_full(tmp_path, name, RESUME="last")[1]
     assert resumed == losses
     if name in EVALUATE:
         assert json.loads((copy / "all_results.json").read_text())["eval_loss"] > 0
@@ -138,10 +142,10 @@ def test_fsdp2_shards_resume_and_are_put_together_by_accelerate(full_runs, tmp_p
     config = yaml.safe_load((ROOT / "accelerate_configs" / "fsdp.yaml").read_text())
     config["fsdp_config"]["fsdp_state_dict_type"] = "SHARDED_STATE_DICT"
     (tmp_path / "sharded.yaml").write_text(yaml.safe_dump(config))
-    settings = SETTINGS | {"ACCELERATE_CONFIG": str(tmp_path / "sharded.yaml"), "script": "run_peft_fsdp.sh"}
-    _, sharded, folder, _ = trained(tmp_path, *SAVE, **settings)
+    settings = {"ACCELERATE_CONFIG": str(tmp_path / "sharded.yaml")}
+    _, sharded, folder, _ = trained_in_full(tmp_path, "fsdp", **settings)
     shutil.rmtree(folder / "checkpoint-4")
-    _, resumed, _, _ = trained(tmp_path, *SAVE, **settings, RESUME="last")
+    resumed = trained_in_full(tmp_path, "fsdp", **settings, RESUME="last")[1]
     assert sharded == losses and resumed == losses
     shards = folder / "checkpoint-4" / "pytorch_model_fsdp_0"
     subprocess.run(["accelerate", "merge-weights", shards, tmp_path / "merged"], check=True)
