@@ -14,6 +14,7 @@ import torch
 import yaml
 from models import CONFIGS
 from safetensors.torch import load_file
+from support import warm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TESTS = Path(__file__).parent
@@ -26,6 +27,19 @@ TRAINER_FLAGS = (
     "--output_dir OUT --report_to none --disable_tqdm True --optim sgd --lr_scheduler_type constant --max_steps 4 "
     "--logging_steps 1 --eval_strategy steps --eval_steps 2 --per_device_train_batch_size 2 --per_device_eval_batch_size 2"
 ).split()
+
+
+# One run for each launcher, engine and source of settings, which imports everything anew, as a user's does.
+COLD_RUNS = """
+ddp-yaml ddp-run ddp-plugin zero2-json loop-zero3-json loop-zero1-run trainer-variable trainer-ddp-callback
+sft-yaml sft-callback trl-yaml
+""".split()
+COLD = {  # a user's shell: every process imports everything anew
+    "DS_ACCELERATOR": "cpu",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+}
 
 
 @dataclass
@@ -104,14 +118,9 @@ class Clients:
         folder = self.folder / name
         folder.mkdir()
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("DS_MINIS", "ACCELERATE_"))}
-        environment |= {
+        environment |= (COLD if name in COLD_RUNS else warm.environment()) | {
             "CUDA_VISIBLE_DEVICES": "",
-            "DS_ACCELERATOR": "cpu",
             "FACTS": str(folder / "facts.pt"),
-            "HF_DATASETS_CACHE": str(self.folder / "cache"),
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
             "PYTHONPATH": str(TESTS.parent),  # this checkout, whatever is installed
             "TOKENIZERS_PARALLELISM": "false",
         }

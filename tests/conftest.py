@@ -6,10 +6,20 @@ import psutil
 import pytest
 import torch
 from models import LLAMA_CALLS
+from support import warm
 
 from ds_minis.tiling import layer, rows, sums, swap
 
 LARGE_GIB = 19
+
+
+def pytest_configure(config):
+    config.warm_folder = warm.prepare()
+
+
+def pytest_unconfigure(config):
+    if config.warm_folder is not None:
+        warm.clean_up(config.warm_folder)
 
 
 def pytest_collection_modifyitems(items):

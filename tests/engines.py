@@ -8,7 +8,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch
 from engine_cases import RANKS, Case
+from support import warm
 
 WORKER = Path(__file__).with_name("engine_worker.py")
 # What may pass before the first case begins, and then before a case is done, on a busy machine.
@@ -46,10 +46,10 @@ def run_script(
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    command = [warm.python(), "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
     launcher = subprocess.Popen(
         [*command, str(script), *args],
-        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | env,
+        env=os.environ | warm.environment() | env,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:

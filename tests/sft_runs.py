@@ -11,15 +11,16 @@ import time
 from pathlib import Path
 
 import psutil
+from support import warm
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "sft"
 DEFAULT = EXAMPLE / "default"
 LAUNCHERS = {
-    "one": [sys.executable],
-    "ddp": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+    "one": ["python"],
+    "ddp": ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
     "zero2": [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/zero2.yaml",
+        "python", "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/zero2.yaml",
         "--num_processes=2", "--num_machines=1", "--main_process_port=0",
     ],
 }  # fmt: skip
@@ -41,9 +42,13 @@ def command(launcher: str, output_dir: Path, **flags) -> list[str]:
     return [*LAUNCHERS[launcher], str(EXAMPLE / "train.py"), *words]
 
 
-def start(argv: list[str], **kwargs) -> subprocess.Popen:
-    """Starts a run that Ctrl-C reaches, also where these tests are a shell's background job, which ignores it."""
+def start(argv: list[str], *, cold: bool = False, **kwargs) -> subprocess.Popen:
+    """Starts a run that Ctrl-C reaches, also where these tests are a shell's background job, which ignores it.
+
+    A `cold` one imports everything anew, and its processes are below its launcher's: they can be found and limited.
+    """
     env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env |= {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])} if cold else warm.environment()
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT, "env": env}
     settings["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(argv, start_new_session=True, **settings | kwargs)
@@ -60,7 +65,7 @@ def finish(process: subprocess.Popen, timeout: float = 300) -> str:
 
 def run(launcher: str, output_dir: Path, *, popen: dict | None = None, **flags) -> tuple[int, str]:
     """Exit status of a run and what it printed; one that ended well had the engine and the processes of its launcher."""
-    process = start(command(launcher, output_dir, **flags), **popen or {})
+    process = start(command(launcher, output_dir, **flags), cold=popen is not None, **popen or {})
     printed = finish(process)
     if process.returncode == 0:
         summary = json.loads((output_dir / "summary.json").read_text())

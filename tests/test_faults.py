@@ -4,7 +4,6 @@ import os
 import resource
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import sft_runs
+from support import warm
 
 pytestmark = pytest.mark.engine
 LONG = {"max_steps": 100000, "save_steps": 2, "save_total_limit": 3}
@@ -23,7 +23,7 @@ def _complete(output: Path) -> list[Path]:
 
 @pytest.mark.parametrize("launcher", ["ddp", "zero2"])
 def test_a_killed_rank_ends_the_run_and_leaves_a_checkpoint_to_continue_from(tmp_path, launcher):
-    process = sft_runs.start(sft_runs.command(launcher, tmp_path, **LONG))
+    process = sft_runs.start(sft_runs.command(launcher, tmp_path, **LONG), cold=True)
     sft_runs.wait_for(lambda: len(_complete(tmp_path)) >= 2, process)
     workers = [sft_runs.worker(process, rank) for rank in (0, 1)]
     workers[1].kill()
@@ -42,7 +42,7 @@ def test_a_killed_rank_ends_the_run_and_leaves_a_checkpoint_to_continue_from(tmp
 
 
 def test_interrupt_ends_a_run_promptly(tmp_path):
-    process = sft_runs.start(sft_runs.command("one", tmp_path, **LONG))
+    process = sft_runs.start(sft_runs.command("one", tmp_path, **LONG), cold=True)
     sft_runs.wait_for(lambda: _complete(tmp_path), process)
     process.send_signal(signal.SIGINT)
     printed = sft_runs.finish(process, timeout=30)
@@ -157,7 +157,7 @@ def test_a_missing_configuration_is_named(tmp_path, config, words):
     ("variable", "name"), [("ACCELERATE_CONFIG", "nope.yaml"), ("DEEPSPEED_CONFIG", "nope.json"), ("MODEL", "./nope")]
 )
 def test_the_run_script_with_a_missing_file(tmp_path, variable, name):
-    env = os.environ | {"PYTHON": sys.executable, "DS_ACCELERATOR": "cpu", "NUM_PROCESSES": "1", variable: name}
+    env = os.environ | warm.environment() | {"NUM_PROCESSES": "1", variable: name}
     script = str(sft_runs.EXAMPLE / "run_peft_deepspeed.sh")
     process = sft_runs.start(["sh", script], cwd=tmp_path, env=env)
     printed = sft_runs.finish(process)

@@ -9,27 +9,29 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import warm
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "sft"
+COLD = {"PYTHON": sys.executable}  # imports everything anew, as a user's first run does
 SMALL = {"MAX_LENGTH": "128", "MAX_STEPS": "4", "PER_DEVICE_BATCH_SIZE": "2", "LEARNING_RATE": "3e-3"}
 
 
 def run_script(
-    cwd: Path, *flags: str, script: str = "run_peft_deepspeed.sh", **env: str
+    cwd: Path, *flags: str, script: str = "run_peft_deepspeed.sh", cold: bool = False, **env: str
 ) -> subprocess.CompletedProcess:
     return subprocess.run(
         ["sh", str(EXAMPLE / script), *flags],
-        cwd=cwd, env=os.environ | {"PYTHON": sys.executable} | SMALL | env,
+        cwd=cwd, env=os.environ | (COLD if cold else warm.environment()) | SMALL | env,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900,
     )  # fmt: skip
 
 
 def trained(
-    cwd: Path, *flags: str, script: str = "run_peft_deepspeed.sh", **env: str
+    cwd: Path, *flags: str, script: str = "run_peft_deepspeed.sh", cold: bool = False, **env: str
 ) -> tuple[dict, list[float], Path, str]:
     """Summary, losses, output folder and printed text of a run that ended well."""
-    done = run_script(cwd, *flags, script=script, **env)
+    done = run_script(cwd, *flags, script=script, cold=cold, **env)
     assert done.returncode == 0, done.stdout[-5000:]
     (folder,) = (cwd / "outputs").iterdir()
     state = json.loads((folder / "trainer_state.json").read_text())
@@ -39,7 +41,7 @@ def trained(
 
 @pytest.fixture(scope="module")
 def default_run(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("default"))
+    return trained(tmp_path_factory.mktemp("default"), cold=True)
 
 
 @pytest.mark.engine

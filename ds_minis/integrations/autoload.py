@@ -19,6 +19,7 @@ from ds_minis.environment import autoload_enabled
 _ATTACH = {
     "deepspeed": "ds_minis.integrations.deepspeed:attach_initialize",
     "deepspeed.ops.op_builder.all_ops": "ds_minis.integrations.deepspeed:attach_op_builder",
+    "deepspeed.runtime.zero.parameter_offload": "ds_minis.integrations.deepspeed:attach_zero3",
     "accelerate.utils.deepspeed": "ds_minis.integrations.deepspeed:attach_config_check",
     "accelerate.commands.config.config_args": "ds_minis.integrations.accelerate:attach_config_file",
     "accelerate.accelerator": "ds_minis.integrations.accelerate:attach_accelerator",

@@ -36,7 +36,6 @@ def attach_initialize(deepspeed) -> None:
         if isinstance(model, nn.Module):  # DeepSpeed has its own words for what is no model
             if request is not None:
                 convert(model, request.config, door=request.door)
-            mark_leaf_modules(model)
         return initialize(*args, **kwargs)
 
     deepspeed.initialize = initialize_with_mini_sequence
@@ -90,18 +89,38 @@ def attach_config_check(accelerate_deepspeed) -> None:
     config_class.__init__ = read_and_check
 
 
+def attach_zero3(parameter_offload) -> None:
+    """Has ZeRO-3 reduce the gradients inside a tiled module as it does outside: each parameter's when it is there.
+
+    DeepSpeed gathers a leaf module as a whole, which a tiled module needs (see `mark_leaf_modules`), and reduces its
+    gradients in a hook on its backward. That hook never fires where a loss reads the weight of an LM head without calling the
+    head (TRL's trainers, Liger), and fires before there are gradients where no input of the module needs one (frozen
+    embeddings). So the parameters of tiled modules are taken for no leaf's, before the optimizer looks at them.
+    """
+    offload = parameter_offload.DeepSpeedZeRoOffload
+    setup = offload.setup_zero_stage3_hooks
+
+    @functools.wraps(setup)
+    def setup_around_tiled_modules(self):
+        mark_leaf_modules(self.module)
+        setup(self)
+        for module in tiled_modules(self.module):
+            for param in module.parameters():
+                param.__dict__.pop("ds_z3_leaf_module", None)
+
+    offload.setup_zero_stage3_hooks = setup_around_tiled_modules
+
+
 def mark_leaf_modules(model: nn.Module) -> None:
     """Has ZeRO-3 gather the weights of a tiled module as a whole, once per call.
 
     Otherwise it would gather each linear layer inside once per chunk, and hang where ranks differ in their number of
     chunks.
     """
-    modules = tiled_modules(model)
-    if modules:
-        from deepspeed.utils import set_z3_leaf_module
+    from deepspeed.utils import set_z3_leaf_module
 
-        for module in modules:
-            set_z3_leaf_module(module, True)
+    for module in tiled_modules(model):
+        set_z3_leaf_module(module, True)
 
 
 def _ds_config(arguments: dict[str, Any]) -> tuple[dict[str, Any], str]:
