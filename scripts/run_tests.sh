@@ -1,6 +1,7 @@
 #!/bin/sh
 # Runs every test; sets the environment up first where that is needed.
-#   sh scripts/run_tests.sh                 lint, unit tests, then the real engines in two processes
+#   sh scripts/run_tests.sh                 lint, unit tests and the real engines in two processes
+#   sh scripts/run_tests.sh --quick         lint, the core's tests and one engine: three minutes
 #   sh scripts/run_tests.sh -k loss         any pytest arguments
 set -eu
 
@@ -10,11 +11,18 @@ cd "$ROOT"
 # One thread: the tensors of the tests are small, and threads that wait for each other cost more than they do.
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 
-if [ "$#" -gt 0 ]; then
+QUICK="tests/test_config.py tests/test_convert.py tests/test_deferred.py tests/test_layer.py tests/test_loss.py
+    tests/test_tiling.py tests/test_verify.py"
+if [ "${1:-}" = --quick ]; then
+    "$PYTHON" -m ruff check .
+    # One worker has the engine; the files of the core are for the others.
+    exec "$PYTHON" -m pytest -n 2 --dist loadfile $QUICK \
+        "tests/test_engines.py::test_the_unconverted_models_parameters_or_its_refusal[ZeRO-3: full]"
+elif [ "$#" -gt 0 ]; then
     exec "$PYTHON" -m pytest "$@"
 fi
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-"$PYTHON" -m pytest -m "not engine and not large" -n auto --maxprocesses 4 --dist loadfile
-"$PYTHON" -m pytest -m "large and not engine"
-"$PYTHON" -m pytest -m engine
+# Whole files to each worker, for what its tests share; the longest first (tests/conftest.py).
+"$PYTHON" -m pytest -m "not large" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations=40
+"$PYTHON" -m pytest -m large

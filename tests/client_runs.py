@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -74,16 +75,22 @@ class Clients:
 
     def __init__(self, folder: Path):
         self.folder, self.model, self.data = folder, folder / "model", folder / "data"
-        self._make_model()
+        self._make_model(self.model)
         self._make_data()
         self._runs: dict[str, Run] = {}
 
-    def _make_model(self) -> None:
+    @functools.cached_property
+    def tied_model(self) -> Path:
+        """A model whose LM head is its embedding."""
+        self._make_model(self.folder / "tied", "llama-tied-bias")
+        return self.folder / "tied"
+
+    def _make_model(self, folder: Path, family: str = "llama") -> None:
         torch.manual_seed(0)
-        config = CONFIGS["llama"]()
+        config = CONFIGS[family]()
         config.vocab_size, config.pad_token_id, config.eos_token_id, config.bos_token_id = 4096, 1, 3, 0
-        AutoModelForCausalLM.from_config(config).save_pretrained(self.model)
-        AutoTokenizer.from_pretrained(DEFAULT / "model").save_pretrained(self.model)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(DEFAULT / "model").save_pretrained(folder)
 
     def _make_data(self) -> None:
         self.data.mkdir()

@@ -11,6 +11,10 @@ from support import warm
 from ds_minis.tiling import layer, rows, sums, swap
 
 LARGE_GIB = 19
+# Files of more than a minute, the longest first: a worker that begins one of them last would be waited for.
+LONGEST = (
+    "test_clients test_engines test_compile test_sft_scripts test_sft_example test_layer_memory test_faults".split()
+)
 
 
 def pytest_configure(config):
@@ -23,6 +27,8 @@ def pytest_unconfigure(config):
 
 
 def pytest_collection_modifyitems(items):
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
     available = psutil.virtual_memory().available / 2**30
     for item in items:
         if "large" in item.keywords and available < LARGE_GIB:

@@ -111,11 +111,15 @@ def clip(engine, norm: float) -> float:
 
 
 def train_torch(case: Case, *, converted: bool, seed: int | None = None) -> dict:
-    rank = dist.get_rank()
     model = make_model(case, seed)
     if converted:
-        convert_to_mini_sequence(model, mini_sequence(case, rank))
-    engine = wrapped(case, model)
+        convert_to_mini_sequence(model, mini_sequence(case, dist.get_rank()))
+    return steps_torch(case, model, wrapped(case, model))
+
+
+def steps_torch(case: Case, model, engine) -> dict:
+    """Trains a model that an engine has wrapped."""
+    rank = dist.get_rank()
     optimizer = torch.optim.SGD(trainable(engine), lr=LEARNING_RATE)
     losses = []
     for step in range(STEPS):
@@ -154,6 +158,10 @@ def train_alone(case: Case, *, converted: bool = False, seed: int | None = None)
     model = make_model(case, seed)
     if converted:
         convert_to_mini_sequence(model, mini_sequence(case, 0))
+    return steps_alone(case, model)
+
+
+def steps_alone(case: Case, model, engine=None) -> dict:
     optimizer = torch.optim.SGD(trainable(model), lr=LEARNING_RATE)
     losses, norms = [], []
     for step in range(STEPS):
@@ -182,10 +190,32 @@ def train(case: Case, *, converted: bool) -> dict:
     train_once = {"deepspeed": train_deepspeed, "none": train_alone}.get(case.engine, train_torch)
     if not case.seeds:
         return train_once(case, converted=converted)
-    runs = []
-    for seed in range(case.seeds):
-        # Other numbers on each rank, and for the two kinds of run, which are compared as independent samples.
-        runs.append(train_once(case, converted=converted, seed=4 * seed + 2 * converted + dist.get_rank()))
+    # Other numbers on each rank, and for the two kinds of run, which are compared as independent samples.
+    seeds = [4 * seed + 2 * converted + dist.get_rank() for seed in range(case.seeds)]
+    if case.engine in ("ddp", "none"):
+        return stacked(train_again(case, converted=converted, seeds=seeds))
+    return stacked([train_once(case, converted=converted, seed=seed) for seed in seeds])
+
+
+def train_again(case: Case, *, converted: bool, seeds: list[int]) -> list[dict]:
+    """A run for each seed, all with one model, whose weights are put back before each: its layers are verified once."""
+    model = make_model(case)
+    if converted:
+        convert_to_mini_sequence(model, mini_sequence(case, dist.get_rank() if case.engine == "ddp" else 0))
+    steps, engine = (steps_torch, wrapped(case, model)) if case.engine == "ddp" else (steps_alone, model)
+    start, runs = [(p, p.detach().clone()) for p in trainable(model)], []
+    for seed in seeds:
+        with torch.no_grad():
+            for param, value in start:
+                param.copy_(value)
+        torch.manual_seed(seed)
+        run = steps(case, model, engine)
+        runs.append(run | {"params": {name: param.clone() for name, param in run["params"].items()}})
+    return runs
+
+
+def stacked(runs: list[dict]) -> dict:
+    """One result for the runs of all seeds: their parameters have a first dimension more."""
     params = {name: torch.stack([run["params"][name] for run in runs]) for name in runs[0]["params"]}
     return runs[0] | {"params": params}
 

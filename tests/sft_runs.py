@@ -48,7 +48,11 @@ def start(argv: list[str], *, cold: bool = False, **kwargs) -> subprocess.Popen:
     A `cold` one imports everything anew, and its processes are below its launcher's: they can be found and limited.
     """
     env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    env |= {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])} if cold else warm.environment()
+    env |= (
+        {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+        if cold
+        else warm.environment()
+    )
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT, "env": env}
     settings["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(argv, start_new_session=True, **settings | kwargs)

@@ -68,14 +68,15 @@ REFUSED = ["FSDP1, use_orig_params=False: LoRA"]
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[str, dict]:
-    """What every case came to, from as few launches as can be (most of a launch's time are imports)."""
-    return run_cases(
-        sorted(
-            [*CASES.values(), PEFT_POLICY, *EVERY_REFUSED.values()],
-            key=lambda case: (case.engine.startswith("fsdp1_"), case.lora),
-        )
-    )
+def results(request) -> dict[str, dict]:
+    """What every case that a selected test looks at came to, from few launches."""
+    tests = [item for item in request.session.items if item.module is request.module]
+    names = {item.callspec.params["name"] for item in tests if hasattr(item, "callspec")}
+    cases = {case for name, case in (CASES | EVERY_REFUSED).items() if name in names}
+    if not all(hasattr(item, "callspec") for item in tests):
+        cases |= {PEFT_POLICY, CASES["DDP: full"]}
+    # Those that end their processes come last; cases of one kind together, in the same order each time.
+    return run_cases(sorted(cases, key=lambda case: (case.engine.startswith("fsdp1_"), case.lora, case.name)))
 
 
 @pytest.mark.parametrize("name", CASES)

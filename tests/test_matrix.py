@@ -8,7 +8,7 @@ import engines
 import pytest
 import torch
 import torch.nn.functional as F
-from engine_worker import train_alone
+from engine_worker import stacked, train_again, train_alone
 from parity import COLUMNS, REFUSALS, ROWS, SEEDS, cell, judge
 
 from ds_minis.tiling.layer_passes import LayerPasses
@@ -92,9 +92,8 @@ def test_gradients_that_need_no_clipping_prove_nothing(result):
 
 def runs(converted: bool, case: engines.Case = DROPOUT) -> dict:
     with contextlib.redirect_stdout(io.StringIO()):
-        all_runs = [train_alone(case, converted=converted, seed=4 * s + 2 * converted) for s in range(SEEDS)]
-    params = {name: torch.stack([run["params"][name] for run in all_runs]) for name in all_runs[0]["params"]}
-    return all_runs[0] | {"params": params, "processes": 1}
+        seeds = [4 * seed + 2 * converted for seed in range(SEEDS)]
+        return stacked(train_again(case, converted=converted, seeds=seeds)) | {"processes": 1}
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +168,8 @@ def test_a_case_that_ends_or_hangs_loses_no_other(tmp_path, monkeypatch):
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER.format(names={case.clip: case.name for case in cases}))
     monkeypatch.setattr(engines, "WORKER", worker)
-    monkeypatch.setattr(engines, "CASE_SECONDS", 30)
+    monkeypatch.setattr(engines, "CASE_SECONDS", 8)
+    monkeypatch.setattr(engines, "START_SECONDS", 60)
     results = engines.run_cases(cases)
     assert [results[case.name].get("clip") for case in cases] == [3, None, 4, None, 5]
     assert "ended with status 1" in results[cases[1].name]["died"]

@@ -96,8 +96,9 @@ def test_saved_adapter_loads_without_ds_minis(default_run, tmp_path):
         code = LOGITS.format(convert=convert, with_ds_minis=name == "with")
         if name == "with":
             code = code.replace(".eval()", "; ds_minis.convert_to_mini_sequence(model, {'chunk_size': 7}).eval()")
-        env = os.environ | {"DS_MINIS_AUTOLOAD": "0"}
-        subprocess.run([sys.executable, "-c", code, str(folder), str(tmp_path / name)], check=True, env=env)
+        env = os.environ | (warm.environment() if name == "with" else {"DS_MINIS_AUTOLOAD": "0"})
+        python = warm.python() if name == "with" else sys.executable
+        subprocess.run([python, "-c", code, str(folder), str(tmp_path / name)], check=True, env=env)
         outputs.append(torch.load(tmp_path / name))
     assert torch.equal(outputs[0][0], outputs[1][0])
     adapter = load_file(folder / "adapter_model.safetensors")

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from client_runs import COLD
 from safetensors.torch import load_file
+from support import warm
 from test_sft_example import EXAMPLE, ROOT, trained
 
 pytestmark = pytest.mark.engine
@@ -129,8 +131,8 @@ def test_consolidated_weights_load_in_plain_transformers(full_runs, tmp_path):
 def test_zero3_shards_are_put_together_by_deepspeeds_script(full_runs, tmp_path):
     folder = full_runs("zero3")[2]
     shards = folder / "checkpoint-4"
-    command = [sys.executable, shards / "zero_to_fp32.py", shards, tmp_path / "merged", "--safe_serialization"]
-    subprocess.run(command, check=True, env=os.environ | {"DS_ACCELERATOR": "cpu"}, stdout=subprocess.DEVNULL)
+    command = [warm.python(), shards / "zero_to_fp32.py", shards, tmp_path / "merged", "--safe_serialization"]
+    subprocess.run(command, check=True, env=os.environ | warm.environment(), stdout=subprocess.DEVNULL)
     shutil.copy(folder / "config.json", tmp_path / "merged")
     (merged,) = loaded(tmp_path / "weights.pt", tmp_path / "merged")
     whole = load_file(folder / "model.safetensors")
@@ -148,7 +150,8 @@ def test_fsdp2_shards_resume_and_are_put_together_by_accelerate(full_runs, tmp_p
     resumed = trained_in_full(tmp_path, "fsdp", **settings, RESUME="last")[1]
     assert sharded == losses and resumed == losses
     shards = folder / "checkpoint-4" / "pytorch_model_fsdp_0"
-    subprocess.run(["accelerate", "merge-weights", shards, tmp_path / "merged"], check=True)
+    merge = ["accelerate", "merge-weights", shards, tmp_path / "merged"]
+    subprocess.run(merge, check=True, env=os.environ | warm.environment())
     shutil.copy(whole / "config.json", tmp_path / "merged")
     (merged,) = loaded(tmp_path / "weights.pt", tmp_path / "merged")
     weights = load_file(whole / "model.safetensors")
@@ -164,7 +167,7 @@ def test_deepspeeds_own_launcher(full_runs, tmp_path):
     config = ROOT / "deepspeed_configs" / "zero2.json"
     done = subprocess.run(
         [*command, "--deepspeed_config", str(config), *flags],
-        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}, cwd=tmp_path,
+        env=os.environ | COLD, cwd=tmp_path,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import warm
 
 from ds_minis import versions
 
@@ -30,8 +31,8 @@ def pretend(folder: Path, name: str, version: str) -> None:
 def convert_twice(folder: Path, **env: str) -> str:
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, "-c", CONVERT_TWICE, str(Path(__file__).parent)],
-        env=os.environ | {"PYTHONPATH": path} | env, capture_output=True, text=True, timeout=300,
+        [warm.python(), "-c", CONVERT_TWICE, str(Path(__file__).parent)],
+        env=os.environ | warm.environment() | {"PYTHONPATH": path} | env, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr

@@ -33,9 +33,8 @@ def attach_initialize(deepspeed) -> None:
         section = read_section(*_ds_config(arguments))
         request = agreed(section, requested_by_environment(section))
         model = arguments.get("model")
-        if isinstance(model, nn.Module):  # DeepSpeed has its own words for what is no model
-            if request is not None:
-                convert(model, request.config, door=request.door)
+        if isinstance(model, nn.Module) and request is not None:  # DeepSpeed has its own words for what is no model
+            convert(model, request.config, door=request.door)
         return initialize(*args, **kwargs)
 
     deepspeed.initialize = initialize_with_mini_sequence

@@ -13,6 +13,7 @@ is imported (`READ_AT_IMPORT`), a `sitecustomize` on PYTHONPATH, flags of the in
 This file imports nothing heavy: as the command it must start in milliseconds.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -80,10 +81,8 @@ def main() -> None:
 
 
 def _kill(pid: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def _read(connection: socket.socket, size: int) -> bytes:

@@ -8,6 +8,7 @@ It has one thread, or its children could inherit a lock that nobody will ever re
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import importlib
 import importlib.metadata
@@ -39,10 +40,8 @@ trl.trainer.sft_trainer trl.trainer.dpo_trainer trl.cli ds_minis.check
 
 def import_all() -> None:
     for name in IMPORTS:
-        try:
+        with contextlib.suppress(ImportError):  # what is missing is missed by whoever needs it
             importlib.import_module(name)
-        except ImportError:
-            pass  # what is missing is imported, or missed, by whoever needs it
     import torch
 
     torch.set_num_threads(1)
@@ -76,10 +75,8 @@ def serve(path: str, owner: int) -> None:
                     os.close(pidfd)
                     if connection.fileno() >= 0:
                         selector.unregister(connection)
-                        try:
+                        with contextlib.suppress(OSError):
                             connection.sendall(status.to_bytes(8, "big"))
-                        except OSError:
-                            pass
                         connection.close()
                 case ("left", pid):  # who asked was killed, and cannot pass the signal on
                     selector.unregister(key.fileobj)
