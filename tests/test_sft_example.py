@@ -198,23 +198,20 @@ TRAINED_HEADS = [
     (
         {"use_peft_lora": True, "lora_modules_to_save": "embed_tokens,lm_head"},
         {"FSDP_VERSION": "2"},
-        "FSDP2 with a trained",
+        "under FSDP2",
     ),
     (
         {"use_peft_lora": True, "lora_modules_to_save": "lm_head", "mini_sequence_loss": True},
         {"FSDP_VERSION": "1"},
         "under FSDP1",
     ),
-    ({}, {}, "ZeRO-3 with a trained"),
 ]
 
 
 @pytest.mark.parametrize(("model_args", "env", "words"), TRAINED_HEADS)
 def test_engines_that_would_train_the_head_wrongly_are_refused(arguments, monkeypatch, model_args, env, words):
-    for name, value in env.items():
-        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for name, value in {"ACCELERATE_USE_FSDP": "true", **env}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(arguments, "is_deepspeed_zero3_enabled", lambda: not env)
     with pytest.raises(ValueError, match=words):
         arguments.check_head(arguments.ModelArguments(model_name_or_path="m", **model_args))
     if "FSDP1" not in words:

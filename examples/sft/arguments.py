@@ -11,7 +11,6 @@ from typing import Any
 import cpu
 import torch
 from transformers import HfArgumentParser
-from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTConfig
 
 CHAT_TEMPLATES = ("none", "chatml", "zephyr")
@@ -121,25 +120,24 @@ def fsdp_launched() -> bool:
 
 
 def check_head(model_args: ModelArguments) -> None:
-    """Refuses what would train the LM head wrongly, without a word from the engine.
+    """Refuses what would train an LM head in PEFT's `modules_to_save` wrongly, without a word from the engine.
 
-    TRL's fused LM head reads the head's weight without calling the head. Under ZeRO-3 its gradient is then never reduced
-    (and dropped), under FSDP2 with PEFT's `modules_to_save` it stays that of one process. FSDP1 makes such a head a unit
-    of its own, whose weight is in shards when any loss reads it.
+    TRL's fused LM head reads the head's weight without calling the head. Under FSDP2 the gradient of such a head is then that
+    of one process. FSDP1 makes it a unit of its own, whose weight is in shards when any loss reads it.
 
     Raises:
         ValueError: with what to do instead.
     """
     saved = "lm_head" in (model_args.lora_modules_to_save or "").split(",")
-    if saved and fsdp_launched() and os.environ.get("FSDP_VERSION", "1") == "1":
+    if not saved or not fsdp_launched():
+        return
+    if os.environ.get("FSDP_VERSION", "1") == "1":
         raise ValueError(
             "--lora_modules_to_save lm_head does not work under FSDP1: use FSDP2 (accelerate_configs/fsdp.yaml)"
         )
-    trained = saved or not model_args.use_peft_lora
-    wrong = "ZeRO-3" if trained and is_deepspeed_zero3_enabled() else "FSDP2" if saved and fsdp_launched() else None
-    if wrong and not model_args.mini_sequence_loss:
+    if not model_args.mini_sequence_loss:
         raise ValueError(
-            f"{wrong} with a trained LM head: TRL's fused LM head would give it wrong gradients or none. Add "
+            "--lora_modules_to_save lm_head under FSDP2: TRL's fused LM head would give it one process's gradient. Add "
             "--mini_sequence_loss True (the model's own loss, tiled by ds_minis), or train adapters alone"
         )
 

@@ -12,10 +12,7 @@ set -eu
 ENGINE=deepspeed
 ZERO=zero${ZERO_STAGE:-2}
 case $ZERO in
-    *3*)
-        CONFIG=zero3
-        MINI_SEQUENCE_LOSS=${MINI_SEQUENCE_LOSS:-True}  # TRL's would leave the LM head untrained (train.py says so)
-        ;;
+    *3*) CONFIG=zero3 ;;
     *) CONFIG=zero2 ;;
 esac
 . "$(dirname "$0")/launch.sh"

@@ -12,5 +12,4 @@ CONFIG=zero3
 ZERO=zero3
 QLORA=1
 LORA_MODULES_TO_SAVE=${LORA_MODULES_TO_SAVE:-}      # adapters alone
-MINI_SEQUENCE_LOSS=${MINI_SEQUENCE_LOSS:-True}
 . "$(dirname "$0")/launch.sh"
