@@ -21,6 +21,9 @@ def facts():
         found["initialize"] = times_wrapped(sys.modules["deepspeed"].initialize)
     if "deepspeed.ops.op_builder.all_ops" in sys.modules:
         found["op"] = int("mini_sequence" in sys.modules["deepspeed.ops.op_builder.all_ops"].ALL_OPS)
+    if "deepspeed.runtime.zero.parameter_offload" in sys.modules:
+        offload = sys.modules["deepspeed.runtime.zero.parameter_offload"].DeepSpeedZeRoOffload
+        found["zero3"] = times_wrapped(offload.setup_zero_stage3_hooks)
     if "accelerate.utils.deepspeed" in sys.modules:
         read = sys.modules["accelerate.utils.deepspeed"].HfDeepSpeedConfig.__init__
         found["config check"] = times_wrapped(read)
@@ -36,7 +39,7 @@ def show(**values):
     print("FACTS", json.dumps(values))
 """
 IMPORT_ALL = "import deepspeed, deepspeed.ops.op_builder.all_ops, accelerate.commands.launch, transformers.trainer\n"
-ALL = ("initialize", "op", "config check", "config file", "prepare", "prediction step")
+ALL = ("initialize", "op", "zero3", "config check", "config file", "prepare", "prediction step")
 
 
 def run(command: list[str], cwd: Path | str = "/tmp", **env: str) -> subprocess.CompletedProcess:
@@ -147,7 +150,7 @@ def test_autoload_can_be_switched_off_and_register_attaches_what_is_imported_alr
 
 def test_register_attaches_what_is_imported_later():
     code = "import ds_minis; ds_minis.register()\nimport deepspeed, deepspeed.ops.op_builder.all_ops\nshow(**facts())"
-    assert facts(code, DS_MINIS_AUTOLOAD="0") == {"initialize": 1, "op": 1}
+    assert facts(code, DS_MINIS_AUTOLOAD="0") == {"initialize": 1, "op": 1, "zero3": 1}
 
 
 def fake_deepspeed(folder: Path, code: str) -> str:

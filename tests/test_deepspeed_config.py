@@ -8,14 +8,15 @@ import pytest
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DeepSpeedPlugin
 from deepspeed.runtime import constants
-from deepspeed.utils import z3_leaf_module
+from deepspeed.utils import set_z3_leaf_module, z3_leaf_module, z3_leaf_parameter
 from models import add_lora, build
 from torch import nn
 from transformers import TrainingArguments
 
 from ds_minis import MiniSequenceConfig, convert_to_mini_sequence, mini_sequence_report
+from ds_minis.convert import tiled_modules
 from ds_minis.doors import Request, read_section
-from ds_minis.integrations.deepspeed import attach_initialize
+from ds_minis.integrations.deepspeed import attach_initialize, attach_zero3
 from ds_minis.tiling.swap import Tiled
 
 SETTINGS = {"chunk_size": 6, "loss_chunk_size": 5}
@@ -289,10 +290,43 @@ def test_zero3_gathers_tiled_modules_and_the_lm_head_as_a_whole(settings, head, 
     if in_python:
         convert_to_mini_sequence(model, settings)
     Engine().initialize(model=model, config=ENGINE if in_python else {"mini_sequence": settings})
-    assert leaves(model) == tiled(model) | head
+    assert not leaves(model)  # which a DeepSpeed that is not ZeRO-3 has no use for
+    assert set_up_for_zero3(model) == leaves(model) == tiled(model) | head
 
 
 def test_zero3_gathers_an_adapted_lm_head_as_a_whole():
     model = add_lora(build("llama"), target_modules=["lm_head", "down_proj"])
-    Engine().initialize(model=model, config={"mini_sequence": True})
-    assert leaves(model) == tiled(model) | {"base_model.model.lm_head"}
+    convert_to_mini_sequence(model)
+    assert set_up_for_zero3(model) == leaves(model) == tiled(model) | {"base_model.model.lm_head"}
+
+
+def test_zero3_gathers_other_leaf_modules_as_their_owner_asked():
+    model = build("llama")
+    set_z3_leaf_module(model.model.embed_tokens, True)
+    assert set_up_for_zero3(model) == {"model.embed_tokens"}
+    assert [n for n, p in model.named_parameters() if z3_leaf_parameter(p)] == ["model.embed_tokens.weight"]
+
+
+def set_up_for_zero3(model: nn.Module) -> set[str]:
+    """Names of the leaf modules that DeepSpeed saw when it set a model up, of which no parameter is a leaf's if it is tiled.
+
+    By a stand-in for the class that does it: leaf modules are noted, and their parameters marked, as DeepSpeed does.
+    """
+    seen = set()
+
+    class Offload:
+        def __init__(self, module):
+            self.module = module
+            self.setup_zero_stage3_hooks()
+
+        def setup_zero_stage3_hooks(self):
+            for name, module in self.module.named_modules():
+                if z3_leaf_module(module):
+                    seen.add(name)
+                    for param in module.parameters():
+                        param.ds_z3_leaf_module = module
+
+    attach_zero3(types.SimpleNamespace(DeepSpeedZeRoOffload=Offload))
+    Offload(model)
+    assert not any(z3_leaf_parameter(p) for module in tiled_modules(model) for p in module.parameters())
+    return seen
