@@ -14,7 +14,7 @@ from ds_minis.tiling.checkpoints import InMemory
 from ds_minis.tiling.compiling import compiled_inside
 from ds_minis.tiling.kept_attention import KeptAttention, is_unkept, leave_unkept
 from ds_minis.tiling.recompute import random_states, refuse_gradients_of_gradients, set_random_states
-from ds_minis.tiling.swap import Tiled
+from ds_minis.tiling.swap import Tiled, own_forward
 
 _CHECKPOINT = "_gradient_checkpointing_func"
 
@@ -57,7 +57,7 @@ class UntiledLayer(ItsOwnCheckpointing, Tiled):
     """Mixed into the class of a decoder layer of which parts alone are tiled, for its attentions to be kept."""
 
     def forward(self, *args, **kwargs):
-        return self._as_it_is(super().forward, args, kwargs)
+        return self._as_it_is(own_forward(self, super().forward), args, kwargs)
 
 
 class _KeepingAttentions:

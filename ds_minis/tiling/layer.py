@@ -18,7 +18,7 @@ from ds_minis.tiling.layer_verify import Finding, examine
 from ds_minis.tiling.module import engine_inside, passing_state, require_weights
 from ds_minis.tiling.recompute import AutocastState
 from ds_minis.tiling.rows import run_call
-from ds_minis.tiling.swap import Tiled, tell
+from ds_minis.tiling.swap import Tiled, own_forward, tell
 
 
 class TiledLayer(ItsOwnCheckpointing, Tiled):
@@ -30,7 +30,7 @@ class TiledLayer(ItsOwnCheckpointing, Tiled):
     """
 
     def forward(self, *args, **kwargs):
-        forward, chunking = super().forward, self.mini_sequence_chunking
+        forward, chunking = own_forward(self, super().forward), self.mini_sequence_chunking
         if chunking is None or chunking.suspended or torch.compiler.is_compiling():
             return self._as_it_is(forward, args, kwargs)
         call = LayerCall(args, kwargs)

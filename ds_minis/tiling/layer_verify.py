@@ -28,7 +28,16 @@ from ds_minis.tiling.layer_passes import NOTHING_UNREAD, LayerPasses, NoAttentio
 from ds_minis.tiling.linears import is_plain_linear
 from ds_minis.tiling.recompute import AutocastState, has_values
 from ds_minis.tiling.rows import ParameterSlots
-from ds_minis.tiling.verify import LARGEST_WEIGHT, State, foreign_weight, is_close, quietly, tolerance
+from ds_minis.tiling.verify import (
+    LARGEST_WEIGHT,
+    WRITES_GRADIENTS,
+    State,
+    foreign_weight,
+    is_close,
+    quietly,
+    tolerance,
+    writes_gradients,
+)
 
 _BATCH, _TOKENS, _CHUNKS = 2, 32, 3
 _MIXES = "its result or gradients for a token depend on others, other than by way of its attention"
@@ -186,9 +195,11 @@ class _Examination:
         if reason:
             return [], None, reason
         self._grad = torch.randn_like(y)
-        grads = iter(
-            torch.autograd.grad(y, [t for t in (x, *leaves) if t.requires_grad], self._grad, allow_unused=True)
-        )
+        inputs = [t for t in (x, *leaves) if t.requires_grad]
+        with self._slots.holding(leaves):  # a backward may run the module again
+            grads = iter(torch.autograd.grad(y, inputs, self._grad.clone(), allow_unused=True))
+        if writes_gradients(leaves):
+            return [], None, WRITES_GRADIENTS
         return [y.detach(), *(next(grads) if t.requires_grad else None for t in (x, *leaves))], rest, ""
 
     def _differing_setting(self) -> str:
@@ -217,7 +228,7 @@ class _Examination:
         node = LayerNode(self._layer, self._passes(), unread, groups, attend=_stand_in)
         with torch.no_grad():
             y = node.forward([self._x], with_backward=True)
-            node.grad_output = self._grad
+            node.grad_output = self._grad.clone()  # a backward may write over it
             return [y, *node.backward([self._x, *self._params], [True, *self._asked])]
 
     def _unread(self, expected: Sequence[Tensor | None]) -> Unread:

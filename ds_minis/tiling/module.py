@@ -14,7 +14,7 @@ from ds_minis.tiling.compiling import outside_of_graphs
 from ds_minis.tiling.hooks import ALL, foreign_global_hook, foreign_hook
 from ds_minis.tiling.recompute import has_values
 from ds_minis.tiling.rows import runs_whole, tile_rows
-from ds_minis.tiling.swap import Tiled, tell
+from ds_minis.tiling.swap import Tiled, own_forward, tell
 from ds_minis.tiling.verify import why_not_token_wise
 
 _FSDP = {"FSDPModule": "fully_shard", "FullyShardedDataParallel": "FullyShardedDataParallel"}
@@ -24,7 +24,7 @@ class TiledModule(Tiled):
     """Mixed into a token-wise module's class; runs that class's own forward over chunks."""
 
     def forward(self, *args, **kwargs):
-        forward, chunking = super().forward, self.mini_sequence_chunking
+        forward, chunking = own_forward(self, super().forward), self.mini_sequence_chunking
         if chunking is None or chunking.suspended:
             return forward(*args, **kwargs)
         call = RowCall(args, kwargs)

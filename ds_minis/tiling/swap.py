@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import logging
 import types
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -16,6 +18,8 @@ from ds_minis.ranks import is_main_process
 from ds_minis.tiling.chunking import Chunking
 
 logger = logging.getLogger("ds_minis")
+
+_BOUND = "mini_sequence_bound_forward"  # of the instance, from before it was tiled
 
 
 class Tiled(nn.Module):
@@ -97,17 +101,26 @@ def tell(module: Tiled, what: str, reason: str) -> None:
 _told: set[tuple[str, str, str]] = set()
 
 
+def own_forward(module: nn.Module, of_class: Callable[..., Any]) -> Callable[..., Any]:
+    """What a tiled module runs: the forward that was bound to the instance before it was tiled, else that of its class."""
+    return module.__dict__.get(_BOUND, of_class)
+
+
 def replaced_forward(module: nn.Module) -> str:
     """What stands on the instance in front of its class's forward, and would go on running after a class swap.
 
-    Empty where nothing does, and where it is known to call the class's forward: accelerate's hooks (`device_map`), and
-    the bound method that they leave behind when they are removed.
+    Empty where nothing does, and where a class swap can take it over: a method that was bound to the instance (Liger's
+    kernels, axolotl's), which is then the module's own forward; accelerate's hooks (`device_map`), which call what they
+    stand before, and the bound method that they leave behind when they are removed.
     """
-    name = _forward_attribute(module)
-    value = module.__dict__.get(name)
-    if value is None or (getattr(value, "__self__", None) is module and value.__func__ is type(module).forward):
+    value = module.__dict__.get(_forward_attribute(module))
+    if value is None or _is_bound_to(module, value):
         return ""
     return getattr(value, "__qualname__", None) or repr(value)
+
+
+def _is_bound_to(module: nn.Module, value: Any) -> bool:
+    return isinstance(value, types.MethodType) and value.__self__ is module
 
 
 def _forward_attribute(module: nn.Module) -> str:
@@ -117,12 +130,19 @@ def _forward_attribute(module: nn.Module) -> str:
 
 
 def _swap_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Gives the module another class, and that class's forward wherever the instance holds the one it had."""
-    name = _forward_attribute(module)
-    holds_forward = name in module.__dict__ and not replaced_forward(module)
+    """Gives the module another class, and that class's forward wherever the instance holds the one it had.
+
+    A forward of the instance's own is kept aside by a tiled class, and is back with the class that it was bound in front of.
+    """
+    name, before = _forward_attribute(module), type(module)
+    value, aside = module.__dict__.get(name), module.__dict__.pop(_BOUND, None)
     module.__class__ = cls
-    if holds_forward:
-        module.__dict__[name] = types.MethodType(cls.forward, module)
+    if not _is_bound_to(module, value):
+        return
+    if value.__func__ is before.forward:
+        module.__dict__[name] = types.MethodType(cls.forward, module) if aside is None else aside
+    elif issubclass(cls, Tiled):
+        module.__dict__[_BOUND], module.__dict__[name] = value, types.MethodType(cls.forward, module)
 
 
 def _new_tiled(mixin: type[Tiled], base: type[nn.Module]) -> nn.Module:

@@ -129,7 +129,11 @@ class _Run:
                 output[rows] = y.detach()
                 inputs = [t for t in (leaf, *leaves) if t.requires_grad]
                 if y.requires_grad:
-                    grads = iter(torch.autograd.grad(y, inputs, self._grad[rows], allow_unused=True))
+                    # A copy, as a backward may write over the gradient that it is given.
+                    grads = iter(torch.autograd.grad(y, inputs, self._grad[rows].clone(), allow_unused=True))
+                    if writes_gradients(leaves):
+                        self.reason = WRITES_GRADIENTS
+                        return []
                     grad = next(grads) if leaf.requires_grad else None
                     input_grad[rows] = 0 if grad is None else grad
                     sums.add(grads)
@@ -161,6 +165,17 @@ def _why_not_one_tensor(output: Any, call: RowCall) -> str:
     if output.shape[:-1] != call.input.shape[:-1]:
         return f"its output has the shape {tuple(output.shape)} for an input of {tuple(call.input.shape)}"
     return ""
+
+
+WRITES_GRADIENTS = (
+    "its backward adds to the gradients of weights itself (an autograd.Function that runs the module again, such as "
+    "DeepSpeed's TiledMLP)"
+)
+
+
+def writes_gradients(leaves: Sequence[Tensor]) -> bool:
+    """Whether a backward that was to return gradients has accumulated some. Inside of a chunk they would be lost."""
+    return any(leaf.grad is not None for leaf in leaves)
 
 
 def foreign_weight(output: Tensor, known: Sequence[Tensor]) -> str:
