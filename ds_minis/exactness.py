@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import io
 import logging
@@ -30,8 +31,12 @@ from ds_minis.tiny import FIRST_SPECIAL_ID, FIRST_TEXT_ID, tiny_model, without_d
 
 LIMIT = 1e-5  # of a parameter's largest gradient, or of FLOOR times the model's where that is more
 FLOOR = 0.01
-SETTINGS = {"chunk_size": 9, "loss_chunk_size": 7}  # neither divides the number of tokens
-BATCH_SIZE, LENGTH = 2, 23
+SETTINGS = {"chunk_size": 41, "loss_chunk_size": 29}  # neither divides the number of tokens
+# Beyond the windows of `tiny`, and beyond blocks and capacities that show at such lengths only.
+BATCH_SIZE, LENGTH = 2, 150
+# An error is rounding if it is at most so many times the change of the plain model's own gradient when every weight moves by
+# its last bit. Decay rates of linear attention are so ill-conditioned that no two float32 runs agree to LIMIT.
+ROUNDING, LAST_BIT = 4, 2.0**-23
 
 Batch = dict[str, torch.Tensor]
 
@@ -120,13 +125,22 @@ def compare_with_plain(
         got = _step(converted, batch)
     notes += dict.fromkeys(warned)
     loss_error, grad_error, grad_name = _errors(got, expected)
+    rounding = _rounding(plain, batch, expected) if LIMIT < grad_error <= 100 * LIMIT else {}
+    if rounding:
+        notes.append(
+            f"{grad_name} differs by {grad_error:.1e}, and by {rounding[grad_name]:.1e} for the last bit of weights"
+        )
+        loss_error, grad_error, grad_name = _errors(got, expected, rounding)
     router_error = None
     if gives_router_outputs(plain):
         expected_routers, got_routers = (_step(m, batch, output_router_logits=True) for m in (plain, converted))
         router_error = _router_error(got_routers, expected_routers)
+        if LIMIT < router_error <= 100 * LIMIT:
+            moved = _rounding(plain, batch, expected_routers, output_router_logits=True)
+            router_error = _router_error(got_routers, expected_routers, moved)
     checkpointing_error = None
     if getattr(plain, "supports_gradient_checkpointing", False):
-        checkpointing_error = _checkpointing_error(plain, converted, batch, expected, notes)
+        checkpointing_error = _checkpointing_error(plain, converted, batch, expected, rounding, notes)
     return Exactness(
         report=mini_sequence_report(converted),
         loss_error=loss_error,
@@ -207,24 +221,44 @@ def _step(model: nn.Module, batch: Batch, **kwargs) -> _Step:
     return _Step(float(out.loss.detach().sum()), grads, routers)
 
 
-def _errors(got: _Step, expected: _Step) -> tuple[float, float, str]:
+def _errors(got: _Step, expected: _Step, rounding: Mapping[str, float] | None = None) -> tuple[float, float, str]:
+    """Error of the loss, the largest error of a gradient, and whose it is; without errors that are `rounding`."""
     loss_error = abs(got.loss - expected.loss) / max(abs(expected.loss), 1e-6)
-    largest = max((_largest(grad) for grad in expected.grads.values()), default=0.0)
     error, name = 0.0, ""
-    for candidate in {**expected.grads, **got.grads}:
-        a, b = got.grads.get(candidate), expected.grads.get(candidate)
-        a, b = (torch.zeros_like(b) if a is None else a, torch.zeros_like(a) if b is None else b)
-        this = _largest(a - b) / max(_largest(b), FLOOR * largest, 1e-30)
+    for candidate, this in _grad_errors(got, expected).items():
+        if LIMIT < this <= ROUNDING * (rounding or {}).get(candidate, 0.0):
+            continue
         if not this <= error:  # so that NaN is kept
             error, name = this, candidate
     return loss_error, error, name
 
 
-def _router_error(got: _Step, expected: _Step) -> float:
+def _grad_errors(got: _Step, expected: _Step) -> dict[str, float]:
+    largest = max((_largest(grad) for grad in expected.grads.values()), default=0.0)
+    errors = {}
+    for name in {**expected.grads, **got.grads}:
+        a, b = got.grads.get(name), expected.grads.get(name)
+        a, b = (torch.zeros_like(b) if a is None else a, torch.zeros_like(a) if b is None else b)
+        errors[name] = _largest(a - b) / max(_largest(b), FLOOR * largest, 1e-30)
+    return errors
+
+
+def _rounding(plain: nn.Module, batch: Batch, expected: _Step, **kwargs) -> dict[str, float]:
+    """Errors of the plain model's own gradients when each of its weights moves by its last bit, up or down."""
+    generator = torch.Generator().manual_seed(4)
+    nudged = copy.deepcopy(plain)
+    with torch.no_grad():
+        for param in nudged.parameters():
+            signs = torch.randint(0, 2, param.shape, generator=generator).mul_(2).sub_(1)
+            param.mul_(1 + LAST_BIT * signs)
+    return _grad_errors(_step(nudged, batch, **kwargs), expected)
+
+
+def _router_error(got: _Step, expected: _Step, rounding: Mapping[str, float] | None = None) -> float:
     """Of everything with router outputs on: what the routers said, the auxiliary loss, and the gradients with it."""
     if got.routers.keys() != expected.routers.keys():
         return float("inf")
-    errors = [*_errors(got, expected)[:2]]
+    errors = [*_errors(got, expected, rounding)[:2]]
     for name, tensor in expected.routers.items():
         if got.routers[name].shape != tensor.shape:
             return float("inf")
@@ -232,10 +266,12 @@ def _router_error(got: _Step, expected: _Step) -> float:
     return _worst(errors)
 
 
-def _checkpointing_error(plain, converted, batch: Batch, expected: _Step, notes: list[str]) -> float | None:
+def _checkpointing_error(
+    plain, converted, batch: Batch, expected: _Step, rounding: Mapping[str, float], notes: list[str]
+) -> float | None:
     """The largest error under checkpointing; None, with a note, where the plain model's own checkpointing is wrong."""
     try:
-        error = _worst(_errors(_checkpointed_step(converted, batch), expected)[:2])
+        error = _worst(_errors(_checkpointed_step(converted, batch), expected, rounding)[:2])
     except Exception as failure:
         error, converted_failure = math.inf, failure
     else:

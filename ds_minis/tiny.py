@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-HIDDEN, HEADS, HEAD, VOCAB, POSITIONS = 32, 4, 8, 160, 64
+HIDDEN, HEADS, HEAD, VOCAB, POSITIONS, WINDOW = 32, 4, 8, 160, 256, 48
 FIRST_TEXT_ID, FIRST_SPECIAL_ID = 8, 100  # text is made of the ids from the one to the other
 MAX_PARAMETERS = 30_000_000
 _FEW_LAYERS = 2
@@ -47,7 +47,8 @@ _SIZES: list[tuple[re.Pattern, int | None]] = [
             r"position_embedding|positions$|n_ctx|seq_len$|context_length|position_embedding_size|model_max_length",
             POSITIONS,
         ),
-        (r"window|local_attention$|chunk_size$|chunk_length$|block_size", 8),
+        (r"window|local_attention$", WINDOW),
+        (r"chunk_size$|chunk_length$|block_size", 8),
         (r"^(num|n)_(patches|image_tokens)$", 16),
         (r"image_size|input_size|crop_size|resolution", 16),
         (r"patch_size", 4),

@@ -1,8 +1,9 @@
 """Trains every architecture of transformers for one step on a tiny random model, plain and converted, and compares.
 
 python scripts/census.py --jobs 2 --json census.json --write    # all; writes docs/supported_models.md
-python scripts/census.py --sample                               # 25 that cover every cause of trouble
+python scripts/census.py --sample                               # 26 that cover every cause of trouble
 python scripts/census.py llama image-text:gemma3                # some, by name
+python scripts/census.py --settings '{"head_groups": "auto", "keep_attention": true, "offload": "cpu"}'
 
 Each runs in a process of its own. Exits with 1 if anything that runs is not exact.
 """
@@ -21,7 +22,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,12 @@ PAGE = Path(__file__).parent.parent / "docs" / "supported_models.md"
 MAPPINGS = {
     "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
     "image-text": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    "encoder-decoder": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
 }
 NAMES = {
     "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "image-text": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    "encoder-decoder": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 }
 SAMPLE = [
     "causal:qwen3",  # what most models are like
@@ -71,6 +74,7 @@ SAMPLE = [
     "causal:gemma4_text",  # experts beside the feed-forward module
     "image-text:evolla",  # an adapter that looks token-wise on text
     "image-text:qwen2_5_vl",
+    "encoder-decoder:nllb-moe",  # experts with a capacity
 ]
 
 
@@ -78,7 +82,7 @@ def all_architectures() -> list[str]:
     return [f"{kind}:{name}" for kind, names in NAMES.items() for name in names]
 
 
-def examine(architecture: str) -> dict[str, Any]:
+def examine(architecture: str, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What one architecture gives, as plain JSON types."""
     kind, name = architecture.split(":", 1)
     recipe = RECIPES.get(architecture) or RECIPES.get(name) or Recipe()
@@ -96,7 +100,7 @@ def examine(architecture: str) -> dict[str, Any]:
     except Exception as error:
         return {"plain_fails": f"{type(error).__name__}: {error}"[:300], "trace": traceback.format_exc()[-1500:]}
     try:
-        result = compare_with_plain(model_class, config, make_batch=recipe.batch)
+        result = compare_with_plain(model_class, config, make_batch=recipe.batch, settings=settings)
     except PlainModelFails as error:
         trace = "".join(traceback.format_exception(error.__cause__ or error))[-3000:]
         return {"class": model_class.__name__, "plain_fails": str(error), "trace": trace}
@@ -138,14 +142,16 @@ def warm_up() -> None:
     examine("causal:llama")
 
 
-def run_all(architectures: list[str], jobs: int, timeout: int, verbose: bool = True) -> dict[str, dict[str, Any]]:
+def run_all(
+    architectures: list[str], jobs: int, timeout: int, verbose: bool = True, settings: Mapping[str, Any] | None = None
+) -> dict[str, dict[str, Any]]:
     """`examine` for each, `jobs` at a time, each in a forked child: one that crashes or hangs takes no other with it."""
     results: dict[str, dict] = {}
     waiting, selector = list(architectures), selectors.DefaultSelector()
     while waiting or selector.get_map():
         while waiting and len(selector.get_map()) < jobs:
             name = waiting.pop(0)
-            pipe, pid = _fork(name, timeout)
+            pipe, pid = _fork(name, timeout, settings)
             selector.register(pipe, selectors.EVENT_READ, (name, pid, time.monotonic(), bytearray()))
         for key, _ in selector.select():
             name, pid, start, data = key.data
@@ -178,7 +184,7 @@ def failed(result: dict[str, Any]) -> bool:
     return "plain_fails" not in result and not result.get("exact", False)
 
 
-def _fork(architecture: str, timeout: int) -> tuple[int, int]:
+def _fork(architecture: str, timeout: int, settings: Mapping[str, Any] | None) -> tuple[int, int]:
     read, write = os.pipe()
     pid = os.fork()
     if pid:
@@ -187,7 +193,7 @@ def _fork(architecture: str, timeout: int) -> tuple[int, int]:
     os.close(read)
     signal.alarm(timeout)
     try:
-        result = examine(architecture)
+        result = examine(architecture, settings)
     except BaseException as error:
         result = {"crash": f"{type(error).__name__}: {error}"[:500], "trace": traceback.format_exc()[-3000:]}
     with os.fdopen(write, "w") as stream:
@@ -209,6 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time (default: 2)")
     parser.add_argument("--timeout", type=int, default=180, help="seconds for one architecture (default: 180)")
     parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--settings", type=json.loads, help="settings of the conversion, as JSON, beside small chunks")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name} from the results (of all)")
     args = parser.parse_args(argv)
     known = all_architectures()
@@ -223,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore")
     start = time.monotonic()
     warm_up()
-    results = run_all(chosen, args.jobs, args.timeout)
+    results = run_all(chosen, args.jobs, args.timeout, settings=args.settings)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if args.write:

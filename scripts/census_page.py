@@ -10,7 +10,14 @@ from typing import Any
 import torch
 import transformers
 
-TITLES = {"causal": "Causal language models", "image-text": "Image-text models"}
+from ds_minis.exactness import LENGTH
+from ds_minis.tiny import WINDOW
+
+TITLES = {
+    "causal": "Causal language models",
+    "image-text": "Image-text models",
+    "encoder-decoder": "Encoder-decoder models",
+}
 _FEED_FORWARD = re.compile(r"mlp|ffn|feed_forward|moe|expert|^fc\d|^intermediate|^dense|^ff", re.IGNORECASE)
 
 Results = Mapping[str, Mapping[str, Any]]
@@ -49,8 +56,9 @@ def _head(results: Results) -> str:
 Made by `python scripts/census.py --write`; do not edit. Versions: transformers {transformers.__version__}, torch
 {torch.__version__.split("+")[0]}.
 
-Every architecture that transformers maps to a causal or an image-text language model is built at a tiny size with random
-weights, and trained for one step on the CPU in float32, plain and converted with small chunks. It is *exact* when the loss,
+Every architecture that transformers maps to a causal, an image-text or an encoder-decoder language model is built at a tiny
+size with random weights and trained for one step of 2 x {LENGTH} tokens (windows of {WINDOW}) on the CPU in float32, plain
+and converted with small chunks. It is *exact* when the loss,
 the gradient of every parameter (relative to its own largest, with a floor of 1% of the model's) and, in mixtures of experts,
 the router outputs and the auxiliary loss differ by at most 1e-5, with and without gradient checkpointing. The largest error
 of a gradient is shown. `ds-minis check` does the same for one configuration of yours.
