@@ -133,6 +133,10 @@ _VOCABULARY = {"<image>": 110, "<|visual token 000001|>": 111, "<|visual token 0
 _IMAGE_NAMES = {"<image>": 110, **{f"IMGIMG{letter}Z": 111 + i for i, letter in enumerate("ABC")}}
 
 RECIPES: dict[str, Recipe] = {
+    **{
+        f"encoder-decoder:{name}": Recipe(after=_set(decoder_start_token_id=0))
+        for name in ("t5", "longt5", "switch_transformers")
+    },
     # fields that the class leaves open, and the published configurations set
     "bamba": Recipe(fields={"attn_layer_indices": [9, 18, 27], "z_loss_coefficient": 0.1}),
     "cohere_compass": Recipe(fields={"text_config": {"rope_parameters": {"full_attention": _ROPE}}}),
