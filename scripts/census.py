@@ -3,7 +3,7 @@
 python scripts/census.py --jobs 2 --json census.json --write    # all; writes docs/supported_models.md
 python scripts/census.py --sample                               # 26 that cover every cause of trouble
 python scripts/census.py llama image-text:gemma3                # some, by name
-python scripts/census.py --settings '{"head_groups": "auto", "keep_attention": true, "offload": "cpu"}'
+python scripts/census.py --settings '{"head_groups": "auto", "offload": "cpu"}'
 
 Each runs in a process of its own. Exits with 1 if anything that runs is not exact.
 """

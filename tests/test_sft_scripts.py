@@ -17,9 +17,9 @@ from test_sft_example import EXAMPLE, ROOT, trained
 
 pytestmark = pytest.mark.engine
 PEFT = {
-    "multigpu": ("run_peft_multigpu.sh", {}, "MULTI_CPU, DistributedDataParallel"),
-    "fsdp": ("run_peft_fsdp.sh", {}, "FSDP, FSDPPeftModelForCausalLM"),
-    "fsdp1": ("run_peft_fsdp.sh", {"FSDP_VERSION": "1"}, "FSDP, FullyShardedDataParallel"),
+    "multigpu-lora": ("run_peft_multigpu.sh", {}, "MULTI_CPU, DistributedDataParallel"),
+    "fsdp-lora": ("run_peft_fsdp.sh", {}, "FSDP, FSDPPeftModelForCausalLM"),
+    "fsdp1-lora": ("run_peft_fsdp.sh", {"FSDP_VERSION": "1"}, "FSDP, FullyShardedDataParallel"),
     "qlora-fsdp": ("run_peft_qlora_fsdp.sh", {}, "FSDP, FSDPPeftModelForCausalLM"),
     "qlora-zero3": ("run_peft_qlora_deepspeed_stage3.sh", {}, "DEEPSPEED, DeepSpeedEngine"),
 }

@@ -82,6 +82,13 @@ class ModelArguments:
         if (self.use_8bit_quantization or self.use_4bit_quantization) and not self.use_peft_lora:
             raise ValueError("a quantized base cannot be trained in full: add --use_peft_lora True")
 
+    @property
+    def mode(self) -> str:
+        """What is trained: "full", "lora", or "qlora" (adapters on a quantized base)."""
+        if not self.use_peft_lora:
+            return "full"
+        return "qlora" if self.use_4bit_quantization or self.use_8bit_quantization else "lora"
+
     def mini_sequence_settings(self) -> Any:
         """The value of `--mini_sequence` for `convert_to_mini_sequence`; None when it was not given.
 
@@ -104,6 +111,9 @@ class DataArguments:
 
     dataset_name: str = field(metadata={"help": "Hub id, or a folder with {split}.jsonl files or a saved data set."})
     splits: str = field(default="train,test", metadata={"help": "Training split, and (optional) evaluation split."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Remove what another run left in the output folder, and start anew."}
+    )
     max_seq_length: int | None = field(default=None, metadata={"help": "PEFT's name for --max_length."})
     append_concat_token: bool = field(default=False, metadata={"help": "Accepted for PEFT's scripts; TRL ignores it."})
     add_special_tokens: bool = field(default=False, metadata={"help": "Accepted for PEFT's scripts; TRL ignores it."})

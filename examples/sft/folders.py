@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 PICKLED = "pytorch_model*.bin", "adapter_model.bin"
+RECORD = "run.json"
+# What a run leaves that a later one would take for its own, or a loader for a part of the later one's.
+_LEFT = "base_model", "checkpoint-*", "*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json"
 
 
 def require_input(flag: str, name: str) -> None:
@@ -40,3 +47,54 @@ def require_output(flag: str, name: str) -> None:
             f"{flag} {name}: cannot write there ({error.strerror}). Give a folder that this user may write to, on a disk "
             "with room"
         ) from error
+
+
+def describe_run(model: str, configuration: dict[str, Any], seed: int, mode: str) -> dict[str, Any]:
+    """What makes a run another one, as JSON types. `mode`: "full", "lora" or "qlora"."""
+    fields = {
+        name: value for name, value in configuration.items() if name not in ("transformers_version", "_name_or_path")
+    }
+    text = json.dumps(fields, sort_keys=True, default=str)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return {"model": model, "configuration": digest, "seed": seed, "mode": mode}
+
+
+def claim_output(name: str, run: dict[str, Any], *, overwrite: bool, resumes: bool, writes: bool) -> None:
+    """Makes an output folder this run's: records what it is, or refuses the folder of another run.
+
+    A second run there would load the first one's base model in place of its own, and leave its weights beside the other's.
+
+    Args:
+        name: the output folder.
+        run: see `describe_run`.
+        overwrite: remove what another run left.
+        resumes: whether a checkpoint in the folder is to be continued; it may have been made without a record.
+        writes: whether this process is the one that writes.
+
+    Raises:
+        ValueError: the folder is another run's; the message says in what they differ.
+    """
+    folder = Path(name)
+    left = sorted({path for pattern in _LEFT for path in folder.glob(pattern)})
+    if overwrite and writes:
+        for path in left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif left and not overwrite:
+        _require_same(name, run, folder / RECORD, left, resumes)
+    if writes:
+        (folder / RECORD).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+
+
+def _require_same(name: str, run: dict[str, Any], record: Path, left: list[Path], resumes: bool) -> None:
+    if record.is_file():
+        earlier = json.loads(record.read_text(encoding="utf-8"))
+        changed = [key for key, value in run.items() if earlier.get(key) != value]
+        differing = [f"{key} {earlier.get(key)!r} there, {run[key]!r} now" for key in changed]
+    else:
+        what = ", ".join(path.name for path in left)
+        differing = [] if resumes else [f"it holds {what}, and no {RECORD} that says of what run"]
+    if differing:
+        raise ValueError(
+            f"--output_dir {name} is another run's: {'; '.join(differing)}. Give another --output_dir (OUTPUT_DIR of the run "
+            "scripts), or --overwrite_output_dir True to remove what that run left"
+        )

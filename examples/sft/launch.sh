@@ -15,13 +15,19 @@ ON_CPU=$([ "$GPUS" -gt 0 ] && echo False || echo True)
 MODEL=${MODEL:-$HERE/default/model}
 DATASET=${DATASET:-$HERE/default/data}
 SPLITS=${SPLITS:-train,test}
-OUTPUT_DIR=${OUTPUT_DIR:-outputs/sft-$ENGINE}
 NUM_PROCESSES=${NUM_PROCESSES:-$([ "$GPUS" -gt 0 ] && echo "$GPUS" || echo 2)}  # in total, over all machines
 NUM_MACHINES=${NUM_MACHINES:-1}
 MACHINE_RANK=${MACHINE_RANK:-0}
 MAIN_PROCESS_IP=${MAIN_PROCESS_IP:-}
 MAIN_PROCESS_PORT=${MAIN_PROCESS_PORT:-$([ "$NUM_MACHINES" -gt 1 ] && echo 29500 || echo 0)}  # 0: any free one
 FULL=${FULL:-0}                                    # 1: all weights instead of LoRA adapters
+case $FULL in
+    1) LORA=False MODE=full ;;
+    0) LORA=True MODE=lora ;;
+    *) echo "FULL: 0 (LoRA) or 1 (all weights) is allowed, got $FULL" >&2; exit 2 ;;
+esac
+[ "${QLORA:-0}" = 1 ] || ENGINE=$ENGINE${ZERO:+-$ZERO}-$MODE  # a folder for each kind of run
+OUTPUT_DIR=${OUTPUT_DIR:-outputs/sft-$ENGINE}
 
 # The engine. "mini_sequence" is a section of accelerate's YAML, or of the DeepSpeed JSON.
 ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-$ROOT/accelerate_configs/$CONFIG.yaml}
@@ -66,11 +72,6 @@ if [ "$ON_CPU" = True ]; then
 else
     export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 fi
-case $FULL in
-    1) LORA=False ;;
-    0) LORA=True ;;
-    *) echo "FULL: 0 (LoRA) or 1 (all weights) is allowed, got $FULL" >&2; exit 2 ;;
-esac
 
 # A 4-bit base (QLoRA): stored in the compute dtype, or FSDP and ZeRO-3 could not cut it into shards.
 if [ "${QLORA:-0}" = 1 ]; then

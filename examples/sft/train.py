@@ -19,13 +19,20 @@ import cpu
 import torch
 import torch.distributed
 from accelerate import DistributedType
-from arguments import check_head, deepspeed_launched, fsdp_launched, parse_arguments
+from arguments import (
+    DataArguments,
+    ModelArguments,
+    check_head,
+    deepspeed_launched,
+    fsdp_launched,
+    parse_arguments,
+)
 from checkpoints import checkpoint_to_resume, writing
 from data import load_splits
-from folders import require_input, require_output
+from folders import claim_output, describe_run, require_input, require_output
 from modeling import load_model, load_tokenizer, lora_config
 from summary import summarize
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import AutoConfig, Trainer, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 from trl.data_utils import is_conversational
 
@@ -71,6 +78,7 @@ def main() -> None:
     require_input("--model_name_or_path", model_args.model_name_or_path)
     require_input("--dataset_name", data_args.dataset_name)
     require_output("--output_dir", training_args.output_dir)
+    claim_folder(model_args, data_args, training_args)
     training_args.resume_from_checkpoint = checkpoint_to_resume(training_args)
     set_seed(training_args.seed)
 
@@ -94,6 +102,22 @@ def main() -> None:
     trainer.model_loss = model_args.mini_sequence_loss
     trainer.add_callback(RequireWrapped(trainer))
     train_and_save(trainer, training_args)
+
+
+def claim_folder(model_args: ModelArguments, data_args: DataArguments, training_args: SFTConfig) -> None:
+    """Refuses the output folder of another run."""
+    if data_args.overwrite_output_dir and training_args.resume_from_checkpoint:
+        raise ValueError("--overwrite_output_dir and --resume_from_checkpoint exclude each other: give one of them")
+    name = model_args.model_name_or_path
+    configuration = AutoConfig.from_pretrained(name, trust_remote_code=training_args.trust_remote_code).to_dict()
+    run = describe_run(name, configuration, training_args.seed, model_args.mode)
+    how = {
+        "overwrite": data_args.overwrite_output_dir,
+        "resumes": bool(training_args.resume_from_checkpoint),
+        "writes": training_args.process_index == 0,
+    }
+    with training_args.main_process_first(local=False, desc="looking at the output folder"):
+        claim_output(training_args.output_dir, run, **how)
 
 
 def require_engine(training_args: SFTConfig) -> None:
