@@ -298,7 +298,7 @@ def test_a_module_is_asked_once_for_each_way_of_calling_it(monkeypatch):
     monkeypatch.setattr(tiling, "why_not_token_wise", lambda module, forward, call, **_: asked.append(call.keys) or "")
     module = tiled(MLP())
     module(inputs(2, 23)), module(inputs(2, 23))
-    module(inputs(23), residual=1.0)  # a number is no row
+    module(inputs(2, 23), residual=1.0)  # a number is no row
     assert asked == [(0,)]
     module(inputs(2, 23), residual=inputs(2, 23))
     module.eval()(inputs(2, 23))

@@ -50,10 +50,13 @@ class AttentionRequest:
         return dataclasses.replace(self, tensors=(), args=tuple(map(whole_of, self.args)), kwargs=kwargs)
 
     def per_head(self, num_heads: int) -> str:
-        """The name of an argument that has a part for each head: a mask `(B, N, S, S)`, sinks `(N,)`; empty if none has."""
+        """The name of an argument that has a part for each head; empty if none has.
+
+        A mask `(B, N, S, S)`, a bias `(N, S, S)`, slopes `(N, 1)` or sinks `(N,)`.
+        """
         for name, value in (*enumerate(self.args), *self.kwargs.items()):
-            if isinstance(value, Tensor):
-                each = value.shape[1] if value.dim() == 4 else value.shape[0] if value.dim() == 1 else 1
+            if isinstance(value, Tensor) and value.dim() > 0:
+                each = value.shape[1] if value.dim() == 4 else value.shape[0] if value.dim() in (1, 3) else 1
                 if each > 1 and (value.dim() == 4 or each == num_heads):
                     return repr(name)
         return ""

@@ -14,6 +14,19 @@ from torch import Tensor
 CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum, type(None))
 
 
+FEW = 32  # rows; fewer would show nothing
+
+
+def spread(index: Tensor, size: int) -> Tensor:
+    """As many indices: a third each from the beginning, the middle and the end of `size`."""
+    count = len(index)
+    if size <= count:
+        return index
+    third, rest = count // 3, count - 2 * (count // 3)
+    middle = (size - third) // 2
+    return torch.cat([index[:rest], torch.arange(middle, middle + third), torch.arange(size - third, size)])
+
+
 class RowCall:
     """The arguments of a call, seen as rows.
 
@@ -113,16 +126,20 @@ class RowCall:
     def narrowed(self, batch: int, tokens: int, replace: Callable[[Tensor], Tensor]) -> RowCall:
         """The same call for the first `tokens` of the last leading dimension, and the first `batch` of those before.
 
-        `replace` gives other values for the first tensor, if that holds real numbers.
+        A call of fewer rows than `FEW` is made longer: its rows are repeated. `replace` gives other values for the first
+        tensor, if that holds real numbers; it is given the first rows, some in the middle and the last.
         """
-        *before, _ = self._leading
-        index = (*[slice(batch)] * len(before), slice(tokens))
+        *before, last = self._leading
+        rows = math.prod(min(batch, n) for n in before) * min(tokens, last)
+        size = last if rows >= FEW else tokens
+        index = (*[slice(batch)] * len(before), torch.arange(min(size, tokens)) % last)
         args, kwargs = list(self._args), dict(self._kwargs)
         for key, rows in zip(self.keys, self.rows(), strict=True):
             count = self._num_leading(self._argument(key))
-            value = rows.view(*self._leading, *rows.shape[1:])[index]
+            random = key == self.keys[0] and rows.is_floating_point()
+            where = (*index[:-1], spread(index[-1], last)) if random else index
+            value = rows.detach().view(*self._leading, *rows.shape[1:])[where]
             value = value if count == len(self._leading) else value.flatten(0, len(before))
-            random = key == self.keys[0] and value.is_floating_point()
             value = replace(value) if random else value.clone()  # the module may write to it
             (args if isinstance(key, int) else kwargs)[key] = value
         return RowCall(tuple(args), kwargs)
@@ -135,3 +152,8 @@ class RowCall:
     def run(self, forward) -> Any:
         """`forward` with these arguments."""
         return forward(*self._args, **self._kwargs)
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> RowCall:
+        """The same call with `function(t)` for each tensor."""
+        args = tuple(function(v) if isinstance(v, Tensor) else v for v in self._args)
+        return RowCall(args, {k: function(v) if isinstance(v, Tensor) else v for k, v in self._kwargs.items()})

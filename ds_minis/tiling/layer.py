@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +14,13 @@ from ds_minis.tiling.checkpointed_layer import ItsOwnCheckpointing
 from ds_minis.tiling.compiling import compiled_inside, outside_of_graphs
 from ds_minis.tiling.layer_call import LayerCall
 from ds_minis.tiling.layer_node import LayerNode
-from ds_minis.tiling.layer_passes import LayerPasses
-from ds_minis.tiling.layer_verify import Finding, examine
+from ds_minis.tiling.layer_passes import DifferentSettings, LayerPasses
+from ds_minis.tiling.layer_verify import Finding, examine, follow_again, read_attributes
 from ds_minis.tiling.module import engine_inside, passing_state, require_weights
-from ds_minis.tiling.recompute import AutocastState
+from ds_minis.tiling.recompute import AutocastState, has_values, random_states, set_random_states
 from ds_minis.tiling.rows import run_call
+from ds_minis.tiling.signature import STALE, Signature, signature_of
+from ds_minis.tiling.state import State
 from ds_minis.tiling.swap import Tiled, own_forward, tell
 
 
@@ -39,7 +42,14 @@ class TiledLayer(ItsOwnCheckpointing, Tiled):
         finding = _found_out(self, forward, call)
         if finding.reason:
             return self._as_it_is(forward, args, kwargs)
-        y = _forward_by_tokens(self, forward, call, finding)
+        x = call.hidden
+        try:
+            y = _forward_by_tokens(self, forward, call, finding)
+        except DifferentSettings as error:
+            call.hidden = x
+            _told(self, ("call", str(error)), Finding(str(error)))
+            return self._as_it_is(forward, args, kwargs)
+        del x
         return y if finding.rest is None else (y, *finding.rest)
 
 
@@ -51,56 +61,78 @@ def why_one_call(layer: nn.Module) -> str:
 
 @outside_of_graphs
 def _found_out(layer: TiledLayer, forward: Callable[..., Any], call: LayerCall) -> Finding:
-    """Examined once for each mode, dtype, way of calling and make-up; a hook on a part may come and go."""
-    passing, with_grads = passing_state(layer), torch.is_grad_enabled() or layer.training
-    reason = call.reason or passing or engine_inside(layer) or compiled_inside(layer)
+    """Examined once for each way of calling and all that it rests on (`signature`); a hook on a part may come and go."""
+    verdicts = layer.mini_sequence_verdicts
+    signature = signature_of(layer, verdicts.ignored)
+    with_grads = torch.is_grad_enabled() or layer.training
+    reason = call.reason or passing_state(layer, signature) or engine_inside(layer, signature)
+    reason = reason or (compiled_inside(layer) if signature.may_be_compiled else "") or verdicts.changing
     if reason:
-        _tell(layer, ("call", reason), Finding(reason))
-        return Finding(reason)
-    autocast = AutocastState(call.hidden.device).dtype()
-    key = layer.training, with_grads, call.hidden.dtype, autocast, call.key, _make_up(layer)
-    if key not in layer.mini_sequence_verdicts:
-        require_weights(layer)
-        chunking, rows = layer.mini_sequence_chunking, call.hidden.shape[:2].numel()
-        with chunking.guarded("chunk_size", rows, rows), chunking.untiled():
-            finding = examine(layer, forward, call, chunking)
-        if finding is None:  # cannot be told from this call
-            return Finding("its weights are such that nothing shows")
-        _tell(layer, key, finding)
-    return layer.mini_sequence_verdicts[key]
+        return _told(layer, ("call", reason), Finding(reason))
+    kind = with_grads, call.hidden.dtype, AutocastState(call.hidden.device).dtype(), call.key
+    key = (*kind, signature.stable)
+    finding, chunk = verdicts.get(key), _chunk_tokens(layer, call)
+    if finding is not None and not verdicts.is_stale(finding, signature.versions):
+        if finding.reason or finding.reach.holds(call.hidden.shape[1], chunk) or not has_values(call.hidden):
+            return _told(layer, key, finding)
+        with layer.mini_sequence_chunking.untiled():
+            finding = follow_again(layer, forward, call, chunk, finding)
+        if finding is not None:
+            return _told(layer, key, finding)
+    finding = _asked(layer, forward, call, chunk, kind, signature)
+    return Finding(_NOTHING_SHOWS) if finding is None else _told(layer, key, finding)
 
 
-def _make_up(layer: nn.Module) -> tuple:
-    """What a layer's parts are, what is trained of them and what is switched on.
-
-    An adapter that is added, enabled or unmerged later may read what nobody read before. Names and no types: a copy or a
-    pickle of the layer has this among its verdicts' keys.
-    """
-    return tuple(
-        (name, type(part).__module__, type(part).__qualname__, _switches(part)) for name, part in layer.named_modules()
-    )
+_NOTHING_SHOWS = "its weights are such that nothing shows"
 
 
-def _switches(part: nn.Module) -> tuple:
-    """Which tensors require a gradient; flags and texts; and the texts in lists (PEFT's active and merged adapters)."""
-    return tuple(
-        value.requires_grad if isinstance(value, Tensor) else _texts(value) if type(value) is list else value
-        for holder in (part._parameters, part.__dict__)
-        for name, value in holder.items()
-        if isinstance(value, Tensor)
-        or (type(value) in (bool, str, list) and not name.startswith(("ds_", "mini_sequence_")))
-    )
+def _asked(
+    layer: TiledLayer, forward: Callable[..., Any], call: LayerCall, chunk: int, kind: tuple, signature: Signature
+) -> Finding | None:
+    """A new finding; None where nothing can be told."""
+    require_weights(layer)
+    chunking, verdicts, rows = layer.mini_sequence_chunking, layer.mini_sequence_verdicts, call.hidden.shape[:2].numel()
+    often = verdicts.often_changed(kind, signature.stable)
+    with chunking.guarded("chunk_size", rows, rows), chunking.untiled():
+        finding = examine(layer, forward, call, chunking, chunk)
+        if finding is not None and often:
+            verdicts.settle(often, read_attributes(layer, forward, call, often, signature))
+        if finding is not None and not finding.reason and not finding.attention_asked:
+            finding = dataclasses.replace(finding, reason=_left_behind(layer, forward, call, chunk))
+    if finding is None or not has_values(call.hidden):
+        return finding
+    reason = finding.reason or verdicts.changing or (STALE if verdicts.often_stale and finding.reach.versions else "")
+    versions = None if (reason and verdicts.often_stale) or not finding.reach.versions else signature.versions
+    return dataclasses.replace(finding, reason=reason, versions=versions)
 
 
-def _texts(values: list) -> tuple[str, ...]:
-    return tuple(value for value in values if isinstance(value, str))
+def _left_behind(layer: TiledLayer, forward: Callable[..., Any], call: LayerCall, chunk: int) -> str:
+    """Whether the attention function leaves something behind, where a few tokens could not show it: by a real call."""
+    x = call.hidden
+    with torch.no_grad():
+        request, heads = LayerPasses(
+            layer, forward, call, _bounds(x.shape[1], chunk), layer.mini_sequence_chunking
+        ).before(x)
+        state, random = State(request.module, request.function), random_states(x.device)
+        try:
+            request.run(heads)
+            changed = state.changed(request.module)
+        finally:
+            state.restore(request.module)
+            set_random_states(x.device, random)
+            call.hidden = x
+    return f"its attention function leaves something behind ({changed})" if changed else ""
 
 
-def _tell(layer: TiledLayer, key: tuple, finding: Finding) -> None:
-    if key not in layer.mini_sequence_verdicts:
-        layer.mini_sequence_verdicts[key] = finding
+def _told(layer: TiledLayer, key: tuple, finding: Finding) -> Finding:
+    verdicts = layer.mini_sequence_verdicts
+    if verdicts.get(key) is not finding:
+        if key[0] != "call" or key not in verdicts:
+            verdicts[key] = finding
         if finding.reason:
             tell(layer, "is run as a whole", finding.reason)
+    verdicts.note(layer.training, finding.reason)
+    return finding
 
 
 def _runs_whole(layer: TiledLayer, call: LayerCall) -> bool:
@@ -124,15 +156,18 @@ def _experts_per_choice(layer: nn.Module) -> float:
     return max(1.0, experts / choices) if experts and choices else 1.0
 
 
+def _bounds(num_tokens: int, chunk: int) -> list[tuple[int, int]]:
+    starts = [i for i in range(0, num_tokens, chunk) if i == 0 or num_tokens - i > 1]
+    return list(zip(starts, [*starts[1:], num_tokens], strict=True))
+
+
 @outside_of_graphs
 def _forward_by_tokens(layer: TiledLayer, forward: Callable[..., Any], call: LayerCall, finding: Finding) -> Tensor:
     require_weights(layer)
     chunking, x, chunk = layer.mini_sequence_chunking, call.hidden, _chunk_tokens(layer, call)
-    num_tokens = x.shape[1]
-    starts = [i for i in range(0, num_tokens, chunk) if i == 0 or num_tokens - i > 1]
-    bounds = list(zip(starts, [*starts[1:], num_tokens], strict=True))
+    bounds = _bounds(x.shape[1], chunk)
     source, depth = chunking.checkpoints.source(layer, x) if torch.is_grad_enabled() else (None, 0)
-    passes = LayerPasses(layer, forward, call, bounds, chunking)
+    passes = LayerPasses(layer, forward, call, bounds, chunking, finding.settings)
     node = LayerNode(layer, passes, finding.unread, finding.groups, source, chunking.config.keep_attention)
     y = run_call(node, [x])
     chunking.checkpoints.made(node, y, depth)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_minis.tiling.calls import CONSTANTS
+from ds_minis.tiling.calls import CONSTANTS, FEW, spread
 
 
 class LayerCall:
@@ -53,10 +53,26 @@ class LayerCall:
         return TokensOfCall(self, x, start, stop)
 
     def narrowed(self, batch: int, tokens: int, replace: Callable[[Tensor], Tensor]) -> LayerCall:
-        """The call for the first tokens of the first sequences, with other hidden states; masks stay as they are."""
-        x = self.hidden[:batch, :tokens]
+        """The call for the first tokens of the first sequences, with other hidden states; masks stay as they are.
+
+        A call of a few tokens is made longer: they are repeated. `replace` is given the hidden states of the first tokens, of
+        some in the middle and of the last.
+        """
+        num_tokens, x = self.hidden.shape[1], self.hidden[:batch].detach()
+        if x.shape[0] * min(num_tokens, tokens) < FEW:
+            index = torch.arange(tokens, device=x.device) % num_tokens
+            args, kwargs = self.arguments(x[:, index], lambda place, v: self._repeated(place, v, index))
+            longer = LayerCall(tuple(args), kwargs)
+            return longer.narrowed(batch, tokens, replace)
+        x = x[:, spread(torch.arange(min(num_tokens, tokens)), num_tokens)]
         few = TokensOfCall(self, replace(x), 0, x.shape[1], batch=x.shape[0])
         return LayerCall(tuple(few.args), few.kwargs)
+
+    def _repeated(self, place: int | str, value: Any, index: Tensor) -> Any:
+        if isinstance(value, tuple | list):
+            return type(value)(self._repeated(place, v, index) for v in value)
+        dim = self.dim_of_tokens(place, value) if isinstance(value, Tensor) else None
+        return value if dim is None else value.index_select(dim, index)
 
     def arguments(self, x: Tensor, part: Callable[[int | str, Any], Any]) -> tuple[list, dict[str, Any]]:
         """The arguments, with `x` for the hidden states and `part(place, value)` for each other one."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ds_minis.tiling.attention import AttentionReached, AttentionRequest, attention_answered_by
 from ds_minis.tiling.chunking import Chunking
+from ds_minis.tiling.follow import differing_setting, settings_of
 from ds_minis.tiling.layer_call import LayerCall, TokensOfCall
 from ds_minis.tiling.recompute import AutocastState, Seeds, has_values
 from ds_minis.tiling.rows import constants_of, set_to
@@ -53,6 +54,10 @@ class Unread:
 NOTHING_UNREAD = Unread()
 
 
+class DifferentSettings(RuntimeError):
+    """A layer calls its attention for a chunk otherwise than it would for all tokens."""
+
+
 class NoAttention(RuntimeError):
     """A layer did not call the attention interface."""
 
@@ -63,6 +68,7 @@ class LayerPasses:
     Args:
         forward: the layer's own forward.
         bounds: first and last token of each chunk, in the order in which they are run.
+        settings: with what the layer calls its attention, but for tensors; None: as for the first chunk.
     """
 
     def __init__(
@@ -72,7 +78,9 @@ class LayerPasses:
         call: LayerCall,
         bounds: Sequence[tuple[int, int]],
         chunking: Chunking,
+        settings: dict | None = None,
     ):
+        self._settings = settings
         x, call.hidden = call.hidden, None  # which autograd saves, or somebody keeps
         self.bounds, self._batch = bounds, x.shape[0]
         self.autocast = AutocastState(x.device)
@@ -86,12 +94,20 @@ class LayerPasses:
         with torch.no_grad():
             for i, (start, stop) in enumerate(self.bounds):
                 request, part = self.reach(chunk_of(x, start, stop), i)
+                self._require_settings(request)
                 if not whole:
                     first = request.for_whole(part.whole_of)
                     whole = [_for_all_tokens(t, x.shape[1]) for t in request.tensors]
                 for t, chunk in zip(whole, request.tensors, strict=True):
                     t[:, :, start:stop].copy_(chunk)
         return first, whole
+
+    def _require_settings(self, request: AttentionRequest) -> None:
+        settings = settings_of(request)
+        self._settings = settings if self._settings is None else self._settings
+        name = differing_setting(self._settings, settings)
+        if name:
+            raise DifferentSettings(f"its attention's argument {name} depends on the number of tokens")
 
     def reach(self, chunk: Tensor, index: int) -> tuple[AttentionRequest, TokensOfCall]:
         """Runs the layer on a chunk up to its attention."""

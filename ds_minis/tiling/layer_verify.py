@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,26 +21,38 @@ from ds_minis.config import AUTO
 from ds_minis.tiling.attention import AttentionRequest, attention_answered_by
 from ds_minis.tiling.calls import CONSTANTS
 from ds_minis.tiling.chunking import Chunking
+from ds_minis.tiling.follow import Reach, differing_setting, follow_layer, settings_of
 from ds_minis.tiling.head_groups import HeadGroups
 from ds_minis.tiling.layer_call import LayerCall
 from ds_minis.tiling.layer_node import LayerNode
 from ds_minis.tiling.layer_passes import NOTHING_UNREAD, LayerPasses, NoAttention, Unread, chunk_of
 from ds_minis.tiling.linears import is_plain_linear
+from ds_minis.tiling.poison import PoisonedRows, narrowed_request
 from ds_minis.tiling.recompute import AutocastState, has_values
 from ds_minis.tiling.rows import ParameterSlots
+from ds_minis.tiling.signature import Signature, read_by
+from ds_minis.tiling.state import State
 from ds_minis.tiling.verify import (
+    HELD,
     LARGEST_WEIGHT,
+    LONGEST_PROBE,
     WRITES_GRADIENTS,
-    State,
+    are_close,
     foreign_weight,
+    guarded,
     is_close,
+    is_held,
+    long_probe,
     quietly,
+    real_and_random,
     tolerance,
     writes_gradients,
 )
+from ds_minis.tiling.watch import SHARED_DRAW, Watch, shares_draws
 
-_BATCH, _TOKENS, _CHUNKS = 2, 32, 3
+_BATCH, _TOKENS, _CHUNKS = 2, 37, 3
 _MIXES = "its result or gradients for a token depend on others, other than by way of its attention"
+_HEADS_DIFFER = "its attention function gives something else for a part of the heads"
 _MOST_LINEARS = 32  # of those asked behind the attention; a mixture of experts may have hundreds
 
 
@@ -54,6 +66,10 @@ class Finding:
         unread: what need not be computed.
         groups: how its attention can be run in groups of heads, where that was asked for.
         one_call: why it cannot; empty if it can, or was not asked for.
+        reach: the lengths for which this holds.
+        settings: the arguments of the attention's call that are no tensors; None if they are not known.
+        attention_asked: the attention function itself was run, and left nothing behind.
+        versions: of the tensors that this rests on; None where their values decide nothing.
     """
 
     reason: str = ""
@@ -61,6 +77,10 @@ class Finding:
     unread: Unread = NOTHING_UNREAD
     groups: HeadGroups | None = None
     one_call: str = ""
+    reach: Reach = field(default_factory=Reach)
+    settings: dict | None = field(default=None, compare=False)
+    attention_asked: bool = True
+    versions: tuple | None = field(default=None, compare=False, repr=False)
 
 
 class _Counting(TorchFunctionMode):
@@ -83,8 +103,13 @@ class WrongGroups(ValueError):
     """The groups of heads that were asked for cannot be made."""
 
 
-def examine(layer: nn.Module, forward: Callable[..., Any], call: LayerCall, chunking: Chunking) -> Finding | None:
-    """Runs a few tokens of a call on detached weights, forward and backward.
+def examine(
+    layer: nn.Module, forward: Callable[..., Any], call: LayerCall, chunking: Chunking, chunk_tokens: int = 0
+) -> Finding | None:
+    """Follows a call without values, and runs a few tokens of it on detached weights, forward and backward.
+
+    Args:
+        chunk_tokens: tokens of a chunk of this call; 0: a third.
 
     Returns:
         None where it cannot be told: nothing that was asked for differs from token to token.
@@ -95,19 +120,72 @@ def examine(layer: nn.Module, forward: Callable[..., Any], call: LayerCall, chun
             layer, forward, call.narrowed(_BATCH, _TOKENS, torch.empty_like), chunking
         ).finding_by_shapes()
     with quietly(layer, x.device):
-        finding = _ask(layer, forward, call, chunking)
+        reach = Reach()
+        reason, settings = _followed(layer, forward, call, chunk_tokens, reach)
+        finding = _ask(layer, forward, call, chunking, reach)
         if finding is not None and finding.reason == _MIXES:
             # Once more, with other random numbers: the gradient of a single number may happen to be next to nothing, and all
             # rounding in bfloat16.
-            finding = _ask(layer, forward, call, chunking)
-        return finding
+            finding = _ask(layer, forward, call, chunking, reach)
+        if finding is None:
+            return None
+        return dataclasses.replace(finding, reason=finding.reason or reason, reach=reach, settings=settings)
 
 
-def _ask(layer: nn.Module, forward: Callable[..., Any], call: LayerCall, chunking: Chunking) -> Finding | None:
-    first_state = State(layer)
+def follow_again(
+    layer: nn.Module, forward: Callable[..., Any], call: LayerCall, chunk_tokens: int, finding: Finding
+) -> Finding | None:
+    """What was found out, for another length; None where that cannot be told without values."""
+    reach = Reach()
+    with quietly(layer, call.hidden.device):
+        reason, settings = _followed(layer, forward, call, chunk_tokens, reach)
+    if not reach.complete:
+        return None
+    if not reason and settings and finding.settings and differing_setting(settings, finding.settings):
+        settings = None  # they may depend on the length, as long as all chunks agree with the whole
+    return dataclasses.replace(finding, reason=reason, reach=reach.extended(finding.reach), settings=settings)
+
+
+def _followed(
+    layer: nn.Module, forward: Callable[..., Any], call: LayerCall, chunk_tokens: int, reach: Reach
+) -> tuple[str, dict | None]:
+    """What shows without values: why the layer cannot be tiled, and the arguments of its attention that are no tensors."""
+    state, x = State(layer), call.hidden
     try:
-        few = call.narrowed(_BATCH, _TOKENS, torch.randn_like)
-        return _Examination(layer, forward, few, chunking).finding()
+        return follow_layer(forward, layer, call, x, chunk_tokens or -(-x.shape[1] // _CHUNKS), reach)
+    finally:
+        state.restore(layer)
+
+
+def read_attributes(
+    layer: nn.Module, forward: Callable[..., Any], call: LayerCall, slots: list[tuple[int, str]], signature: Signature
+) -> list[str]:
+    """Which of some attributes of its parts a layer reads."""
+    state, few = State(layer), call.narrowed(_BATCH, _TOKENS, torch.randn_like)
+    part = few.with_tokens(few.hidden, 0, few.hidden.shape[1])
+
+    def run() -> None:
+        with attention_answered_by(lambda request: _stand_in(request, request.tensors)):
+            forward(*part.args, **part.kwargs)
+
+    with quietly(layer, call.hidden.device), torch.no_grad():
+        try:
+            return read_by(run, slots, signature)
+        finally:
+            state.restore(layer)
+
+
+def _ask(
+    layer: nn.Module, forward: Callable[..., Any], call: LayerCall, chunking: Chunking, reach: Reach
+) -> Finding | None:
+    first_state = State(layer)
+    tokens = _TOKENS if reach.complete else long_probe(layer, call.hidden) // _BATCH
+    if not reach.complete and min(call.hidden.shape[1], LONGEST_PROBE // _BATCH) <= tokens:
+        reach.without_end()
+    shape = call.hidden.shape
+    try:
+        few = call.narrowed(_BATCH, tokens, real_and_random)
+        return _Examination(layer, forward, few, chunking, shape).finding()
     except (torch.OutOfMemoryError, WrongGroups):
         raise  # says nothing about the layer
     except NoAttention:
@@ -119,9 +197,18 @@ def _ask(layer: nn.Module, forward: Callable[..., Any], call: LayerCall, chunkin
 
 
 class _Examination:
-    def __init__(self, layer: nn.Module, forward: Callable[..., Any], call: LayerCall, chunking: Chunking):
+    """Runs of a few tokens of a call; `shape` is that of the hidden states of the call itself."""
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        forward: Callable[..., Any],
+        call: LayerCall,
+        chunking: Chunking,
+        shape: Sequence[int] = (),
+    ):
         self._layer, self._forward, self._call, self._chunking = layer, forward, call, chunking
-        self._x = call.hidden
+        self._x, self._shape = call.hidden, shape
         num_tokens, size = self._x.shape[1], -(-self._x.shape[1] // _CHUNKS)
         self._bounds = [(i, min(i + size, num_tokens)) for i in reversed(range(0, num_tokens, size))]
         self._slots = ParameterSlots(layer)
@@ -130,12 +217,21 @@ class _Examination:
         self._grad: Tensor | None = None
         self._settings: dict[int | str, Any] = {}  # of the attention's call for all tokens
         self._num_counting = 0  # of the chunks
+        self._sentinels: list = []
 
     def finding(self) -> Finding | None:
-        with torch.enable_grad():
-            expected, rest, reason = self._whole()
-        if reason:
-            return Finding(reason)
+        watch = Watch([self._x, *self._params])
+        try:
+            with torch.enable_grad(), watch:
+                expected, rest, reason = self._whole()
+        finally:
+            written = watch.undo_writes()
+        if reason or written:
+            return Finding(reason or f"it keeps state from one call to the next ({written})")
+        if watch.drew_in_python or shares_draws(watch.steps, self._x.shape[1]):
+            return Finding(SHARED_DRAW)
+        if is_held(self._sentinels):
+            return Finding(HELD)
         state = State(self._layer)
         differing = self._differing_setting()
         if self._num_counting == len(self._bounds):
@@ -151,9 +247,14 @@ class _Examination:
         if not any(g is not None and g.any() for g in expected[1:]):
             return None
         coarse = tolerance([self._x, *self._params, *actual])
-        if not all(is_close(a, e, coarse) for a, e in zip(actual, expected, strict=True)):
+        if not _all_close(actual, expected, coarse):
             return Finding(_MIXES)
-        finding = Finding(rest=rest, unread=self._unread(actual))
+        if not watch.makes_indices and PoisonedRows(self._forward, self._call, self._slots, self._x).spread(coarse):
+            return Finding(_MIXES)
+        left, asked = self._left_by_attention()
+        if left:
+            return Finding(f"its attention function leaves something behind ({left})")
+        finding = Finding(rest=rest, unread=self._unread(actual), attention_asked=asked)
         return finding if self._chunking.config.head_groups == 1 else self._with_groups(finding, actual)
 
     def finding_by_shapes(self) -> Finding:
@@ -171,13 +272,13 @@ class _Examination:
         leaves = [p.detach().requires_grad_(asked) for p, asked in zip(self._params, self._asked, strict=True)]
         x = self._x.clone().requires_grad_()
         requests: list[AttentionRequest] = []
-        part = self._call.with_tokens(x * 1, 0, x.shape[1])
+        part = self._call.with_tokens(guarded(x, self._sentinels), 0, x.shape[1])
         reason = ""
 
         def answer(request: AttentionRequest) -> Tensor:
             nonlocal reason
-            requests.append(request)
-            self._settings = _settings(request)
+            requests.append(dataclasses.replace(request, tensors=()))
+            self._settings = settings_of(request)
             reason = reason or _why_not_whole(request, part.is_argument, leaves, x.shape[1])
             return _stand_in(request, request.tensors)
 
@@ -211,12 +312,11 @@ class _Examination:
         with torch.no_grad():
             for i, (start, stop) in enumerate(self._bounds):
                 with _Counting(stop - start) as counting:
-                    settings = _settings(passes.reach(chunk_of(self._x, start, stop), i)[0])
+                    settings = settings_of(passes.reach(chunk_of(self._x, start, stop), i)[0])
                 self._num_counting += counting.seen
-                names = (name for name in {**self._settings, **settings})
-                differing = [n for n in names if self._settings.get(n, _ABSENT) != settings.get(n, _ABSENT)]
+                differing = differing_setting(self._settings, settings)
                 if differing:
-                    return repr(differing[0])
+                    return differing
         return ""
 
     def _passes(self) -> LayerPasses:
@@ -300,6 +400,26 @@ class _Examination:
             for handle in handles:
                 handle.remove()
 
+    def _left_by_attention(self) -> tuple[str, bool]:
+        """What the attention function itself leaves behind, and whether it could be run at all on a few tokens."""
+        request, heads = self._passes().before(self._x)
+        few = narrowed_request(request, self._shape, self._x.shape)
+        if few is None:
+            return "", False
+        state, sentinels = State(request.module, request.function), []
+        try:
+            with torch.enable_grad():
+                result = few.run([guarded(t.requires_grad_(), sentinels) for t in heads])
+            del result
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            return "", False
+        finally:
+            changed = state.changed(request.module)
+            state.restore(request.module)
+        return changed or ("a part of its graph" if is_held(sentinels) else ""), True
+
     def _with_groups(self, finding: Finding, expected: Sequence[Tensor | None]) -> Finding:
         """The finding, with the groups of heads that were asked for, or the reason why there are none."""
         groups, _ = self._groups()
@@ -308,9 +428,35 @@ class _Examination:
         except RuntimeError:
             actual = [None] * len(expected)
         coarse = tolerance([self._x, *self._params, *expected])
-        if all(is_close(a, e, coarse) for a, e in zip(actual, expected, strict=True)):
-            return dataclasses.replace(finding, groups=groups)
-        return dataclasses.replace(finding, one_call="the projections in front of its attention cannot be cut by heads")
+        if not _all_close(actual, expected, coarse):
+            why = "the projections in front of its attention cannot be cut by heads"
+        else:
+            why = self._why_heads_differ(groups, coarse)
+        return dataclasses.replace(finding, one_call=why) if why else dataclasses.replace(finding, groups=groups)
+
+    def _why_heads_differ(self, groups: HeadGroups, coarse: float) -> str:
+        """Whether the attention function itself gives the same for some of the heads as for all of them."""
+        with torch.no_grad():
+            request, heads = self._passes().before(self._x)
+            name = request.per_head(heads[0].shape[1])
+            if name:
+                return f"its attention's argument {name} has a part for each head"
+            few = narrowed_request(request, self._shape, self._x.shape)
+            if few is None:
+                return ""
+            try:
+                whole = few.run(heads)
+                for group in range(groups.count):
+                    with groups.cut(group):
+                        request, heads = self._passes().before(self._x)
+                    part = narrowed_request(request, self._shape, self._x.shape).run(heads)
+                    if part.dim() == 4 and not is_close(part, groups.of_output(whole, group), coarse):
+                        return _HEADS_DIFFER
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:
+                return _HEADS_DIFFER
+        return ""
 
     def _groups(self) -> tuple[HeadGroups, list[torch.Size]]:
         """The groups that were asked for, of the projections as wide as heads; and the shapes of all heads."""
@@ -362,6 +508,13 @@ class _Examination:
         return {m: v for m, v in once.items() if m in before}, {m: v for m, v in once.items() if m not in before}
 
 
+def _all_close(actual: Sequence[Tensor | None], expected: Sequence[Tensor | None], coarse: float) -> bool:
+    """Result and gradient of the hidden states by tokens, the other gradients as they are."""
+    pairs = list(zip(actual, expected, strict=True))
+    by_tokens = ((None if t is None else t.transpose(0, 1) for t in pair) for pair in pairs[:2])
+    return all(are_close(*pair, coarse) for pair in by_tokens) and all(is_close(a, e, coarse) for a, e in pairs[2:])
+
+
 def _draws(part: nn.Module) -> bool:
     return "drop" in type(part).__name__.lower() and bool(getattr(part, "p", 1))
 
@@ -404,15 +557,6 @@ def _why_not_whole(
         if not known(value):
             return f"its attention's argument {name!r} is made in the layer, perhaps of all tokens"
     return ""
-
-
-_ABSENT = object()
-
-
-def _settings(request: AttentionRequest) -> dict[int | str, Any]:
-    """The arguments of an attention's call but for tensors and lists of them, which the layer was given."""
-    arguments = (*enumerate(request.args), *request.kwargs.items())
-    return {name: value if isinstance(value, CONSTANTS) else isinstance(value, Tensor) for name, value in arguments}
 
 
 def _stand_in(request: AttentionRequest, tensors: Sequence[Tensor]) -> Tensor:

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from ds_minis.tiling.calls import RowCall
 from ds_minis.tiling.compiling import outside_of_graphs
+from ds_minis.tiling.follow import Reach
 from ds_minis.tiling.hooks import ALL, foreign_global_hook, foreign_hook
-from ds_minis.tiling.recompute import has_values
+from ds_minis.tiling.recompute import AutocastState, has_values
 from ds_minis.tiling.rows import runs_whole, tile_rows
+from ds_minis.tiling.signature import STALE, Ask, Signature, signature_of
 from ds_minis.tiling.swap import Tiled, own_forward, tell
-from ds_minis.tiling.verify import why_not_token_wise
+from ds_minis.tiling.verify import read_attributes, why_not_token_wise
 
 _FSDP = {"FSDPModule": "fully_shard", "FullyShardedDataParallel": "FullyShardedDataParallel"}
 
@@ -39,7 +41,7 @@ class TiledModule(Tiled):
 @outside_of_graphs
 def _forward_by_rows(module: TiledModule, forward: Callable[..., Any], call: RowCall, chunk_rows: int) -> Any:
     """By chunks, if the module is token-wise; else as it is, with one line that says why."""
-    if not _is_token_wise(module, forward, call):
+    if not _is_token_wise(module, forward, call, chunk_rows):
         return call.run(forward)
     require_weights(module)
 
@@ -54,37 +56,81 @@ def _forward_by_rows(module: TiledModule, forward: Callable[..., Any], call: Row
     return y.view(*call.input.shape[:-1], y.shape[-1])
 
 
-def _is_token_wise(module: TiledModule, forward: Callable[..., Any], call: RowCall) -> bool:
-    """Verified once for each mode (training or not) and way of calling; a hook on a part may come and go."""
-    passing, with_grads = passing_state(module), torch.is_grad_enabled() or module.training
-    key = module.training, with_grads, call.keys, call.flags, call.reason, passing
+def _is_token_wise(module: TiledModule, forward: Callable[..., Any], call: RowCall, chunk_rows: int) -> bool:
+    """Verified once for each way of calling and all that it rests on (`signature`); a hook on a part may come and go."""
     verdicts = module.mini_sequence_verdicts
-    if key in verdicts:
-        return not verdicts[key]
-    reason = call.reason or passing
+    signature = signature_of(module, verdicts.ignored)
+    passing, with_grads = passing_state(module, signature), torch.is_grad_enabled() or module.training
+    dtypes = call.input.dtype, AutocastState(call.input.device).dtype()
+    kind = with_grads, call.keys, call.flags, call.reason, passing, call.input.dim(), *dtypes
+    key = (*kind, signature.stable)
+    verdict = verdicts.get(key)
+    if verdict is None or verdicts.is_stale(verdict, signature.versions) or not _reaches(verdict, call, chunk_rows):
+        verdict = _asked(module, forward, call, chunk_rows, key, kind, signature, verdict)
+        if verdict is None:
+            return not has_values(call.input)
+    verdicts.note(module.training, verdict.reason)
+    return not verdict.reason
+
+
+def _reaches(verdict: Ask, call: RowCall, chunk_rows: int) -> bool:
+    return bool(verdict.reason) or verdict.reach is None or verdict.reach.holds(call.num_rows, chunk_rows)
+
+
+def _asked(
+    module: TiledModule,
+    forward: Callable[..., Any],
+    call: RowCall,
+    chunk_rows: int,
+    key: tuple,
+    kind: tuple,
+    signature: Signature,
+    earlier: Ask | None,
+) -> Ask | None:
+    """A new verdict; None where nothing can be told."""
+    verdicts = module.mini_sequence_verdicts
+    passing = kind[4]
+    reason, reach = call.reason or passing or verdicts.changing, Reach()
     if not reason:
         if not has_values(call.input):
-            return True
+            return None
         require_weights(module)
+        often = verdicts.often_changed(kind, signature.stable)
         with module.mini_sequence_chunking.guarded("chunk_size", call.num_rows, call.num_rows):
-            reason = why_not_token_wise(module, forward, call, with_grads=with_grads)
-        if reason is None:
-            return False
-    verdicts[key] = reason
+            reason = why_not_token_wise(
+                module, forward, call, with_grads=with_grads_of(kind), chunk_rows=chunk_rows, reach=reach
+            )
+            if reason is None:
+                return None
+            if often:
+                read = read_attributes(module, forward, call, often, signature)
+                verdicts.settle(often, read)
+                reason = reason or verdicts.changing
+        if earlier is not None and not reason and not earlier.reason and earlier.reach is not None:
+            reach = reach.extended(earlier.reach)
+        if verdicts.often_stale and earlier is not None:
+            reason = reason or STALE
+    versions = None if (reason and verdicts.often_stale) or not reach.versions else signature.versions
+    verdict = verdicts[key] = Ask(reason, reach if not reason else None, versions if not passing else None)
     if reason:
         tell(module, "is run as a whole", reason)
-    return not reason
+    return verdict
 
 
-def passing_state(module: nn.Module) -> str:
+def with_grads_of(kind: tuple) -> bool:
+    return kind[0]
+
+
+def passing_state(module: nn.Module, signature: Signature | None = None) -> str:
     """What may be there for one call alone, and gone when a chunk is run again; empty if there is nothing of the kind."""
-    hook = foreign_hook((part for part in module.modules() if part is not module), ALL)
+    signature = signature_of(module) if signature is None else signature
+    hook = foreign_hook(signature.hooked, ALL)
     if hook:  # PEFT hands layers what they need for each sample in one
         return f"a part of it has the hook {hook}, which may look at all tokens"
     hook = foreign_global_hook()
     if hook:
         return f"every module has the hook {hook}, which may look at all tokens"
-    if any("parametrizations" in part._modules for part in module.modules()):  # PEFT's LoRA on parameters
+    if signature.has_parametrizations:  # PEFT's LoRA on parameters
         return "its weights are parametrized, perhaps for one call alone"
     return ""
 
@@ -97,8 +143,10 @@ def _experts_per_choice(module: nn.Module, call: RowCall) -> float:
     return max(1.0, experts / call.choices) if experts and call.choices else 1.0
 
 
-def engine_inside(module: nn.Module) -> str:
+def engine_inside(module: nn.Module, signature: Signature | None = None) -> str:
     """Which engine gathers the weights of a part of the module on its own; empty if none does."""
+    if not any(_wrapper(part) for part in (signature_of(module) if signature is None else signature).parts):
+        return ""
     for name, child in module.named_modules():
         wrapper = _wrapper(child)
         if name and wrapper:
@@ -107,7 +155,12 @@ def engine_inside(module: nn.Module) -> str:
 
 
 def _wrapper(module: nn.Module) -> str:
-    return next((_FSDP[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in _FSDP), "")
+    return _wrapper_class(type(module))
+
+
+@functools.lru_cache(maxsize=4096)
+def _wrapper_class(cls: type[nn.Module]) -> str:
+    return next((_FSDP[base.__name__] for base in cls.__mro__ if base.__name__ in _FSDP), "")
 
 
 def require_weights(module: nn.Module) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from ds_minis.ranks import is_main_process
 from ds_minis.tiling.chunking import Chunking
+from ds_minis.tiling.signature import Verdicts
 
 logger = logging.getLogger("ds_minis")
 
@@ -34,7 +35,7 @@ class Tiled(nn.Module):
 
     mini_sequence_chunking: Chunking | None = None
     mini_sequence_name: str
-    mini_sequence_verdicts: dict[tuple, object]
+    mini_sequence_verdicts: Verdicts
 
     def __reduce_ex__(self, protocol):
         # The class is made at run time, so copies and pickles name the classes it was made from.
@@ -65,7 +66,7 @@ def mixin_of(cls: type[nn.Module]) -> type[Tiled]:
 def tile(module: nn.Module, mixin: type[Tiled], chunking: Chunking, name: str = "") -> None:
     """Makes a module run over chunks from now on, where its behaviour allows it; `name` is for reports."""
     _swap_class(module, tiled_class(mixin, type(module)))
-    module.mini_sequence_chunking, module.mini_sequence_name, module.mini_sequence_verdicts = chunking, name, {}
+    module.mini_sequence_chunking, module.mini_sequence_name, module.mini_sequence_verdicts = chunking, name, Verdicts()
 
 
 def untile(module: nn.Module) -> None:
@@ -86,8 +87,11 @@ def untile(module: nn.Module) -> None:
 
 
 def why_whole(module: Tiled) -> str:
-    """The reason why some call of the module was run as a whole; empty if none was."""
-    return next(filter(None, (getattr(v, "reason", v) for v in module.mini_sequence_verdicts.values())), "")
+    """The reason why the module runs as a whole in training, as its last call did; empty if it does not.
+
+    Calls without gradients count where there were no others.
+    """
+    return module.mini_sequence_verdicts.why_whole()
 
 
 def tell(module: Tiled, what: str, reason: str) -> None:

@@ -1,14 +1,17 @@
 """Is a module token-wise? Asked of its behaviour, at its first call: names lie (a token shift inside of a feed-forward).
 
-A few rows are run at once, and again by chunks in reversed order: run in order, a module that keeps what it saw from one
-call to the next would look token-wise. Gradients are compared too, as a mixing weight that starts at zero shows only there.
-The rows are random, and the other arguments those of the real call.
+It is followed without values at the call's own length and at a chunk's (`follow`). Then some rows are run at once, and
+again by chunks in reversed order: run in order, a module that keeps what it saw from one call to the next would look
+token-wise. Gradients are compared too, as a mixing weight that starts at zero may show only there. At last some rows are no
+numbers, and some are large: no other row may notice. Half of the rows are real ones, half are random.
 """
 
 from __future__ import annotations
 
 import contextlib
 import enum
+import gc
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,13 +21,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ds_minis.tiling.calls import RowCall
+from ds_minis.tiling.follow import Reach, follow_module
 from ds_minis.tiling.gradient_sums import GradientSums
 from ds_minis.tiling.recompute import AutocastState, unseen_graph
 from ds_minis.tiling.rows import ParameterSlots
+from ds_minis.tiling.signature import Signature, read_by
+from ds_minis.tiling.state import State
+from ds_minis.tiling.watch import SHARED_DRAW, Watch, shares_draws
 
-_BATCH, _TOKENS, _CHUNKS = 2, 32, 3
+_BATCH, _TOKENS, _CHUNKS = 2, 37, 3  # a prime, which hardly any width is a multiple of
+# Rows and bytes of a probe of what cannot be followed without values.
+LONGEST_PROBE, _PROBE_BYTES = 2048, 2**25
 # Relative to the largest element. Rounding differs between matmuls of different sizes; a mixed token shows at once.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
 _COARSE = 2e-2  # bfloat16, float16
 # Elements. Larger weights get no gradient here: theirs would cost memory, and what mixes tokens is small, or seen already.
 LARGEST_WEIGHT = 2**24
@@ -37,49 +46,110 @@ class _Answer(enum.Enum):
 
 
 def why_not_token_wise(
-    module: nn.Module, forward: Callable[..., Any], call: RowCall, *, with_grads: bool = True
+    module: nn.Module,
+    forward: Callable[..., Any],
+    call: RowCall,
+    *,
+    with_grads: bool = True,
+    chunk_rows: int = 0,
+    reach: Reach | None = None,
 ) -> str | None:
-    """Runs a few rows of a call on detached weights.
+    """Follows a call without values, and runs some rows of it on detached weights.
 
     Args:
         module: whose state must not change.
         forward: the module's own forward.
         call: a real call of it, whose arguments have rows (`call.reason` is empty).
         with_grads: run backward too.
+        chunk_rows: rows of a chunk of this call; 0: a third.
+        reach: is told for which numbers of rows the answer holds.
 
     Returns:
         An empty string if the module is token-wise; else the reason why it is not. None where it cannot be told: neither
         its output nor a gradient differs from token to token.
     """
+    reach = Reach() if reach is None else reach
     with quietly(module, call.input.device):
-        answer = _ask(module, forward, call, with_grads)
-        if answer == _Answer.NOT_IN_BACKWARD.value:
+        state = State(module)
+        try:
+            reason = follow_module(module, forward, call, chunk_rows or -(-call.num_rows // _CHUNKS), reach)
+        finally:
+            state.restore(module)
+        answer = _ask(module, forward, call, with_grads, reach)
+        if answer in (_Answer.NOT_IN_BACKWARD.value, _Answer.NO.value):
             # Once more, with other random numbers: the gradient of a single number may happen to be next to nothing, and all
             # rounding in bfloat16.
-            answer = _ask(module, forward, call, with_grads)
-        return answer
+            answer = _ask(module, forward, call, with_grads, reach)
+        return reason if answer == _Answer.YES.value else answer
 
 
-def _ask(module: nn.Module, forward: Callable[..., Any], call: RowCall, with_grads: bool) -> str | None:
+def read_attributes(
+    module: nn.Module, forward: Callable[..., Any], call: RowCall, slots: list[tuple[int, str]], signature: Signature
+) -> list[str]:
+    """Which of some attributes of its parts a module reads."""
+    state = State(module)
     few = call.narrowed(_BATCH, _TOKENS, torch.randn_like)
+    with quietly(module, call.input.device), torch.no_grad():
+        try:
+            return read_by(lambda: few.run(forward), slots, signature)
+        finally:
+            state.restore(module)
+
+
+def _ask(module: nn.Module, forward: Callable[..., Any], call: RowCall, with_grads: bool, reach: Reach) -> str | None:
     first_state = State(module)
+    tokens = _TOKENS if reach.complete else max(_TOKENS, long_probe(module, call.input) // _BATCH)
+    if not reach.complete and min(call.num_rows, LONGEST_PROBE) <= _BATCH * tokens:
+        reach.without_end()
+    few = call.narrowed(_BATCH, tokens, real_and_random)
+    watch = Watch(few.rows())
     try:
         run = _Run(module, forward, few, with_grads)
-        expected = run.whole()
+        with watch:
+            expected = run.whole()
         if run.reason:
             return run.reason
+        written = watch.undo_writes()
+        if written:
+            return f"it keeps state from one call to the next ({written})"
+        if watch.drew_in_python or shares_draws(watch.steps, few.num_rows):
+            return SHARED_DRAW
         state = State(module)
         actual = run.in_reversed_chunks()
         changed = state.changed(module)
+        answer = _compared(actual, expected, tolerance([few.input, *module.parameters(), *actual]))
+        if answer == _Answer.YES.value and not changed and not watch.makes_indices:
+            answer = run.why_poison_spreads(expected)
     except torch.OutOfMemoryError:
         raise  # says nothing about the module
     except Exception as error:
         return f"it fails on a part of the tokens ({type(error).__name__}: {str(error)[:100]})"
     finally:
+        watch.undo_writes()
         first_state.restore(module)
     if changed:
         return f"it keeps state from one call to the next ({changed})"
-    return _compared(actual, expected, tolerance([few.input, *module.parameters(), *actual]))
+    if run.is_held():
+        return HELD
+    return answer
+
+
+HELD = "it keeps what it computed beyond the call (an auxiliary loss, perhaps)"
+
+
+def long_probe(module: nn.Module, x: Tensor) -> int:
+    """Tokens of a probe that may take as much memory as the module's weights."""
+    weights = sum(p.numel() * p.element_size() for p in module.parameters())
+    a_token = 32 * x.shape[-1] * max(4, x.element_size())
+    return max(_BATCH * _TOKENS, min(LONGEST_PROBE, max(weights, _PROBE_BYTES) // a_token))
+
+
+def real_and_random(x: Tensor) -> Tensor:
+    """Real rows at odd places and random ones between them."""
+    values = torch.randn_like(x)
+    if x.dim() > 1 and x.isfinite().all():
+        values[..., 1::2, :] = x[..., 1::2, :]
+    return values
 
 
 def tolerance(tensors: Sequence[Tensor | None]) -> float:
@@ -97,6 +167,11 @@ class _Run:
         self.reason = ""
         self._module, self._forward, self._call, self._with_grads = module, forward, call, with_grads
         self._grad: Tensor | None = None
+        self._sentinels: list[weakref.ref] = []
+
+    def is_held(self) -> bool:
+        """Whether somebody still holds a part of the graph of a run."""
+        return is_held(self._sentinels)
 
     def whole(self) -> list[Tensor | None]:
         """Output, gradient of the first argument, gradients of the weights; empty if there is a reason not to go on."""
@@ -116,13 +191,15 @@ class _Run:
             for rows in slices:
                 parts = [row[rows].detach().clone() for row in call.rows()]
                 leaf = parts[0].requires_grad_(parts[0].is_floating_point())
-                parts[0] = leaf * 1 if leaf.requires_grad else leaf  # what is no leaf may be written to
+                # What is no leaf may be written to.
+                parts[0] = guarded(leaf, self._sentinels) if leaf.requires_grad and self._with_grads else leaf * 1
                 args, kwargs = arguments(parts)
                 y = self._forward(*args, **kwargs)
                 self.reason = _why_not_one_tensor(y, RowCall(tuple(args), kwargs)) or foreign_weight(y, [leaf, *leaves])
                 if self.reason:
                     return []
                 y = y.flatten(0, -2)
+                parts = args = kwargs = None
                 if output is None:
                     output, input_grad = y.new_empty(call.num_rows, *y.shape[1:]), torch.zeros_like(call.rows()[0])
                     self._grad = torch.randn_like(output) if self._grad is None else self._grad
@@ -137,7 +214,78 @@ class _Run:
                     grad = next(grads) if leaf.requires_grad else None
                     input_grad[rows] = 0 if grad is None else grad
                     sums.add(grads)
+                y = None
         return [output, input_grad, *sums.result()]
+
+    def why_poison_spreads(self, expected: Sequence[Tensor | None]) -> str:
+        """Rows that are no numbers, or large, reach no other row; nor do such rows of the gradient, in backward."""
+        output, input_grad = expected[0], expected[1]
+        for value in (float("nan"), LARGE):
+            with_grads = self._with_grads and value != value
+            poisoned = torch.rand(self._call.num_rows, device=output.device) < 0.5
+            try:
+                y, grad = self._poisoned(value, poisoned, with_grads)
+            except Exception:  # says nothing: it may look for numbers that are none
+                continue
+            close = tolerance([self._call.input, output])
+            if not is_close(y[~poisoned], output[~poisoned], close):
+                return _Answer.NO.value
+            if grad is not None and not is_close(grad[~poisoned], input_grad[~poisoned], close):
+                return _Answer.NOT_IN_BACKWARD.value
+        return ""
+
+    def _poisoned(self, value: float, rows: Tensor, with_grads: bool) -> tuple[Tensor, Tensor | None]:
+        """Output, and gradient of the first argument, where some rows are times `value`."""
+        parts, slots = [row.detach().clone() for row in self._call.rows()], ParameterSlots(self._module)
+        for part in parts:
+            if part.is_floating_point():
+                part[rows] *= value
+        with torch.set_grad_enabled(with_grads):
+            leaf = parts[0].requires_grad_(with_grads and parts[0].is_floating_point())
+            parts[0] = leaf * 1
+            args, kwargs = self._call.whole(parts)
+            with slots.holding([p.detach() for p in slots.tensors]):
+                y = self._forward(*args, **kwargs).flatten(0, -2)
+            if not (leaf.requires_grad and y.requires_grad):
+                return y.detach(), None
+            grad_y = self._grad.clone()
+            grad_y[rows] *= value
+            (grad,) = torch.autograd.grad(y, leaf, grad_y, allow_unused=True)
+        return y.detach(), grad
+
+
+LARGE = 300.0  # times a row; of which squares are numbers in float16 too
+
+
+class _Guarded(torch.autograd.Function):
+    """A copy of a tensor whose graph node holds an object; nobody holds that when the graph is gone."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, sentinel: Any):
+        ctx.sentinel = sentinel
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None
+
+
+class _Sentinel:
+    pass
+
+
+def guarded(x: Tensor, sentinels: list[weakref.ref]) -> Tensor:
+    """A copy of a tensor; the sentinel that is added lives as long as something that was computed of it in a graph."""
+    sentinel = _Sentinel()
+    sentinels.append(weakref.ref(sentinel))
+    return _Guarded.apply(x, sentinel)
+
+
+def is_held(sentinels: Sequence[weakref.ref]) -> bool:
+    if all(ref() is None for ref in sentinels):
+        return False
+    gc.collect()  # a cycle of the module's own
+    return any(ref() is not None for ref in sentinels)
 
 
 def _compared(actual: list[Tensor | None], expected: list[Tensor | None], tolerance: float) -> str | None:
@@ -146,9 +294,10 @@ def _compared(actual: list[Tensor | None], expected: list[Tensor | None], tolera
     alike = torch.equal(rows, rows[:1].expand_as(rows)) and not any(g is not None and g.any() for g in grads)
     if alike:
         return None
-    if not is_close(actual[0], output, tolerance):
+    if not are_close(actual[0], output, tolerance):
         return _Answer.NO.value
-    close = (is_close(a, e, tolerance) for a, e in zip(actual[1:], grads, strict=True))
+    close = [is_close(a, e, tolerance) for a, e in zip(actual[2:], grads[1:], strict=True)]
+    close.append(are_close(actual[1], grads[0], tolerance))
     return _Answer.YES.value if all(close) else _Answer.NOT_IN_BACKWARD.value
 
 
@@ -157,6 +306,13 @@ def is_close(actual: Tensor | None, expected: Tensor | None, tolerance: float) -
         return actual is expected
     error, scale = (actual.float() - expected.float()).abs().max(), expected.float().abs().max()
     return bool(error <= tolerance * scale)
+
+
+def are_close(actual: Tensor | None, expected: Tensor | None, tolerance: float) -> bool:
+    """The same of rows, of which the random and the real ones differ in size."""
+    if actual is None or expected is None or expected.dim() < 2:
+        return is_close(actual, expected, tolerance)
+    return all(is_close(actual[i::2], expected[i::2], tolerance) for i in (0, 1) if i < expected.shape[0])
 
 
 def _why_not_one_tensor(output: Any, call: RowCall) -> str:
@@ -228,60 +384,3 @@ def quietly(module: nn.Module, device: torch.device) -> Iterator[None]:
             for m, name, value in kept:
                 m.__dict__[name] = value
             torch.clear_autocast_cache()  # of the detached weights
-
-
-class State:
-    """What a module and its parts hold: buffers by value, lists and the like by their elements, all else by identity."""
-
-    def __init__(self, module: nn.Module):
-        self._attributes = {m: dict(m.__dict__) for m in module.modules()}
-        self._buffers = {m: dict(m._buffers) for m in module.modules()}
-        self._values = [(b, _version(b), b.clone()) for b in module.buffers()]
-        self._versions = [(p, _version(p)) for p in module.parameters()]
-        self._containers = [
-            (name, value, value.copy())
-            for m in module.modules()
-            for name, value in m.__dict__.items()
-            if type(value) in (list, dict, set) and not name.startswith("_") and not name.startswith("mini_sequence_")
-        ]
-
-    def changed(self, module: nn.Module) -> str:
-        """The name of something that is not what it was; empty if everything is."""
-        for m, attributes in self._attributes.items():
-            for holder, before in ((m.__dict__, attributes), (m._buffers, self._buffers[m])):
-                for name in holder.keys() | before.keys():
-                    if holder.get(name) is not before.get(name) and not _same(holder.get(name), before.get(name)):
-                        return name
-        for name, value, before in self._containers:
-            if len(value) != len(before) or any(
-                a is not b for a, b in zip(_elements(value), _elements(before), strict=True)
-            ):
-                return name
-        changed = any(_version(t) != version for t, version, *_ in (*self._values, *self._versions))
-        return "a tensor in place" if changed else ""
-
-    def restore(self, module: nn.Module) -> None:
-        """Puts everything back, but for parameters that were written to."""
-        for m, attributes in self._attributes.items():
-            m.__dict__.clear()
-            m.__dict__.update(attributes)
-            m._buffers.clear()
-            m._buffers.update(self._buffers[m])
-        for _, value, before in self._containers:
-            value.clear()
-            value.extend(before) if isinstance(value, list) else value.update(before)
-        for buffer, version, value in self._values:
-            if _version(buffer) != version:
-                buffer.copy_(value)
-
-
-def _elements(container: list | dict | set) -> list:
-    return list(container.values() if isinstance(container, dict) else container)
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _same(a: Any, b: Any) -> bool:
-    return type(a) is type(b) and isinstance(a, bool | int | float | str) and a == b
