@@ -322,9 +322,12 @@ def test_weight_gradients_are_summed_in_float32():
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_autocast_state_is_replayed(enabled):
+    seen = []
+    note = seen.append  # a list that the forward itself names would be state that it keeps
+
     class Spy(MLP):
         def forward(self, x):
-            seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+            note((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
             return super().forward(x)
 
     def autocast(function):
@@ -334,7 +337,7 @@ def test_autocast_state_is_replayed(enabled):
 
         return call
 
-    seen, module, x = [], Spy(), inputs(23)
+    module, x = Spy(), inputs(23)
     mini = tiled(module)
     expected = run(autocast(lambda x: loop(module, x)), module, x)
     autocast(mini)(x)  # the first call verifies that the module is token-wise
