@@ -8,6 +8,8 @@ HERE=$(cd "$(dirname "$0")" && pwd)
 ROOT=$(cd "$HERE/../.." && pwd)
 . "$ROOT/scripts/setup_env.sh"
 
+"$PYTHON" -S "$HERE/settings.py" "$ROOT"
+
 GPUS=$("$PYTHON" -c 'import torch; print(torch.accelerator.device_count())')
 ON_CPU=$([ "$GPUS" -gt 0 ] && echo False || echo True)
 

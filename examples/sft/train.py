@@ -33,10 +33,13 @@ from folders import claim_output, describe_run, require_input, require_output
 from modeling import load_model, load_tokenizer, lora_config
 from summary import summarize
 from transformers import AutoConfig, Trainer, TrainerCallback, set_seed
+from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 from trl.data_utils import is_conversational
 
 from ds_minis import convert_to_mini_sequence
+
+logger = logging.get_logger("train")
 
 
 class MiniSequenceSFTTrainer(SFTTrainer):
@@ -83,6 +86,9 @@ def main() -> None:
     set_seed(training_args.seed)
 
     train_dataset, eval_dataset = load_splits(data_args)
+    if eval_dataset is None and training_args.eval_strategy != "no":
+        logger.warning(f"no evaluation: {data_args.dataset_name} has no second split (--splits)")
+        training_args.eval_strategy = "no"
     tokenizer = load_tokenizer(model_args, training_args)
     require_chat_template(tokenizer, train_dataset, model_args)
     deepspeed = training_args.distributed_state.distributed_type == DistributedType.DEEPSPEED
