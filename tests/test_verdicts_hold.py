@@ -67,7 +67,7 @@ class CountsItsPositions(Up):
     """The tokens behind the hundredth are left out."""
 
     def mixed(self, x):
-        return x * (torch.ones(x.shape[:2]).cumsum(1) <= 100)[..., None]
+        return x * (torch.ones(x.shape[:2], device=x.device).cumsum(1) <= 100)[..., None]
 
 
 class WeakBranch(Up):
@@ -79,6 +79,17 @@ class WeakBranch(Up):
 
     def mixed(self, x):
         return x + self.weight * F.pad(x, (0, 0, 1, 0))[:, :-1]
+
+
+class WeakGather(Up):
+    def mixed(self, x):
+        before = (torch.arange(x.shape[1], device=x.device) - 1).clamp(min=0)
+        return x + 1e-6 * x[:, before]
+
+
+class DropsWeights(Up):
+    def forward(self, x):
+        return F.linear(x, F.dropout(self.up.weight, 0.5))
 
 
 class SharedDraw(Up):
@@ -93,7 +104,18 @@ class SharedNoise(Up):
 
 @pytest.mark.parametrize(
     "cls",
-    [RollsFar, Dilated, ScalesWithLength, GuardsItsMaximum, CountsItsPositions, WeakBranch, SharedDraw, SharedNoise],
+    [
+        RollsFar,
+        Dilated,
+        ScalesWithLength,
+        GuardsItsMaximum,
+        CountsItsPositions,
+        WeakBranch,
+        WeakGather,
+        DropsWeights,
+        SharedDraw,
+        SharedNoise,
+    ],
 )
 def test_a_module_that_mixes_tokens_where_few_would_not_show_it_runs_as_a_whole(cls):
     module, x = tiled(cls()), inputs(2, 120)
@@ -113,7 +135,8 @@ def test_a_first_call_of_one_token_decides_nothing():
 
     module = tiled(Shifts(), chunk_size=1)
     module(inputs(1, 1))
-    assert tiled_module.why_not_token_wise(module, lambda x: Shifts.forward(module, x), _call(inputs(1, 1)))
+    answer = tiled_module.why_not_token_wise(module, lambda x: Shifts.forward(module, x), _call(inputs(1, 1)))
+    assert answer == "its result for a token depends on others"
     y = module(inputs(2, 60))
     untile(module)
     assert torch.equal(module(inputs(2, 60)), y)
@@ -199,11 +222,28 @@ class Auxiliary(LlamaDecoderLayer):
         return super().forward(hidden_states, **kwargs)
 
 
+_kept = []
+_keep = _kept.append  # out of the sight of whoever looks for lists
+
+
+class AuxiliaryUnseen(LlamaDecoderLayer):
+    def forward(self, hidden_states, **kwargs):
+        _keep(hidden_states.pow(2).mean())
+        return super().forward(hidden_states, **kwargs)
+
+
+def test_a_part_of_the_graph_that_outlives_the_call():
+    model, reference = (with_class(m, AuxiliaryUnseen) for m in twins("llama"))
+    convert_to_mini_sequence(model, {"chunk_size": 10, "loss_chunk_size": 7})
+    assert_same_training(model, reference, batch(23))
+    assert "keeps what it computed beyond the call" in why_whole(model.model.layers[0])
+
+
 @pytest.mark.parametrize("cls", [LogScale, Reaches])
 def test_a_layer_that_depends_on_its_length(cls):
     model, reference = (with_class(m, cls) for m in twins("llama"))
     convert_to_mini_sequence(model, CHUNKS)
-    assert_same_training(model, reference, batch(40))
+    assert_same_training(model, reference, batch(55))
     assert_same_training(model, reference, batch(200))
     assert count_layers(model) == 0 and not mini_sequence_report(model).layers
 

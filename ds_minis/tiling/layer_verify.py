@@ -119,9 +119,9 @@ def examine(
         return _Examination(
             layer, forward, call.narrowed(_BATCH, _TOKENS, torch.empty_like), chunking
         ).finding_by_shapes()
+    reach = Reach()
+    reason, settings = _followed(layer, forward, call, chunk_tokens, reach)
     with quietly(layer, x.device):
-        reach = Reach()
-        reason, settings = _followed(layer, forward, call, chunk_tokens, reach)
         finding = _ask(layer, forward, call, chunking, reach)
         if finding is not None and finding.reason == _MIXES:
             # Once more, with other random numbers: the gradient of a single number may happen to be next to nothing, and all
@@ -137,8 +137,7 @@ def follow_again(
 ) -> Finding | None:
     """What was found out, for another length; None where that cannot be told without values."""
     reach = Reach()
-    with quietly(layer, call.hidden.device):
-        reason, settings = _followed(layer, forward, call, chunk_tokens, reach)
+    reason, settings = _followed(layer, forward, call, chunk_tokens, reach)
     if not reach.complete:
         return None
     if not reason and settings and finding.settings and differing_setting(settings, finding.settings):
@@ -151,10 +150,11 @@ def _followed(
 ) -> tuple[str, dict | None]:
     """What shows without values: why the layer cannot be tiled, and the arguments of its attention that are no tensors."""
     state, x = State(layer), call.hidden
-    try:
-        return follow_layer(forward, layer, call, x, chunk_tokens or -(-x.shape[1] // _CHUNKS), reach)
-    finally:
-        state.restore(layer)
+    with quietly(layer, x.device, with_dropout=True):
+        try:
+            return follow_layer(forward, layer, call, x, chunk_tokens or -(-x.shape[1] // _CHUNKS), reach)
+        finally:
+            state.restore(layer)
 
 
 def read_attributes(
