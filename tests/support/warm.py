@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import functools
@@ -42,6 +43,8 @@ def clean_up(folder: Path) -> None:
 @functools.cache
 def environment() -> dict[str, str]:
     """Variables for a command that may be run warm: PATH finds the warm `python` and launchers, PYTHON names it."""
+    if FOLDER not in os.environ:  # a script that runs cases, such as scripts/parity_matrix.py
+        atexit.register(clean_up, prepare())
     folder = Path(os.environ[FOLDER])
     server = {name: value for name in warm_python.READ_AT_IMPORT if (value := os.environ.get(name)) is not None}
     server = warm_python.DEFAULTS | server
