@@ -18,15 +18,23 @@ from ds_minis.detect import (
     find_candidates,
     find_hidden_size,
     find_models_with_loss,
+    find_wrappers,
     has_several_heads,
     why_unkept,
 )
 from ds_minis.doors import BY_RUN, Request, agreed
 from ds_minis.ranks import is_main_process
+from ds_minis.tiling.cache_rule import attach_cache_rule, detach_cache_rule
 from ds_minis.tiling.checkpointed_layer import UntiledLayer
 from ds_minis.tiling.chunking import Chunking
 from ds_minis.tiling.layer import TiledLayer, why_one_call
-from ds_minis.tiling.loss import attach_loss_tiling, detach_loss_tiling, loss_is_attached, why_loss_is_bypassed
+from ds_minis.tiling.loss import (
+    attach_loss_tiling,
+    attached_chunking,
+    detach_loss_tiling,
+    loss_is_attached,
+    why_loss_is_bypassed,
+)
 from ds_minis.tiling.module import TiledModule
 from ds_minis.tiling.swap import Tiled, tile, untile, untiled_class, why_whole
 from ds_minis.versions import warn_of_old_versions
@@ -120,11 +128,13 @@ def convert(
         return model  # which asks for defaults only where nobody asked for anything
     if earlier is not None:
         agreed(Request(earlier.config, earlier.door), Request(config, door))
-        if config.enabled and not all(loss_is_attached(m) for m in find_models_with_loss(model)):
+        loss_models = find_models_with_loss(model)
+        if config.enabled and not all(loss_is_attached(m) for m in loss_models):
             raise ValueError(
                 f"{door}: a part of this {type(model).__name__} was converted before ({earlier.door}), without its LM head "
                 "and loss: call revert_mini_sequence on it first, and convert the whole model"
             )
+        _attach_to_wrappers(model, loss_models)
         return model
     if not config.enabled:  # remembered, so that another door cannot turn on what was turned off here
         model.__dict__[_STATE] = ConversionReport(config, door, {}, {}, "not tiled (mini-sequences are off)")
@@ -147,6 +157,9 @@ def convert(
     unkept = _keep_attention_of_untiled_layers(found, candidates, chunking) if config.keep_attention else ()
     for loss_model in loss_models:
         attach_loss_tiling(loss_model, chunking)
+    _attach_to_wrappers(model, loss_models)
+    layers = [c.module for c in tiled if c.role == "layer"]
+    attach_cache_rule(model, layers, chunking, has_loss=bool(loss_models))
 
     report = ConversionReport(
         config=config,
@@ -163,6 +176,14 @@ def convert(
     return model
 
 
+def _attach_to_wrappers(model: nn.Module, loss_models: list[nn.Module]) -> None:
+    """Has forward passes of what is built around a model with a loss be passes of that model; some may have come since."""
+    for wrapper, owner in find_wrappers(model, loss_models):
+        chunking = attached_chunking(owner)
+        if chunking is not None and not loss_is_attached(wrapper):
+            attach_loss_tiling(wrapper, chunking, owner)
+
+
 def revert_mini_sequence(model: nn.Module) -> nn.Module:
     """Undoes `convert_to_mini_sequence`, in place; a model that was never converted is returned as it is.
 
@@ -173,6 +194,7 @@ def revert_mini_sequence(model: nn.Module) -> nn.Module:
         if isinstance(module, Tiled):
             untile(module)
         detach_loss_tiling(module)
+        detach_cache_rule(module)
         module.__dict__.pop(_STATE, None)
     return model
 

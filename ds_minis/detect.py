@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ds_minis.tiling.arguments import takes_any_keyword
 from ds_minis.tiling.attention import num_attentions
 from ds_minis.tiling.loss import takes_labels
 from ds_minis.tiling.swap import replaced_forward, untiled_class
@@ -255,6 +256,21 @@ def find_models_with_loss(model: nn.Module) -> list[nn.Module]:
         and takes_labels(module)
         and not isinstance(module.get_output_embeddings(), nn.ModuleList | None)
     ]
+
+
+def find_wrappers(model: nn.Module, models_with_loss: list[nn.Module]) -> list[tuple[nn.Module, nn.Module]]:
+    """What is built around a model with a loss and hands labels on to it, with that model.
+
+    It may call the model's `forward` and no hook of the model (PEFT's AdaLoRA; of PEFT before 0.20 all tuners).
+    """
+    found = []
+    for module in model.modules():
+        if module in models_with_loss or not (takes_labels(module) or takes_any_keyword(type(module).forward)):
+            continue
+        inside = [m for m in module.modules() if m in models_with_loss]
+        if len({id(m.get_output_embeddings()) for m in inside}) == 1:
+            found.append((module, inside[-1]))
+    return found
 
 
 def has_several_heads(model: nn.Module) -> bool:

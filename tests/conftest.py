@@ -64,8 +64,8 @@ def tiled_calls(monkeypatch) -> list[tuple[str, int]]:
         return counted
 
     monkeypatch.setattr("ds_minis.tiling.module.tile_rows", count(rows.tile_rows))
-    monkeypatch.setattr("ds_minis.tiling.loss.tile_rows", count(rows.tile_rows))
-    monkeypatch.setattr("ds_minis.tiling.loss.sum_rows", count(sums.sum_rows))
+    monkeypatch.setattr("ds_minis.tiling.chunked_head.tile_rows", count(rows.tile_rows))
+    monkeypatch.setattr("ds_minis.tiling.chunked_head.sum_rows", count(sums.sum_rows))
     return calls
 
 

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import re
@@ -199,6 +200,23 @@ def test_a_missing_engine_stays_missing(monkeypatch):
     monkeypatch.setattr(sys, "meta_path", [finder])
     assert finder.find_spec("deepspeed") is None
     assert finder.find_spec("json") is None
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_another_finder_that_asks_all_finders(monkeypatch, first):
+    class AsksAll:
+        def find_spec(self, name, path=None, target=None):
+            specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+            return next((spec for spec in specs if spec is not None), None)
+
+    own = [autoload._AttachingFinder()]
+    finders = [AsksAll(), *own] if first else [*own, AsksAll()]
+    monkeypatch.setattr(sys, "meta_path", [*finders, *(f for f in sys.meta_path if type(f) is not type(own[0]))])
+    monkeypatch.delitem(sys.modules, "accelerate.utils.deepspeed", raising=False)
+    spec = importlib.util.find_spec("accelerate.utils.deepspeed")
+    assert isinstance(spec.loader, autoload._AttachingLoader)
+    monkeypatch.setitem(autoload._ATTACH, "ds_minis_no_such_engine", "nowhere:nothing")
+    assert importlib.util.find_spec("ds_minis_no_such_engine") is None
 
 
 def test_autoload_warns_when_it_fails_and_never_raises(monkeypatch):

@@ -10,7 +10,7 @@ from models import add_lora, assert_same_tensors, assert_same_training, batch, b
 from torch import nn
 
 from ds_minis import convert_to_mini_sequence
-from ds_minis.tiling.loss import _HEAD, _DeferringHead
+from ds_minis.tiling.chunked_head import HEAD, DeferringHead
 from ds_minis.tiling.module import TiledModule
 
 CHUNKS = {"chunk_size": 10, "loss_chunk_size": 8}
@@ -197,7 +197,7 @@ def test_copies_and_saves_after_an_interrupt(tmp_path, fault_at):
     fault.at = fault_at
     with pytest.raises(KeyboardInterrupt):
         model(**batch(23))
-    assert not isinstance(model.lm_head, _DeferringHead) and _HEAD not in model.lm_head.__dict__
+    assert not isinstance(model.lm_head, DeferringHead) and HEAD not in model.lm_head.__dict__
     del place(model, "mlp").forward
     model.save_pretrained(tmp_path)
     assert_same_training(copy.deepcopy(model), twin, batch(23))

@@ -23,6 +23,7 @@ from ds_minis.convert import NothingToTile, convert, tiled_modules
 from ds_minis.doors import SECTION, Request, agreed, hand_to_ranks, read_section, requested_by_environment
 from ds_minis.integrations.autoload import register
 from ds_minis.ranks import is_main_process
+from ds_minis.tiling.deferred import materialized
 from ds_minis.tiling.swap import Tiled
 
 logger = logging.getLogger("ds_minis")
@@ -132,6 +133,18 @@ def attach_accelerator(accelerator_module) -> None:
     accelerator_class.__init__ = init_with_plugin
     accelerator_class._mini_sequence = _Models(None)  # of accelerators that were made before
     accelerator_class.prepare, accelerator_class.prepare_model = prepare_converted, prepare_converted_model
+    for name in ("gather", "gather_for_metrics", "pad_across_processes", "reduce"):
+        setattr(accelerator_class, name, _given_logits_in_full(getattr(accelerator_class, name)))
+
+
+def _given_logits_in_full(method):
+    """Wraps what is given a model's outputs and hands them to collectives, which ask no tensor what it stands for."""
+
+    @functools.wraps(method)
+    def method_with_logits(self, *args, **kwargs):
+        return method(self, *materialized(args), **materialized(kwargs))
+
+    return method_with_logits
 
 
 _PLUGIN_PARAMETER = inspect.Parameter("mini_sequence_plugin", inspect.Parameter.KEYWORD_ONLY, default=None)

@@ -55,9 +55,19 @@ def register() -> None:
 class _AttachingFinder(importlib.abc.MetaPathFinder):
     """Finds nothing by itself: has the modules of `_ATTACH` found by the others, and attaches after their import."""
 
+    def __init__(self):
+        self._in_search: set[str] = set()
+
     def find_spec(self, name, path=None, target=None):
-        if name not in _ATTACH:
+        if name not in _ATTACH or name in self._in_search:  # another finder may ask all finders, this one too
             return None
+        self._in_search.add(name)
+        try:
+            return self._found_by_others(name, path, target)
+        finally:
+            self._in_search.discard(name)
+
+    def _found_by_others(self, name, path, target):
         for finder in sys.meta_path:
             find_spec = None if finder is self else getattr(finder, "find_spec", None)
             spec = find_spec(name, path, target) if find_spec is not None else None

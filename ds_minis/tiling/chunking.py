@@ -33,6 +33,8 @@ class Chunking:
         checkpoints: the inputs of its tiled layers.
         unread: what need not be computed in a layer of some make (`ds_minis.tiling.layer_verify`).
         unkept: where an attention cannot be kept -> (class name of the layer, reason) (`ds_minis.tiling.kept_attention`).
+        heads: what was found out about LM heads (`ds_minis.tiling.chunked_head`).
+        bypassed: why the loss of the last forward pass in training could not be tiled; empty if it was.
         passes: what the end of each forward pass in progress must undo (`ds_minis.tiling.loss`).
     """
 
@@ -42,6 +44,8 @@ class Chunking:
     checkpoints: Checkpoints = field(default=None, repr=False, compare=False)
     unread: dict[tuple, Any] = field(default_factory=dict, repr=False, compare=False)
     unkept: dict[tuple, tuple[str, str]] = field(default_factory=dict, repr=False, compare=False)
+    heads: dict[tuple, Any] = field(default_factory=dict, repr=False, compare=False)
+    bypassed: str = field(default="", repr=False, compare=False)
     passes: list[contextlib.ExitStack] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self):

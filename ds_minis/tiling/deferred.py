@@ -14,7 +14,7 @@ import functools
 import logging
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,14 +24,20 @@ from torch import Tensor
 from ds_minis.ranks import is_main_process
 from ds_minis.tiling.compiling import outside_of_graphs
 from ds_minis.tiling.consumers import CONSUMERS
-from ds_minis.tiling.recompute import AutocastState
+from ds_minis.tiling.recompute import AutocastState, graph_is_kept
 
 Step = Callable[[Tensor], Tensor]
 logger = logging.getLogger("ds_minis")
 
 
 class Head(Protocol):
-    """What turns hidden states into logits (`ds_minis.tiling.loss`)."""
+    """What turns hidden states into logits (`ds_minis.tiling.chunked_head`)."""
+
+    def made(self, logits: DeferredLogits) -> None:
+        """Deferred logits of this head came into being."""
+
+    def release(self) -> None:
+        """Backward has reached what was computed of them."""
 
     def logits(self, hidden_LH: Tensor) -> Tensor:
         """The logits of all rows, as the model's own head computes them."""
@@ -98,10 +104,13 @@ class DeferredLogits(torch.Tensor):
         logits._view = None  # where this is a view: of which deferred logits, and by which operation
         logits._aliases = _Aliases()
         logits._aliases.add(logits)
+        logits._unreadable = ""  # why the logits cannot be computed any more
+        head.made(logits)
         return logits
 
     def __repr__(self, **_) -> str:
-        return f"DeferredLogits(rows={tuple(self._hidden.shape[:-1])}, vocab_size={self._sample.shape[-1]})"
+        with torch._C.DisableTorchFunctionSubclass():
+            return f"DeferredLogits(rows={tuple(self.shape[:-1])}, vocab_size={self.shape[-1]})"
 
     def materialize(self) -> Tensor:
         """The logits in full, an ordinary tensor in the autograd graph; the same one each time."""
@@ -111,8 +120,19 @@ class DeferredLogits(torch.Tensor):
                     base, view = self._view
                     self._value = view(base.materialize())
                 else:
-                    self._value = self._run_steps(self._head.logits(self.hidden()))
+                    self._value = _run_steps(self._steps, self._head.logits(self.hidden()))
         return self._value
+
+    def settle(self, unreadable: str) -> None:
+        """Backward has begun: the hidden states are let go of, and the logits, if they can be, computed in full."""
+        if self._value is None and not unreadable:
+            tell_materialized("holding them until backward")
+            self._mode.grad = False  # what the graph has saved is about to be freed
+            try:
+                self.materialize()
+            except RuntimeError as error:  # not in the middle of a backward
+                unreadable = str(error)
+        self._unreadable, self._hidden, self._steps = unreadable, None, ()
 
     def mode(self) -> contextlib.AbstractContextManager:
         """The gradient mode and the autocast state that the head was called under, in which it runs by chunks."""
@@ -120,6 +140,8 @@ class DeferredLogits(torch.Tensor):
 
     def hidden(self) -> Tensor:
         """The head's input, as it was when the model called its head."""
+        if self._hidden is None:
+            raise RuntimeError(self._unreadable)
         if _version(self._hidden) != self._hidden_version:
             raise RuntimeError(
                 "the hidden states were written to between the LM head and the loss, which deferred logits cannot follow. "
@@ -133,12 +155,18 @@ class DeferredLogits(torch.Tensor):
 
     def by_chunks(self, function: Callable[..., Tensor], *aligned_R: Tensor) -> Tensor:
         """`function(logits_CV, *aligned_C)` of each chunk of rows, put together: `(R, ...)`, one result per row."""
-
-        return self._head.tile(self._after_steps(function), self.hidden(), self._sample, *aligned_R)
+        return self._watched(self._head.tile(self._after_steps(function), self.hidden(), self._sample, *aligned_R))
 
     def sum_by_chunks(self, function: Callable[..., Tensor], expected: Tensor, *aligned_R: Tensor) -> Tensor:
         """`by_chunks(function, *aligned_R).sum(0)`, for one matmul of the head less; see `sums.sum_rows`."""
-        return self._head.sum(self._after_steps(function), self.hidden(), self._sample, expected, *aligned_R)
+        rows = self._after_steps(function)
+        return self._watched(self._head.sum(rows, self.hidden(), self._sample, expected, *aligned_R))
+
+    def _watched(self, result: Tensor) -> Tensor:
+        """The result, whose backward tells the head."""
+        if result.requires_grad:
+            result.register_hook(functools.partial(_release, self._head))
+        return result
 
     def before_upcast(self) -> DeferredLogits:
         """The same without a last cast to float32, for a function that computes in float32 whatever it is given."""
@@ -150,15 +178,12 @@ class DeferredLogits(torch.Tensor):
         )
 
     def _after_steps(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        steps = self._steps  # and nothing else: the graph holds this until the end of backward
+
         def rows(logits_CV: Tensor, *aligned_C: Tensor, **kwargs) -> Tensor:
-            return function(self._run_steps(logits_CV), *aligned_C, **kwargs)
+            return function(_run_steps(steps, logits_CV), *aligned_C, **kwargs)
 
         return rows
-
-    def _run_steps(self, logits: Tensor) -> Tensor:
-        for step in self._steps:
-            logits = step(logits)
-        return logits
 
     def _with_step(self, step: Step) -> DeferredLogits | None:
         """What `step` makes of these logits; None if it is not a function of each row."""
@@ -185,7 +210,10 @@ class DeferredLogits(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        raise RuntimeError(f"deferred logits reached {func} without passing __torch_function__; please report this")
+        raise RuntimeError(
+            f"{func} was called on logits that ds_minis computes only as far as they are needed, where it cannot see it. "
+            'Call it on `logits.clone()`, or set "return_logits": true in the mini-sequence configuration'
+        )
 
     @classmethod
     @outside_of_graphs
@@ -208,9 +236,20 @@ class DeferredLogits(torch.Tensor):
             rest = dict(kwargs)
             result = _handle(func, name, rest.pop("input"), (), rest)
         if result is NotImplemented:
-            _tell_materialized(name)
+            tell_materialized(name)
             return func(*materialized(args), **materialized(kwargs))
         return result
+
+
+def _run_steps(steps: Sequence[Step], logits: Tensor) -> Tensor:
+    for step in steps:
+        logits = step(logits)
+    return logits
+
+
+def _release(head: Head, _: Tensor) -> None:
+    if not graph_is_kept():
+        head.release()
 
 
 def _refuse_gradient(_):
@@ -265,7 +304,7 @@ def defer(head: Head, hidden_LH: Tensor, sample_0V: Tensor) -> DeferredLogits:
 
 
 @functools.cache
-def _tell_materialized(name: str) -> None:
+def tell_materialized(name: str) -> None:
     """Once per operation."""
     if is_main_process():
         logger.warning("logits are computed in full, without saving memory, for the operation %r on them", name)

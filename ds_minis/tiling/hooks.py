@@ -11,6 +11,7 @@ from torch import nn
 
 _ENGINES = "torch.distributed.", "torch.nn.utils.", "torch.utils.", "deepspeed.", "accelerate."
 _NO_ENGINES = "torch.distributed.tensor"  # tensor parallelism's lay the output out anew
+_SHARDING = "torch.distributed.fsdp", "deepspeed."
 FORWARD = ("forward_hooks", "forward_pre_hooks")
 ALL = (*FORWARD, "backward_hooks", "backward_pre_hooks")
 
@@ -29,6 +30,12 @@ def foreign_hook(modules: Iterable[nn.Module], kinds: tuple[str, ...] = FORWARD)
 def foreign_global_hook(kinds: tuple[str, ...] = ALL) -> str:
     """The same for the hooks that torch runs for every module."""
     return next(filter(None, (_foreign(getattr(nn.modules.module, f"_global_{kind}").values()) for kind in kinds)), "")
+
+
+def engine_forward_hook(module: nn.Module) -> str:
+    """The name of a hook of a sharding engine (FSDP, ZeRO) on a module's output; empty if there is none."""
+    places = (getattr(hook, "__module__", None) or "" for hook in module._forward_hooks.values())
+    return next((place.partition(".")[0] for place in places if place.startswith(_SHARDING)), "")
 
 
 def _captures_nothing(hook: Callable) -> bool:

@@ -138,7 +138,9 @@ def _told(layer: TiledLayer, key: tuple, finding: Finding) -> Finding:
 def _runs_whole(layer: TiledLayer, call: LayerCall) -> bool:
     """Where one chunk is enough, as for a tiled module (`rows.runs_whole`)."""
     chunk = _chunk_tokens(layer, call)
-    return call.hidden.shape[1] <= chunk and not (torch.is_grad_enabled() and has_other_ranks())
+    # In training without gradients too: dropout must be what it is with them (GradCache).
+    trains = torch.is_grad_enabled() or layer.training
+    return call.hidden.shape[1] <= chunk and not (trains and has_other_ranks())
 
 
 def _chunk_tokens(layer: TiledLayer, call: LayerCall) -> int:

@@ -145,21 +145,22 @@ def _experts_per_choice(module: nn.Module, call: RowCall) -> float:
 
 def engine_inside(module: nn.Module, signature: Signature | None = None) -> str:
     """Which engine gathers the weights of a part of the module on its own; empty if none does."""
-    if not any(_wrapper(part) for part in (signature_of(module) if signature is None else signature).parts):
+    if not any(engine_of(part) for part in (signature_of(module) if signature is None else signature).parts):
         return ""
     for name, child in module.named_modules():
-        wrapper = _wrapper(child)
+        wrapper = engine_of(child)
         if name and wrapper:
             return f"{wrapper} was applied to its part {name}"
     return ""
 
 
-def _wrapper(module: nn.Module) -> str:
-    return _wrapper_class(type(module))
+def engine_of(module: nn.Module) -> str:
+    """The name of what FSDP was applied with to the module itself; empty if it was not."""
+    return _engine_of_class(type(module))
 
 
 @functools.lru_cache(maxsize=4096)
-def _wrapper_class(cls: type[nn.Module]) -> str:
+def _engine_of_class(cls: type[nn.Module]) -> str:
     return next((_FSDP[base.__name__] for base in cls.__mro__ if base.__name__ in _FSDP), "")
 
 
@@ -169,7 +170,7 @@ def require_weights(module: nn.Module) -> None:
     FSDP2 gathers when a module is called, which happens once; FSDP1 when its wrapper's forward runs, which a chunk does.
     """
     for name, child in module.named_modules():
-        wrapper = _wrapper(child)
+        wrapper = engine_of(child)
         if wrapper and (child is not module or wrapper == "FullyShardedDataParallel"):
             place = f"{name} inside of a tiled {type(module).__name__}" if name else "an LM head whose loss is tiled"
             raise RuntimeError(
