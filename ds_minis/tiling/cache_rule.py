@@ -29,10 +29,16 @@ class NoCacheInTraining:
     def __init__(self, chunking: Chunking, has_loss: bool):
         self._chunking, self._has_loss = chunking, has_loss
 
-    @outside_of_graphs
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if not model.training:
+        # Without a break in a compiled graph where a model around this one has decided, or nothing is trained.
+        if not model.training or kwargs.get("use_cache") is not None:
             return None
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            return None
+        return self._decided(model, args, kwargs)
+
+    @outside_of_graphs
+    def _decided(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         chunking = self._chunking
         if self._has_loss and torch.is_grad_enabled() and chunking.config.loss and not chunking.passes:
             chunking.bypassed = _BESIDE_THE_MODEL
