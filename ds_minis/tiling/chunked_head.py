@@ -20,14 +20,16 @@ from ds_minis.tiling.calls import RowCall
 from ds_minis.tiling.chunking import Chunking
 from ds_minis.tiling.compiling import outside_of_graphs
 from ds_minis.tiling.deferred import DeferredLogits, defer
+from ds_minis.tiling.follow import Reach
 from ds_minis.tiling.module import require_weights
 from ds_minis.tiling.recompute import AutocastState, forwards_set, has_values
-from ds_minis.tiling.rows import constants_of, tile_rows
+from ds_minis.tiling.rows import tile_rows
+from ds_minis.tiling.signature import STALE, signature_of
 from ds_minis.tiling.sums import sum_rows
 from ds_minis.tiling.verify import why_not_token_wise
 
 HEAD = "_mini_sequence_head"
-_PROBE_ROWS = 64
+_PROBE_ROWS = 2048  # the same on all ranks; a few of them are run with values
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class HeadFinding:
     reason: str = ""
     width: int = 0
     dtype: torch.dtype | None = None
+    versions: tuple | None = None  # of the tensors that it rests on (`signature`)
 
 
 class DeferringHead(nn.Module):
@@ -114,9 +117,11 @@ class ChunkedHead:
 
         By calling it, so that engines gather its weights: nothing here may differ from rank to rank.
         """
-        heads, key = self._chunking.heads, _signature(self._module, hidden_LH)
-        if key in heads:
-            return heads[key]
+        heads, signature = self._chunking.heads, signature_of(self._module)
+        key = _mode(self._module, hidden_LH), signature.stable
+        known = heads.get(key)
+        if known is not None and (not heads.is_stale(known, signature.versions) or heads.often_stale):
+            return known if known.versions in (None, signature.versions) else HeadFinding(STALE)
         rows_RH = hidden_LH.detach().reshape(-1, hidden_LH.shape[-1])
         index = torch.arange(_PROBE_ROWS, device=rows_RH.device)
         few = (
@@ -131,7 +136,7 @@ class ChunkedHead:
             nonlocal finding
             require_weights(self._module)
             with forwards_set({self._module: own_forward}):
-                finding = _examined(self._module, few_LH, with_grads)
+                finding = _examined(self._module, few_LH, with_grads, signature.versions)
             return few_LH
 
         with torch.no_grad():
@@ -278,30 +283,18 @@ def _is_plain(module: nn.Module) -> bool:
     return isinstance(weight, Tensor) and not is_traceable_wrapper_subclass(weight)
 
 
-def _signature(module: nn.Module, hidden_LH: Tensor) -> tuple:
-    """Two calls with the same one run alike: mode, dtypes, and what the module's parts are and are set to."""
+def _mode(module: nn.Module, hidden_LH: Tensor) -> tuple:
     autocast = AutocastState(hidden_LH.device).dtype()
-    mode = module.training, torch.is_grad_enabled(), hidden_LH.dtype, hidden_LH.dim() > 2, hidden_LH.shape[-1], autocast
-    parts = tuple(
-        (type(part).__module__, type(part).__qualname__, repr(constants), _tensors(part))
-        for part, constants in constants_of(module)
-    )
-    return mode, parts
+    return module.training, torch.is_grad_enabled(), hidden_LH.dtype, hidden_LH.dim() > 2, hidden_LH.shape[-1], autocast
 
 
-def _tensors(part: nn.Module) -> tuple:
-    return tuple(
-        (name, tuple(getattr(t, "ds_shape", t.shape)), str(t.dtype), t.requires_grad)
-        for name, t in (*part._parameters.items(), *part._buffers.items())
-        if t is not None
-    )
-
-
-def _examined(module: nn.Module, few_LH: Tensor, with_grads: bool) -> HeadFinding | None:
+def _examined(module: nn.Module, few_LH: Tensor, with_grads: bool, versions: tuple) -> HeadFinding | None:
     """Runs a few rows; None if nothing can be told from them."""
+    reach = Reach()
     if has_values(few_LH):
-        reason = why_not_token_wise(module, module.forward, RowCall((few_LH,), {}), with_grads=with_grads)
+        call = RowCall((few_LH,), {})
+        reason = why_not_token_wise(module, module.forward, call, with_grads=with_grads, reach=reach)
         if reason != "":
-            return None if reason is None else HeadFinding(reason)
-    logits_LV = module.forward(few_LH)
-    return HeadFinding(width=logits_LV.shape[-1], dtype=logits_LV.dtype)
+            return None if reason is None else HeadFinding(reason, versions=versions if reach.versions else None)
+    logits_LV = module.forward(few_LH[..., :1, :])
+    return HeadFinding("", logits_LV.shape[-1], logits_LV.dtype, versions if reach.versions else None)

@@ -11,6 +11,7 @@ import torch
 
 from ds_minis.config import AUTO, MiniSequenceConfig
 from ds_minis.tiling.checkpoints import Checkpoints
+from ds_minis.tiling.signature import Verdicts
 
 # A feed-forward module needs about this many rows in one matmul before the weights' own traffic stops to show; beyond
 # it a larger chunk only costs memory.
@@ -44,7 +45,7 @@ class Chunking:
     checkpoints: Checkpoints = field(default=None, repr=False, compare=False)
     unread: dict[tuple, Any] = field(default_factory=dict, repr=False, compare=False)
     unkept: dict[tuple, tuple[str, str]] = field(default_factory=dict, repr=False, compare=False)
-    heads: dict[tuple, Any] = field(default_factory=dict, repr=False, compare=False)
+    heads: Verdicts = field(default_factory=Verdicts, repr=False, compare=False)
     bypassed: str = field(default="", repr=False, compare=False)
     passes: list[contextlib.ExitStack] = field(default_factory=list, repr=False, compare=False)
 
