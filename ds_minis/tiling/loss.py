@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -147,9 +148,15 @@ def _sharded(head: nn.Module, around: list[nn.Module]) -> str:
     if any(hasattr(param, "ds_shape") for param in head.parameters()):
         return "ZeRO-3 holds the LM head's weights in parts"
     engine = next(filter(None, map(engine_of, (*around, *head.modules()))), "")
-    if not engine and any(getattr(param, "_fsdp_flattened", False) for param in head.parameters()):
-        engine = "FullyShardedDataParallel"
+    if not engine and not all(isinstance(weight, nn.Parameter) for weight in _weights(head)):
+        engine = "FullyShardedDataParallel"  # FSDP1's are views
     return f"{engine} holds the LM head's weights in parts" if engine else ""
+
+
+def _weights(module: nn.Module) -> Iterator[Tensor]:
+    for part in module.modules():
+        for holder in (part._parameters, part.__dict__):
+            yield from (value for value in holder.values() if isinstance(value, Tensor))
 
 
 def _disarm(model: nn.Module) -> _Pass:
