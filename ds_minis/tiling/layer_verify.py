@@ -7,9 +7,8 @@ result or gradient.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,10 +27,11 @@ from ds_minis.tiling.layer_node import LayerNode
 from ds_minis.tiling.layer_passes import NOTHING_UNREAD, LayerPasses, NoAttention, Unread, chunk_of
 from ds_minis.tiling.linears import is_plain_linear
 from ds_minis.tiling.poison import PoisonedRows, narrowed_request
-from ds_minis.tiling.recompute import AutocastState, has_values
+from ds_minis.tiling.recompute import has_values
 from ds_minis.tiling.rows import ParameterSlots
 from ds_minis.tiling.signature import Signature, read_by
 from ds_minis.tiling.state import State
+from ds_minis.tiling.unread import UnreadSearch, stand_in
 from ds_minis.tiling.verify import (
     HELD,
     LARGEST_WEIGHT,
@@ -53,7 +53,6 @@ from ds_minis.tiling.watch import SHARED_DRAW, Watch, shares_draws
 _BATCH, _TOKENS, _CHUNKS = 2, 37, 3
 _MIXES = "its result or gradients for a token depend on others, other than by way of its attention"
 _HEADS_DIFFER = "its attention function gives something else for a part of the heads"
-_MOST_LINEARS = 32  # of those asked behind the attention; a mixture of experts may have hundreds
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ def read_attributes(
     part = few.with_tokens(few.hidden, 0, few.hidden.shape[1])
 
     def run() -> None:
-        with attention_answered_by(lambda request: _stand_in(request, request.tensors)):
+        with attention_answered_by(lambda request: stand_in(request, request.tensors)):
             forward(*part.args, **part.kwargs)
 
     with quietly(layer, call.hidden.device), torch.no_grad():
@@ -254,7 +253,7 @@ class _Examination:
         left, asked = self._left_by_attention()
         if left:
             return Finding(f"its attention function leaves something behind ({left})")
-        finding = Finding(rest=rest, unread=self._unread(actual), attention_asked=asked)
+        finding = Finding(rest=rest, unread=self._search().found(actual), attention_asked=asked)
         return finding if self._chunking.config.head_groups == 1 else self._with_groups(finding, actual)
 
     def finding_by_shapes(self) -> Finding:
@@ -280,7 +279,7 @@ class _Examination:
             requests.append(dataclasses.replace(request, tensors=()))
             self._settings = settings_of(request)
             reason = reason or _why_not_whole(request, part.is_argument, leaves, x.shape[1])
-            return _stand_in(request, request.tensors)
+            return stand_in(request, request.tensors)
 
         with self._slots.holding(leaves), attention_answered_by(answer):
             y = self._forward(*part.args, **part.kwargs)
@@ -325,80 +324,15 @@ class _Examination:
 
     def _by_chunks(self, unread: Unread, groups: HeadGroups | None = None) -> list[Tensor | None]:
         """The same, by chunks in reversed order, in the way in which the layer would be run."""
-        node = LayerNode(self._layer, self._passes(), unread, groups, attend=_stand_in)
+        node = LayerNode(self._layer, self._passes(), unread, groups, attend=stand_in)
         with torch.no_grad():
             y = node.forward([self._x], with_backward=True)
             node.grad_output = self._grad.clone()  # a backward may write over it
             return [y, *node.backward([self._x, *self._params], [True, *self._asked])]
 
-    def _unread(self, expected: Sequence[Tensor | None]) -> Unread:
-        """Each candidate is asked alone, and then all of them at once; first, what held for a layer of the same make."""
-
-        def matters(unread: Unread) -> bool:
-            try:
-                with self._large_weights_watched() as reached:
-                    actual = self._by_chunks(unread)
-            except RuntimeError:  # what stands for an output cannot be written to, say
-                return True
-            if reached and not unread.outputs:
-                return True
-            pairs = zip(actual, expected, strict=True)
-            return not all(a is e or (a is not None and e is not None and is_close(a, e, 1e-6)) for a, e in pairs)
-
-        nan, known, parts = float("nan"), self._chunking.unread, dict(self._layer.named_modules())
-        make = self._make(parts)
-        if make in known:
-            found = known[make].renamed(parts.__getitem__)
-            values = dataclasses.replace(found, outputs=(), value=nan)
-            if not matters(values) and not matters(dataclasses.replace(found, value=nan)):
-                return found
-        before, after = self._calls()
-        outputs = tuple(_unread_outputs(self._layer, before, lambda o: not matters(Unread(outputs=(o,), value=nan))))
-        linears_before = [m for m in before if is_plain_linear(m)]
-        linears_after = [m for m in after if is_plain_linear(m) and m not in before]
-        values_before = tuple(m for m in linears_before if not matters(Unread(values_before=(m,), value=nan)))
-        values_after = tuple(
-            m for m in linears_after[-_MOST_LINEARS:] if not matters(Unread(values_after=(m,), value=nan))
-        )
-        everything = Unread(outputs, values_before, values_after, value=nan)
-        if matters(everything):
-            return NOTHING_UNREAD
-        found = Unread(outputs, values_before, values_after)
-        known[make] = found.renamed({part: name for name, part in parts.items()}.__getitem__)
-        return found
-
-    def _make(self, layer_parts: dict[str, nn.Module]) -> tuple:
-        """Names and classes of a layer's parts, which of them draw random numbers (not asked), weights' shapes, all dtypes.
-
-        By name: a tiled class is made at run time, and could not be pickled with the model.
-        """
-        autocast = AutocastState(self._x.device).dtype()
-        parts = (
-            (name, type(part).__module__, type(part).__qualname__, _draws(part), *_shapes(part))
-            for name, part in layer_parts.items()
-        )
-        return self._x.dtype, autocast, *parts
-
-    @contextlib.contextmanager
-    def _large_weights_watched(self) -> Iterator[list[nn.Module]]:
-        """Gives the parts whose weights are too large to be asked for gradients, where what they are given is no number.
-
-        What is left out in front of them would be missing in those gradients, and nowhere else.
-        """
-        large = {id(p) for p, asked in zip(self._slots.tensors, self._asked, strict=True) if not asked}
-        parts = [m for m in self._layer.modules() if any(id(p) in large for p in m._parameters.values())]
-        reached: list[nn.Module] = []
-
-        def watch(module, args):
-            if any(isinstance(t, Tensor) and t.is_floating_point() and t.isnan().any() for t in args):
-                reached.append(module)
-
-        handles = [part.register_forward_pre_hook(watch) for part in parts]
-        try:
-            yield reached
-        finally:
-            for handle in handles:
-                handle.remove()
+    def _search(self) -> UnreadSearch:
+        unasked = [p for p, asked in zip(self._slots.tensors, self._asked, strict=True) if not asked]
+        return UnreadSearch(self._layer, self._forward, self._call, self._x, unasked, self._chunking, self._by_chunks)
 
     def _left_by_attention(self) -> tuple[str, bool]:
         """What the attention function itself leaves behind, and whether it could be run at all on a few tokens."""
@@ -471,41 +405,8 @@ class _Examination:
                 f'{", ".join(map(str, divisors))} or "auto"'
             )
         widths = {t.shape[1] * t.shape[3] for t in (queries, keys, values)}
-        linears = tuple(m for m in self._calls()[0] if is_plain_linear(m) and m.out_features in widths)
+        linears = tuple(m for m in self._search().calls()[0] if is_plain_linear(m) and m.out_features in widths)
         return HeadGroups(count, linears), [t.shape for t in (queries, keys, values)]
-
-    def _calls(self) -> tuple[dict[nn.Module, tuple[int, torch.dtype]], dict[nn.Module, tuple[int, torch.dtype]]]:
-        """The parts that are called once, in front of the attention and in all, with width and dtype of their outputs."""
-        calls: dict[nn.Module, list] = {}
-        before: list[nn.Module] = []
-        handles = []
-
-        def watch(module, args, output):
-            row_wise = (
-                isinstance(output, Tensor)
-                and bool(args)
-                and isinstance(args[0], Tensor)
-                and output.shape[:-1] == args[0].shape[:-1]
-                and output.numel() > 0  # nobody reads the result of an expert that no token was sent to, here
-            )
-            calls.setdefault(module, []).append((output.shape[-1], output.dtype) if row_wise else None)
-
-        def answer(request: AttentionRequest) -> Tensor:
-            before.extend(calls)
-            return _stand_in(request, request.tensors)
-
-        part = self._call.with_tokens(self._x, 0, self._x.shape[1])
-        try:
-            for module in self._layer.modules():
-                if module is not self._layer:
-                    handles.append(module.register_forward_hook(watch))
-            with torch.no_grad(), attention_answered_by(answer):
-                self._forward(*part.args, **part.kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        once = {module: seen[0] for module, seen in calls.items() if len(seen) == 1 and seen[0] is not None}
-        return {m: v for m, v in once.items() if m in before}, {m: v for m, v in once.items() if m not in before}
 
 
 def _all_close(actual: Sequence[Tensor | None], expected: Sequence[Tensor | None], coarse: float) -> bool:
@@ -513,29 +414,6 @@ def _all_close(actual: Sequence[Tensor | None], expected: Sequence[Tensor | None
     pairs = list(zip(actual, expected, strict=True))
     by_tokens = ((None if t is None else t.transpose(0, 1) for t in pair) for pair in pairs[:2])
     return all(are_close(*pair, coarse) for pair in by_tokens) and all(is_close(a, e, coarse) for a, e in pairs[2:])
-
-
-def _draws(part: nn.Module) -> bool:
-    return "drop" in type(part).__name__.lower() and bool(getattr(part, "p", 1))
-
-
-def _shapes(part: nn.Module) -> tuple:
-    return tuple((name, p.shape, p.dtype) for name, p in part._parameters.items() if p is not None)
-
-
-def _unread_outputs(
-    module: nn.Module, before: dict[nn.Module, tuple[int, torch.dtype]], is_unread: Callable[[tuple], bool]
-) -> Iterator[tuple[nn.Module, int, torch.dtype]]:
-    """The outermost parts, called in front of the attention, that may be left out behind it.
-
-    Not those that draw random numbers: what is drawn after them has to be drawn again in the same way.
-    """
-    for child in module.children():
-        output = (child, *before[child]) if child in before and not any(map(_draws, child.modules())) else None
-        if output is not None and is_unread(output):
-            yield output
-        else:
-            yield from _unread_outputs(child, before, is_unread)
 
 
 def _why_not_whole(
@@ -557,15 +435,3 @@ def _why_not_whole(
         if not known(value):
             return f"its attention's argument {name!r} is made in the layer, perhaps of all tokens"
     return ""
-
-
-def _stand_in(request: AttentionRequest, tensors: Sequence[Tensor]) -> Tensor:
-    """An attention without a mask, over all tokens, `(B, T, N, E)`.
-
-    No softmax: its result does not depend on a bias of the keys, whose gradient would be all rounding.
-    """
-    queries, keys, values = tensors
-    groups = queries.shape[1] // keys.shape[1]
-    keys, values = (t.repeat_interleave(groups, 1) for t in (keys, values))
-    weights = (queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5).sigmoid() / keys.shape[2] ** 0.5
-    return (weights @ values).transpose(1, 2).contiguous()
