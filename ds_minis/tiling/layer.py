@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from ds_minis.ranks import has_other_ranks
 from ds_minis.tiling.checkpointed_layer import ItsOwnCheckpointing
 from ds_minis.tiling.compiling import compiled_inside, outside_of_graphs
+from ds_minis.tiling.finding import Finding, follow_again, read_attributes
 from ds_minis.tiling.layer_call import LayerCall
 from ds_minis.tiling.layer_node import LayerNode
 from ds_minis.tiling.layer_passes import DifferentSettings, LayerPasses
-from ds_minis.tiling.layer_verify import Finding, examine, follow_again, read_attributes
+from ds_minis.tiling.layer_verify import examine
 from ds_minis.tiling.module import engine_inside, passing_state, require_weights
 from ds_minis.tiling.recompute import AutocastState, has_values, random_states, set_random_states
 from ds_minis.tiling.rows import run_call

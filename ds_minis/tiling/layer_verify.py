@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,16 +19,17 @@ from ds_minis.config import AUTO
 from ds_minis.tiling.attention import AttentionRequest, attention_answered_by
 from ds_minis.tiling.calls import CONSTANTS
 from ds_minis.tiling.chunking import Chunking
-from ds_minis.tiling.follow import Reach, differing_setting, follow_layer, settings_of
+from ds_minis.tiling.finding import BATCH, CHUNKS, TOKENS, Finding, followed
+from ds_minis.tiling.follow import Reach, differing_setting, settings_of
 from ds_minis.tiling.head_groups import HeadGroups
 from ds_minis.tiling.layer_call import LayerCall
 from ds_minis.tiling.layer_node import LayerNode
 from ds_minis.tiling.layer_passes import NOTHING_UNREAD, LayerPasses, NoAttention, Unread, chunk_of
 from ds_minis.tiling.linears import is_plain_linear
 from ds_minis.tiling.poison import PoisonedRows, narrowed_request
+from ds_minis.tiling.quiet import guarded, is_held, quietly
 from ds_minis.tiling.recompute import has_values
 from ds_minis.tiling.rows import ParameterSlots
-from ds_minis.tiling.signature import Signature, read_by
 from ds_minis.tiling.state import State
 from ds_minis.tiling.unread import UnreadSearch, stand_in
 from ds_minis.tiling.verify import (
@@ -39,47 +39,16 @@ from ds_minis.tiling.verify import (
     WRITES_GRADIENTS,
     are_close,
     foreign_weight,
-    guarded,
     is_close,
-    is_held,
     long_probe,
-    quietly,
     real_and_random,
     tolerance,
     writes_gradients,
 )
 from ds_minis.tiling.watch import SHARED_DRAW, Watch, shares_draws
 
-_BATCH, _TOKENS, _CHUNKS = 2, 37, 3
 _MIXES = "its result or gradients for a token depend on others, other than by way of its attention"
 _HEADS_DIFFER = "its attention function gives something else for a part of the heads"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What was found out about a layer.
-
-    Attributes:
-        reason: why it cannot be tiled as a whole; empty if it can.
-        rest: what its forward gives behind the hidden states; None where it gives the hidden states alone.
-        unread: what need not be computed.
-        groups: how its attention can be run in groups of heads, where that was asked for.
-        one_call: why it cannot; empty if it can, or was not asked for.
-        reach: the lengths for which this holds.
-        settings: the arguments of the attention's call that are no tensors; None if they are not known.
-        attention_asked: the attention function itself was run, and left nothing behind.
-        versions: of the tensors that this rests on; None where their values decide nothing.
-    """
-
-    reason: str = ""
-    rest: tuple | None = None
-    unread: Unread = NOTHING_UNREAD
-    groups: HeadGroups | None = None
-    one_call: str = ""
-    reach: Reach = field(default_factory=Reach)
-    settings: dict | None = field(default=None, compare=False)
-    attention_asked: bool = True
-    versions: tuple | None = field(default=None, compare=False, repr=False)
 
 
 class _Counting(TorchFunctionMode):
@@ -116,10 +85,10 @@ def examine(
     x = call.hidden
     if not has_values(x):
         return _Examination(
-            layer, forward, call.narrowed(_BATCH, _TOKENS, torch.empty_like), chunking
+            layer, forward, call.narrowed(BATCH, TOKENS, torch.empty_like), chunking
         ).finding_by_shapes()
     reach = Reach()
-    reason, settings = _followed(layer, forward, call, chunk_tokens, reach)
+    reason, settings = followed(layer, forward, call, chunk_tokens, reach)
     with quietly(layer, x.device):
         finding = _ask(layer, forward, call, chunking, reach)
         if finding is not None and finding.reason == _MIXES:
@@ -131,59 +100,16 @@ def examine(
         return dataclasses.replace(finding, reason=finding.reason or reason, reach=reach, settings=settings)
 
 
-def follow_again(
-    layer: nn.Module, forward: Callable[..., Any], call: LayerCall, chunk_tokens: int, finding: Finding
-) -> Finding | None:
-    """What was found out, for another length; None where that cannot be told without values."""
-    reach = Reach()
-    reason, settings = _followed(layer, forward, call, chunk_tokens, reach)
-    if not reach.complete:
-        return None
-    if not reason and settings and finding.settings and differing_setting(settings, finding.settings):
-        settings = None  # they may depend on the length, as long as all chunks agree with the whole
-    return dataclasses.replace(finding, reason=reason, reach=reach.extended(finding.reach), settings=settings)
-
-
-def _followed(
-    layer: nn.Module, forward: Callable[..., Any], call: LayerCall, chunk_tokens: int, reach: Reach
-) -> tuple[str, dict | None]:
-    """What shows without values: why the layer cannot be tiled, and the arguments of its attention that are no tensors."""
-    state, x = State(layer), call.hidden
-    with quietly(layer, x.device, with_dropout=True):
-        try:
-            return follow_layer(forward, layer, call, x, chunk_tokens or -(-x.shape[1] // _CHUNKS), reach)
-        finally:
-            state.restore(layer)
-
-
-def read_attributes(
-    layer: nn.Module, forward: Callable[..., Any], call: LayerCall, slots: list[tuple[int, str]], signature: Signature
-) -> list[str]:
-    """Which of some attributes of its parts a layer reads."""
-    state, few = State(layer), call.narrowed(_BATCH, _TOKENS, torch.randn_like)
-    part = few.with_tokens(few.hidden, 0, few.hidden.shape[1])
-
-    def run() -> None:
-        with attention_answered_by(lambda request: stand_in(request, request.tensors)):
-            forward(*part.args, **part.kwargs)
-
-    with quietly(layer, call.hidden.device), torch.no_grad():
-        try:
-            return read_by(run, slots, signature)
-        finally:
-            state.restore(layer)
-
-
 def _ask(
     layer: nn.Module, forward: Callable[..., Any], call: LayerCall, chunking: Chunking, reach: Reach
 ) -> Finding | None:
     first_state = State(layer)
-    tokens = _TOKENS if reach.complete else long_probe(layer, call.hidden) // _BATCH
-    if not reach.complete and min(call.hidden.shape[1], LONGEST_PROBE // _BATCH) <= tokens:
+    tokens = TOKENS if reach.complete else long_probe(layer, call.hidden) // BATCH
+    if not reach.complete and min(call.hidden.shape[1], LONGEST_PROBE // BATCH) <= tokens:
         reach.without_end()
     shape = call.hidden.shape
     try:
-        few = call.narrowed(_BATCH, tokens, real_and_random)
+        few = call.narrowed(BATCH, tokens, real_and_random)
         return _Examination(layer, forward, few, chunking, shape).finding()
     except (torch.OutOfMemoryError, WrongGroups):
         raise  # says nothing about the layer
@@ -208,7 +134,7 @@ class _Examination:
     ):
         self._layer, self._forward, self._call, self._chunking = layer, forward, call, chunking
         self._x, self._shape = call.hidden, shape
-        num_tokens, size = self._x.shape[1], -(-self._x.shape[1] // _CHUNKS)
+        num_tokens, size = self._x.shape[1], -(-self._x.shape[1] // CHUNKS)
         self._bounds = [(i, min(i + size, num_tokens)) for i in reversed(range(0, num_tokens, size))]
         self._slots = ParameterSlots(layer)
         self._params = [p.detach() for p in self._slots.tensors]
