@@ -316,7 +316,7 @@ def set_up_for_zero3(model: nn.Module) -> set[str]:
 
     class Offload:
         def __init__(self, module):
-            self.module = module
+            self.module, self.forward_hooks, self.backward_hooks = module, [], []
             self.setup_zero_stage3_hooks()
 
         def setup_zero_stage3_hooks(self):

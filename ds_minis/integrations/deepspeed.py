@@ -7,11 +7,13 @@ import inspect
 import os
 from typing import Any
 
+import torch
 from torch import nn
 
 from ds_minis.convert import convert, convert_to_mini_sequence, revert_mini_sequence, tiled_modules
 from ds_minis.doors import SECTION, agreed, read_section, requested_by_environment
 from ds_minis.tiling.rows import tile_rows
+from ds_minis.tiling.swap import Tiled
 
 
 class MiniSequenceOp:
@@ -94,7 +96,8 @@ def attach_zero3(parameter_offload) -> None:
     DeepSpeed gathers a leaf module as a whole, which a tiled module needs (see `mark_leaf_modules`), and reduces its
     gradients in a hook on its backward. That hook never fires where a loss reads the weight of an LM head without calling the
     head (TRL's trainers, Liger), and fires before there are gradients where no input of the module needs one (frozen
-    embeddings). So the parameters of tiled modules are taken for no leaf's, before the optimizer looks at them.
+    embeddings). So the parameters of tiled modules are taken for no leaf's, before the optimizer looks at them. Those that a
+    rank has no use for (experts that no token was sent to) get zeros instead, as a leaf's do: other ranks wait for them.
     """
     offload = parameter_offload.DeepSpeedZeRoOffload
     setup = offload.setup_zero_stage3_hooks
@@ -102,12 +105,45 @@ def attach_zero3(parameter_offload) -> None:
     @functools.wraps(setup)
     def setup_around_tiled_modules(self):
         mark_leaf_modules(self.module)
+        modules = tiled_modules(self.module)
+        inside = {part for module in modules for part in module.modules() if part is not module}
+        for module in modules:
+            if isinstance(module, Tiled) and module not in inside:  # no LM head, whose loss would miss its logits
+                self.forward_hooks.append(module.register_forward_hook(_reach_every_parameter))
         setup(self)
-        for module in tiled_modules(self.module):
-            for param in module.parameters():
-                param.__dict__.pop("ds_z3_leaf_module", None)
+        for param in dict.fromkeys(param for module in modules for param in module.parameters()):
+            param.__dict__.pop("ds_z3_leaf_module", None)
+            if param.requires_grad:
+                self.backward_hooks.append(param.register_post_accumulate_grad_hook(_zeros_for_none))
 
     offload.setup_zero_stage3_hooks = setup_around_tiled_modules
+
+
+def _reach_every_parameter(module: nn.Module, args: tuple, output: Any) -> Any:
+    """Has backward come by every trainable parameter of a module, on each rank, whichever the module used."""
+    first = output[0] if isinstance(output, tuple) else output
+    if not (isinstance(first, torch.Tensor) and first.requires_grad):
+        return output
+    first = _Reached.apply(first, *(p for p in module.parameters() if p.requires_grad))
+    return (first, *output[1:]) if isinstance(output, tuple) else first
+
+
+class _Reached(torch.autograd.Function):
+    """Its first input, with an edge of the graph to each of the others."""
+
+    @staticmethod
+    def forward(ctx, output, *params):
+        ctx.count = len(params)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, *[None] * ctx.count
+
+
+def _zeros_for_none(param: nn.Parameter) -> None:
+    if param.grad is None:
+        param.grad = torch.zeros_like(param)
 
 
 def mark_leaf_modules(model: nn.Module) -> None:

@@ -23,7 +23,8 @@ import sys
 SOCKET, REAL, COMMANDS = "WARM_PYTHON_SOCKET", "WARM_PYTHON_REAL", ("accelerate", "deepspeed", "torchrun", "trl")
 READ_AT_IMPORT = (
     "DS_ACCELERATOR", "DS_MINIS_AUTOLOAD", "HF_DATASETS_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS",
-    "TORCH_CPP_LOG_LEVEL", "TORCH_DEVICE_BACKEND_AUTOLOAD", "TORCH_DISTRIBUTED_DEBUG",
+    "PYTHONHASHSEED", "PYTHONWARNINGS", "TORCH_COMPILE_DISABLE", "TORCH_CPP_LOG_LEVEL", "TORCH_DEVICE_BACKEND_AUTOLOAD",
+    "TORCH_DISTRIBUTED_DEBUG", "TORCH_LOGS", "TRANSFORMERS_OFFLINE", "TRANSFORMERS_VERBOSITY", "TRITON_INTERPRET",
 )  # fmt: skip
 # What the command itself sets for the server, so that both agree.
 DEFAULTS = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -62,6 +63,8 @@ def main() -> None:
         name = os.path.basename(sys.argv[0])
         program = os.path.join(os.path.dirname(real), name) if name in COMMANDS else real
         os.execv(program, [program, *sys.argv[1:]])
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGABRT, signal.SIGUSR1)
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # until it is known to whom they go
     server = socket.socket(socket.AF_UNIX)
     server.connect(os.environ[SOCKET])
     request = json.dumps([command, environ, os.getcwd(), signal.getsignal(signal.SIGINT) == signal.SIG_IGN])
@@ -69,8 +72,9 @@ def main() -> None:
     socket.send_fds(server, [len(data).to_bytes(8, "big")], [0, 1, 2])
     server.sendall(data)
     pid = int.from_bytes(_read(server, 8), "big")
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGABRT, signal.SIGUSR1):
+    for number in numbers:
         signal.signal(number, lambda number, frame: _kill(pid, number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     status = int.from_bytes(_read(server, 8), "big")
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)

@@ -22,6 +22,7 @@ import socket
 import sys
 import threading
 import traceback
+import types
 
 from support import warm_python
 
@@ -64,6 +65,9 @@ def serve(path: str, owner: int) -> None:
                 case ("listener",):
                     connection, _ = listener.accept()
                     pid = _fork(connection, [listener.fileno(), selector.fileno()], children)
+                    if pid is None:
+                        connection.close()
+                        continue
                     pidfd = os.pidfd_open(pid)
                     children[pid] = pidfd, connection
                     selector.register(pidfd, selectors.EVENT_READ, ("ended", pid))
@@ -78,22 +82,34 @@ def serve(path: str, owner: int) -> None:
                         with contextlib.suppress(OSError):
                             connection.sendall(status.to_bytes(8, "big"))
                         connection.close()
-                case ("left", pid):  # who asked was killed, and cannot pass the signal on
+                case ("left", pid) if (
+                    pid in children
+                ):  # and has not ended in this very moment: who asked was killed, and cannot pass the signal on
                     selector.unregister(key.fileobj)
                     key.fileobj.close()
                     os.kill(pid, signal.SIGKILL)
 
 
-def _fork(connection: socket.socket, to_close: list[int], children) -> int:
-    size, streams, _, _ = socket.recv_fds(connection, 8, 3)
-    request = warm_python._read(connection, int.from_bytes(size, "big"))
+def _fork(connection: socket.socket, to_close: list[int], children) -> int | None:
+    """The id of a process for what the connection asks; None where who asked was killed before all of it was said."""
+    streams: list[int] = []
+    try:
+        size, streams, _, _ = socket.recv_fds(connection, 8, 3)
+        request = warm_python._read(connection, int.from_bytes(size, "big"))
+    except (OSError, SystemExit):
+        request = b""
+    if not request:
+        for stream in streams:
+            os.close(stream)
+        return None
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid:
         for stream in streams:
             os.close(stream)
-        connection.sendall(pid.to_bytes(8, "big"))
+        with contextlib.suppress(OSError):  # who asked was killed: the next event of the connection says so
+            connection.sendall(pid.to_bytes(8, "big"))
         return pid
     status = 1
     try:
@@ -119,6 +135,8 @@ def _run(command: list[str], environ: dict[str, str], folder: str, ignores_inter
     os.chdir(folder)
     gc.enable()
     random.seed()
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.seed()
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
     signal.signal(signal.SIGINT, signal.SIG_IGN if ignores_interrupt else signal.default_int_handler)
@@ -128,6 +146,7 @@ def _run(command: list[str], environ: dict[str, str], folder: str, ignores_inter
     kind, name, *arguments = command
     paths = [path for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[:0] = [path for path in paths if path not in sys.path]
+    status, interrupted = 0, False
     try:
         if kind == "file":
             sys.argv = [name, *arguments]
@@ -140,19 +159,19 @@ def _run(command: list[str], environ: dict[str, str], folder: str, ignores_inter
         elif kind == "code":
             sys.argv = ["-c", *arguments]
             sys.path.insert(0, "")
-            exec(compile(name, "<string>", "exec"), {"__name__": "__main__", "__builtins__": __builtins__})
+            sys.modules["__main__"] = module = types.ModuleType("__main__")
+            exec(compile(name, "<string>", "exec"), module.__dict__)
         else:
             sys.argv = [os.path.join(os.path.dirname(sys.executable), name), *arguments]
             (entry,) = importlib.metadata.entry_points(group="console_scripts", name=name)
             sys.exit(entry.load()())
-        status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if isinstance(end.code, str):
+        if not isinstance(end.code, int | None):
             print(end.code, file=sys.stderr)
     except KeyboardInterrupt:
         traceback.print_exc()
-        status = 130
+        interrupted = True
     except BaseException:
         _print_exception()
         status = 1
@@ -160,6 +179,9 @@ def _run(command: list[str], environ: dict[str, str], folder: str, ignores_inter
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
+    if interrupted:  # a Python ends by the signal, after all else
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     return status & 0xFF
 
 
