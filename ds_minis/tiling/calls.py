@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_minis.tiling.params import untouched
+
 CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum, type(None))
 
 
@@ -101,7 +103,9 @@ class RowCall:
 
     def without_rows(self) -> RowCall:
         """The same call, good for `with_rows` alone: it keeps no tensor that has rows alive."""
-        args, kwargs = list(self._args), dict(self._kwargs)
+        # A single number beside the rows stays what it is, whoever writes to it before backward.
+        args = [untouched(v) if isinstance(v, Tensor) else v for v in self._args]
+        kwargs = {k: untouched(v) if isinstance(v, Tensor) else v for k, v in self._kwargs.items()}
         for key in self.keys:
             (args if isinstance(key, int) else kwargs)[key] = None
         bare = copy.copy(self)

@@ -22,8 +22,11 @@ _CHECKPOINT = "_gradient_checkpointing_func"
 class ItsOwnCheckpointing:
     """Mixed into the class of a decoder layer, in front of `Tiled`: where it is checkpointed, its forward does so."""
 
-    def _as_it_is(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The class's own forward, checkpointed if that was asked for."""
+    def _as_it_is(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any], gated: bool = False) -> Any:
+        """The class's own forward, checkpointed if that was asked for.
+
+        `gated`: the parameters' gradients come from one node, whose place in the graph is lost with the reentrant kind.
+        """
         checkpoint = self.__dict__.get(_CHECKPOINT)
         if checkpoint is None or not (self.gradient_checkpointing and self.training):
             return forward(*args, **kwargs)
@@ -35,6 +38,8 @@ class ItsOwnCheckpointing:
                 leave_unkept(self, compiled)
             else:
                 forward = _KeepingAttentions(self, forward)
+        if gated and isinstance(checkpoint, functools.partial) and checkpoint.keywords.get("use_reentrant"):
+            checkpoint = functools.partial(checkpoint, use_reentrant=False)
         return checkpoint(functools.partial(forward, **kwargs), *args)
 
     @property

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ds_minis.tiling.alone import trackers_aside
 from ds_minis.tiling.calls import RowCall
 from ds_minis.tiling.chunking import Chunking
 from ds_minis.tiling.compiling import outside_of_graphs
@@ -73,7 +74,10 @@ class ChunkedHead:
     Attributes:
         deferred: whether logits of this pass were deferred.
         reason: why they were not, where the module was called and must see all tokens.
+        scope: closed at the end of the pass.
     """
+
+    scope: contextlib.ExitStack | None = None
 
     def __init__(self, module: nn.Module, chunking: Chunking, sharded: str):
         self.deferred, self.reason = False, ""
@@ -102,6 +106,9 @@ class ChunkedHead:
         if finding.reason:
             self.reason = f"the LM head, a {type(self._module).__name__}, is run as a whole: {finding.reason}"
             return None
+        if not self.deferred and self.scope is not None:
+            # The model's output will have deferred logits, on which no tracker can put its hooks.
+            self.scope.enter_context(trackers_aside())
         self.deferred = True
         return defer(self, hidden_LH, hidden_LH.new_empty((0, finding.width), dtype=finding.dtype))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import torch
 
 from ds_minis.config import AUTO, MiniSequenceConfig
+from ds_minis.tiling.alone import trackers_aside
 from ds_minis.tiling.checkpoints import Checkpoints
 from ds_minis.tiling.signature import Verdicts
+from ds_minis.tiling.taking_part import Memory
 
 # A feed-forward module needs about this many rows in one matmul before the weights' own traffic stops to show; beyond
 # it a larger chunk only costs memory.
@@ -21,6 +24,7 @@ _AUTO_TOKENS_PER_EXPERT, _MAX_AUTO_EXPERT_TOKENS = 128, 16384
 # Bytes of one chunk's logits, at most.
 _MAX_AUTO_LOGIT_BYTES = 2**29
 _MIN_AUTO_LOSS_TOKENS = 256
+_lock = threading.Lock()
 
 
 @dataclass
@@ -30,23 +34,24 @@ class Chunking:
     Attributes:
         config: the user's settings.
         hidden_size: width of the model's hidden states, in elements; what one token is for `chunk_size`.
-        suspended: True while the model runs a forward pass that must equal the unconverted model's to the bit.
         checkpoints: the inputs of its tiled layers.
         unread: what need not be computed in a layer of some make (`ds_minis.tiling.layer_verify`).
         unkept: where an attention cannot be kept -> (class name of the layer, reason) (`ds_minis.tiling.kept_attention`).
         heads: what was found out about LM heads (`ds_minis.tiling.chunked_head`).
         bypassed: why the loss of the last forward pass in training could not be tiled; empty if it was.
+        memory: what is known of its modules from earlier calls.
         passes: what the end of each forward pass in progress must undo (`ds_minis.tiling.loss`).
     """
 
     config: MiniSequenceConfig
     hidden_size: int
-    suspended: bool = False
+    _suspensions: int = field(default=0, repr=False, compare=False)
     checkpoints: Checkpoints = field(default=None, repr=False, compare=False)
     unread: dict[tuple, Any] = field(default_factory=dict, repr=False, compare=False)
     unkept: dict[tuple, tuple[str, str]] = field(default_factory=dict, repr=False, compare=False)
     heads: Verdicts = field(default_factory=Verdicts, repr=False, compare=False)
     bypassed: str = field(default="", repr=False, compare=False)
+    memory: Memory = field(default_factory=Memory, repr=False, compare=False)
     passes: list[contextlib.ExitStack] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self):
@@ -61,7 +66,8 @@ class Chunking:
         that names the setting; its type and message stay torch's.
         """
         try:
-            yield
+            with trackers_aside():
+                yield
         except torch.OutOfMemoryError as error:
             error.add_note(
                 f'ds_minis: out of memory in a chunk of {chunk_rows} of {num_rows} rows. A smaller "{setting}" in the '
@@ -78,11 +84,21 @@ class Chunking:
     @contextlib.contextmanager
     def untiled(self) -> Iterator[None]:
         """Inside, tiled modules run as they are: what they are given is a chunk already."""
-        before, self.suspended = self.suspended, True
+        self.suspend(1)
         try:
             yield
         finally:
-            self.suspended = before
+            self.suspend(-1)
+
+    @property
+    def suspended(self) -> bool:
+        """True while the model runs a forward pass that must equal the unconverted model's to the bit, or a chunk."""
+        return self._suspensions > 0
+
+    def suspend(self, step: int) -> None:
+        """Counted, as replicas of a model (`nn.DataParallel`) share this, each in a thread of its own."""
+        with _lock:
+            self._suspensions += step
 
     def module_rows(self, num_rows: int, width: int, experts_per_choice: float = 1.0) -> int:
         """Rows per chunk for a module whose input has `num_rows` rows of `width` elements.

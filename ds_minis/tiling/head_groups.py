@@ -41,7 +41,7 @@ class HeadGroups:
                             before.append((holder, name, whole))
                             size = whole.shape[0] // self.count
                             rows = slice(group * size, (group + 1) * size)
-                            holder[name] = whole[rows].detach() if cut is None else cut.part(whole, rows)
+                            holder[name] = whole[rows] if cut is None else cut.part(whole, rows)
             yield
         finally:
             for holder, name, whole in reversed(before):

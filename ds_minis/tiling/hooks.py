@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
-_ENGINES = "torch.distributed.", "torch.nn.utils.", "torch.utils.", "deepspeed.", "accelerate."
+_ENGINES = "torch.distributed.", "torch.utils.", "deepspeed.", "accelerate."
 _NO_ENGINES = "torch.distributed.tensor"  # tensor parallelism's lay the output out anew
 _SHARDING = "torch.distributed.fsdp", "deepspeed."
 FORWARD = ("forward_hooks", "forward_pre_hooks")
@@ -54,5 +54,5 @@ def _foreign(hooks: Iterable[Callable]) -> str:
             hook = hook.func
         place = getattr(hook, "__module__", None) or type(hook).__module__
         if not place.startswith(_ENGINES) or place.startswith(_NO_ENGINES):
-            return getattr(hook, "__qualname__", repr(hook))
+            return getattr(hook, "__qualname__", None) or type(hook).__qualname__
     return ""

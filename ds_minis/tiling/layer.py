@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,11 @@ from ds_minis.ranks import has_other_ranks
 from ds_minis.tiling.checkpointed_layer import ItsOwnCheckpointing
 from ds_minis.tiling.compiling import compiled_inside, outside_of_graphs
 from ds_minis.tiling.finding import Finding, follow_again, read_attributes
+from ds_minis.tiling.gate import run_whole
 from ds_minis.tiling.layer_call import LayerCall
 from ds_minis.tiling.layer_node import LayerNode
-from ds_minis.tiling.layer_passes import DifferentSettings, LayerPasses
-from ds_minis.tiling.layer_verify import examine
+from ds_minis.tiling.layer_passes import DifferentSettings, LayerPasses, NoAttention
+from ds_minis.tiling.layer_verify import a_few_tokens, examine
 from ds_minis.tiling.module import engine_inside, passing_state, require_weights
 from ds_minis.tiling.recompute import AutocastState, has_values, random_states, set_random_states
 from ds_minis.tiling.rows import run_call
@@ -40,18 +42,33 @@ class TiledLayer(ItsOwnCheckpointing, Tiled):
         call = LayerCall(args, kwargs)
         if not call.reason and _runs_whole(self, call):
             return self._as_it_is(forward, args, kwargs)
+        hidden = call.hidden  # which a tiled call lets go of
         finding = _found_out(self, forward, call)
         if finding.reason:
-            return self._as_it_is(forward, args, kwargs)
-        x = call.hidden
+            return self._run_whole(forward, args, kwargs, call)
         try:
             y = _forward_by_tokens(self, forward, call, finding)
         except DifferentSettings as error:
-            call.hidden = x
+            call.hidden = hidden
             _told(self, ("call", str(error)), Finding(str(error)))
-            return self._as_it_is(forward, args, kwargs)
-        del x
+            return self._run_whole(forward, args, kwargs, call)
+        except NoAttention:
+            # Which it chose for this call, by random numbers, say: nothing was drawn yet.
+            _leave_whole(self)
+            call.hidden = hidden
+            return self._run_whole(forward, args, kwargs, call)
+        del hidden
         return y if finding.rest is None else (y, *finding.rest)
+
+    @outside_of_graphs
+    def _run_whole(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any], call: LayerCall) -> Any:
+        own = forward
+
+        def run(forward: Callable[..., Any]) -> Any:
+            return self._as_it_is(forward, args, kwargs, gated=forward is not own)
+
+        few = None if call.reason else functools.partial(a_few_tokens, forward, call)
+        return run_whole(self, forward, run, self.mini_sequence_chunking.memory, call.key, few)
 
 
 def why_one_call(layer: nn.Module) -> str:
@@ -136,6 +153,22 @@ def _told(layer: TiledLayer, key: tuple, finding: Finding) -> Finding:
     return finding
 
 
+def _attend_in_one_call(layer: TiledLayer, finding: Finding, reason: str) -> None:
+    """From now on, where this was found."""
+    for key, known in layer.mini_sequence_verdicts.items():
+        if known is finding:
+            layer.mini_sequence_verdicts[key] = dataclasses.replace(finding, groups=None, one_call=reason)
+
+
+def _leave_whole(layer: TiledLayer) -> None:
+    """A layer that was found to attend once in each call has not: it does not always."""
+    finding = Finding("it does not call its attention in each of its calls")
+    for key in layer.mini_sequence_verdicts:
+        layer.mini_sequence_verdicts[key] = finding
+    layer.mini_sequence_verdicts.note(layer.training, finding.reason)
+    tell(layer, "is run as a whole", finding.reason)
+
+
 def _runs_whole(layer: TiledLayer, call: LayerCall) -> bool:
     """Where one chunk is enough, as for a tiled module (`rows.runs_whole`)."""
     chunk = _chunk_tokens(layer, call)
@@ -170,8 +203,13 @@ def _forward_by_tokens(layer: TiledLayer, forward: Callable[..., Any], call: Lay
     chunking, x, chunk = layer.mini_sequence_chunking, call.hidden, _chunk_tokens(layer, call)
     bounds = _bounds(x.shape[1], chunk)
     source, depth = chunking.checkpoints.source(layer, x) if torch.is_grad_enabled() else (None, 0)
+    if torch.is_grad_enabled():
+        call.until_backward()
     passes = LayerPasses(layer, forward, call, bounds, chunking, finding.settings)
     node = LayerNode(layer, passes, finding.unread, finding.groups, source, chunking.config.keep_attention)
     y = run_call(node, [x])
-    chunking.checkpoints.made(node, y, depth)
+    if node.one_call:
+        _attend_in_one_call(layer, finding, node.one_call)
+    if torch.is_grad_enabled():
+        chunking.checkpoints.made(node, y, depth)
     return y

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ds_minis.tiling.calls import CONSTANTS, FEW, spread
+from ds_minis.tiling.params import untouched
 
 
 class LayerCall:
@@ -32,6 +33,7 @@ class LayerCall:
         self.reason = ""
         self._place: int | str = 0
         self._batch = self._num_tokens = -1
+        self._watched: list[tuple[int | str, Tensor, int]] = []
         key = []
         for place, value in (*enumerate(args), *kwargs.items()):
             if self.hidden is None and isinstance(value, Tensor):
@@ -78,6 +80,34 @@ class LayerCall:
         """The arguments, with `x` for the hidden states and `part(place, value)` for each other one."""
         args = [x if place == self._place else part(place, v) for place, v in enumerate(self._args)]
         return args, {place: x if place == self._place else part(place, v) for place, v in self._kwargs.items()}
+
+    def until_backward(self) -> None:
+        """To be called before forward where backward runs the call again: its arguments must stay what they are.
+
+        Of masks and indices autograd saves what is made of them, so they may be written to: the call gets tensors of its
+        own (for which no copy is made before that). Real numbers are watched, as autograd does.
+        """
+        self._args, self._kwargs = self.arguments(None, self._until_backward)
+
+    def _until_backward(self, place: int | str, value: Any) -> Any:
+        if isinstance(value, tuple | list):
+            return type(value)(self._until_backward(place, v) for v in value)
+        if not isinstance(value, Tensor):
+            return value
+        if not value.is_floating_point():
+            return untouched(value)
+        if not value.is_inference():
+            self._watched.append((place, value, value._version))
+        return value
+
+    def require_unchanged(self) -> None:
+        """Raises RuntimeError if an argument was changed in place since `until_backward`."""
+        for place, value, version in self._watched:
+            if value._version != version:
+                raise RuntimeError(
+                    f"the argument {place!r} of a decoder layer was changed in place between forward and backward, which "
+                    "runs the layer once more. Change it after backward, or give each forward pass a tensor of its own"
+                )
 
     def _dims(self, place: int | str, value: Any) -> Any:
         """The dimension that counts tokens, of each tensor in a value: one of other lengths is another way of calling."""

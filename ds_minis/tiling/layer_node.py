@@ -13,7 +13,8 @@ Shapes: B batch, S tokens, H hidden size, N heads of D.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,9 +26,10 @@ from ds_minis.tiling.head_groups import CutWeights, HeadGroups
 from ds_minis.tiling.kept_attention import Attend, KeptAttention, attend_once, is_unkept, leave_unkept
 from ds_minis.tiling.layer_passes import LayerPasses, Unread, chunk_of
 from ds_minis.tiling.linears import chunk_forwards
+from ds_minis.tiling.params import ParameterSlots, Untrained
 from ds_minis.tiling.recompute import forwards_set
 from ds_minis.tiling.reuse import is_ours_alone
-from ds_minis.tiling.rows import Call, ParameterSlots, put
+from ds_minis.tiling.rows import Call, put
 from ds_minis.tiling.swap import Tiled, tell
 
 
@@ -42,7 +44,10 @@ class LayerNode(Call):
 
     Attributes:
         source: as above.
+        one_call: why the attention cannot be run by groups of heads, in no call of this kind; empty if it can.
     """
+
+    one_call = ""
 
     def __init__(
         self,
@@ -54,7 +59,10 @@ class LayerNode(Call):
         keep: bool = False,
         attend: Attend = attend_once,
     ):
-        self._module, self.slots = module, ParameterSlots(module)
+        self.module, self.slots = module, ParameterSlots(module)
+        self.constants, self.way = passes.constants, passes.way
+        self.memory = module.mini_sequence_chunking.memory
+        self._untrained = Untrained(module, self.slots, self.memory.copies)
         self._passes, self._unread, self._groups = passes, unread, groups
         self.source, self._keep, self._attend = source, keep, attend
         self._kept: KeptAttention | None = None
@@ -74,20 +82,21 @@ class LayerNode(Call):
         return y
 
     def _forward_keeping(self, x: Tensor) -> Tensor:
-        request, heads = self._passes.before(x)
+        request, heads = self._before(x)
         tensors: list[Tensor] = []
         with self._passes.attending():
-            if is_unkept(self._module, request.way):
+            if is_unkept(self.module, request.way):
                 out = self._attend(request, heads)
             else:
                 kept = KeptAttention(self._attend, request, heads)
                 out, tensors = kept.result, [] if kept.reason else kept.tensors
                 kept.let_go()
                 if kept.reason:
-                    leave_unkept(self._module, kept.reason, request.way)
+                    leave_unkept(self.module, kept.reason, request.way)
                 else:
                     self._kept = kept
         del request, heads
+        (out,) = self.seen(out)
         self.source.keep(x, *tensors)
         del tensors
         return self._after_all(x, out)
@@ -100,11 +109,11 @@ class LayerNode(Call):
         """
         if [t._version for t in self.slots.tensors] != self._versions:
             raise RuntimeError(
-                f"weights of a {type(self._module).__name__} were changed in place between forward and backward, which "
+                f"weights of a {type(self.module).__name__} were changed in place between forward and backward, which "
                 'computes the layer once more ("checkpoint_every" in the mini-sequence configuration). Change them after '
                 "backward"
             )
-        with torch.no_grad(), self._passes.running(), self._passes.again():
+        with torch.no_grad(), self._passes.running(), self._passes.again(), self._untrained.as_in_forward():
             return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -115,7 +124,7 @@ class LayerNode(Call):
         output = None
         with forwards_set(self._unread.output_forwards()):
             for i, (start, stop) in enumerate(self._passes.bounds):
-                y = self._passes.after(chunk_of(x, start, stop), out[:, start:stop], i)
+                (y,) = self.seen(self._passes.after(chunk_of(x, start, stop), out[:, start:stop], i))
                 if output is None:
                     output = y.new_empty(y.shape[0], x.shape[1], y.shape[2])
                 output[:, start:stop].copy_(y)
@@ -124,27 +133,37 @@ class LayerNode(Call):
     def _attended(self, x: Tensor) -> Tensor:
         """The attention's output for all tokens and heads."""
         if self._groups is None:
-            request, heads = self._passes.before(x)
+            request, heads = self._before(x)
             with self._passes.attending():
-                return self._attend(request, heads)
+                return self.seen(self._attend(request, heads))[0]
         out = None
         for group in range(self._groups.count):
             with self._groups.cut(group):
-                request, heads = self._passes.before(x)
+                request, heads = self._before(x)
             name = request.per_head(heads[0].shape[1] * self._groups.count)
             if name:
                 return self._attended_at_once(x, f"its attention's argument {name} has a part for each head")
-            with self._passes.attending(group):
-                part = self._attend(request, heads)
+            try:
+                with self._passes.attending(group):
+                    (part,) = self.seen(self._attend(request, heads))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # one that is made for this many heads; another error comes again
+                if group:
+                    raise
+                words = f"{type(error).__name__}: {error}".split()
+                self.one_call = f"its attention fails on a group of heads ({' '.join(words)[:100]})"
+                return self._attended_at_once(x, self.one_call)
             if part.dim() != 4:
-                return self._attended_at_once(x, "its attention gives all heads in one dimension")
+                self.one_call = "its attention gives all heads in one dimension"
+                return self._attended_at_once(x, self.one_call)
             if out is None:
                 out = part.new_empty(*part.shape[:2], part.shape[2] * self._groups.count, part.shape[3])
             self._groups.of_output(out, group).copy_(part)
         return out
 
     def _attended_at_once(self, x: Tensor, reason: str) -> Tensor:
-        tell(self._module, "attends to all heads at once", reason)
+        tell(self.module, "attends to all heads at once", reason)
         self._groups = None
         return self._attended(x)
 
@@ -162,7 +181,7 @@ class LayerNode(Call):
             # A chunk of the incoming gradient is not needed any more once the chunk is done.
             reuse = reuse and grad_y.dtype == x.dtype and grad_y.shape == x.shape
             grad_x = grad_y if reuse else torch.empty_like(x)
-        with self._passes.running(), self._passes.again(), self.slots.holding(leaves):
+        with self._passes.running(), self._passes.again(), self._as_in_forward(leaves):
             if self._kept is not None:
                 request, heads = self._passes.before(x)
                 edge, out = None, self._kept.output(heads, kept)
@@ -189,6 +208,14 @@ class LayerNode(Call):
             self.source.release()
         return [grad_x, *sums.result()]
 
+    @contextlib.contextmanager
+    def _as_in_forward(self, leaves: Sequence[Tensor]) -> Iterator[None]:
+        with self._untrained.as_in_forward(), self.slots.holding(leaves):
+            yield
+
+    def _before(self, x: Tensor) -> tuple[AttentionRequest, list[Tensor]]:
+        return self._passes.before(x, self.seen)
+
     def _attended_with_graph(self, x: Tensor, group: int = 0):
         request, heads = self._passes.before(x)
         heads = [t.requires_grad_() for t in heads]
@@ -208,7 +235,7 @@ class LayerNode(Call):
         leaves: Sequence[Tensor],
     ) -> None:
         """Gradients of the layer's input (but for what came by way of the attention) and of the attention's output."""
-        forwards = chunk_forwards(self._module, [sums], self._unread.values_after, self._unread.value)
+        forwards = chunk_forwards(self.module, [sums], self._unread.values_after, self._unread.value)
         forwards |= self._unread.output_forwards()
         with torch.enable_grad(), forwards_set(forwards):
             for i, (start, stop) in enumerate(self._passes.bounds):
@@ -246,7 +273,7 @@ class LayerNode(Call):
         cut: CutWeights | None = None,
     ) -> None:
         all_sums, cut_leaves = ([sums], []) if cut is None else ([sums, cut.sums], cut.leaves)
-        forwards = chunk_forwards(self._module, all_sums, self._unread.values_before, self._unread.value)
+        forwards = chunk_forwards(self.module, all_sums, self._unread.values_before, self._unread.value)
         with torch.enable_grad(), forwards_set(forwards):
             for i, (start, stop) in enumerate(self._passes.bounds):
                 chunk = chunk_of(x, start, stop).detach().requires_grad_(grad_x is not None)

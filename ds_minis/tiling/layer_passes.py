@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_minis.tiling.alone import alone
 from ds_minis.tiling.attention import AttentionReached, AttentionRequest, attention_answered_by
 from ds_minis.tiling.chunking import Chunking
 from ds_minis.tiling.follow import differing_setting, settings_of
 from ds_minis.tiling.layer_call import LayerCall, TokensOfCall
+from ds_minis.tiling.params import constants_of, set_to
 from ds_minis.tiling.recompute import AutocastState, Seeds, has_values
-from ds_minis.tiling.rows import constants_of, set_to
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,10 @@ class LayerPasses:
         forward: the layer's own forward.
         bounds: first and last token of each chunk, in the order in which they are run.
         settings: with what the layer calls its attention, but for tensors; None: as for the first chunk.
+
+    Attributes:
+        constants: what the layer's parts are set to.
+        way: the call's key.
     """
 
     def __init__(
@@ -84,21 +89,29 @@ class LayerPasses:
         x, call.hidden = call.hidden, None  # which autograd saves, or somebody keeps
         self.bounds, self._batch = bounds, x.shape[0]
         self.autocast = AutocastState(x.device)
+        self._module = module
         self._forward, self._call, self._chunking = forward, call, chunking
-        self._constants = constants_of(module)
+        self.way = call.key
+        self.constants = constants_of(module)
         self._seeds = Seeds(x.device) if has_values(x) and any(m.training for m in module.modules()) else None
 
-    def before(self, x: Tensor) -> tuple[AttentionRequest, list[Tensor]]:
-        """The attention's call, for all tokens, and its queries, keys and values."""
+    def before(
+        self, x: Tensor, seen: Callable[..., Sequence[Tensor]] | None = None
+    ) -> tuple[AttentionRequest, list[Tensor]]:
+        """The attention's call, for all tokens, and its queries, keys and values; without a graph.
+
+        `seen` gives tensors without their graphs; None where there are none.
+        """
         whole: list[Tensor] = []
-        with torch.no_grad():
+        with contextlib.nullcontext() if seen is not None else torch.no_grad():
             for i, (start, stop) in enumerate(self.bounds):
                 request, part = self.reach(chunk_of(x, start, stop), i)
                 self._require_settings(request)
                 if not whole:
                     first = request.for_whole(part.whole_of)
                     whole = [_for_all_tokens(t, x.shape[1]) for t in request.tensors]
-                for t, chunk in zip(whole, request.tensors, strict=True):
+                tensors = request.tensors if seen is None else seen(*request.tensors)
+                for t, chunk in zip(whole, tensors, strict=True):
                     t[:, :, start:stop].copy_(chunk)
         return first, whole
 
@@ -143,7 +156,8 @@ class LayerPasses:
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
         """Around runs in backward: as in forward."""
-        with self.autocast.entered(), set_to(self._constants):
+        self._call.require_unchanged()
+        with self.autocast.entered(), set_to(self.constants):
             yield
 
     @contextlib.contextmanager
@@ -151,7 +165,11 @@ class LayerPasses:
         """Around all runs."""
         rows = [self._batch * (stop - start) for start, stop in self.bounds]
         try:
-            with self._chunking.guarded("chunk_size", rows[0], sum(rows)), self._chunking.untiled():
+            with (
+                alone(self._module),
+                self._chunking.guarded("chunk_size", rows[0], sum(rows)),
+                self._chunking.untiled(),
+            ):
                 yield
         finally:
             # Weights that autocast cast in here were cast without a graph; a later use with gradients must not find them.

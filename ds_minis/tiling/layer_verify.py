@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ds_minis.config import AUTO
-from ds_minis.tiling.attention import AttentionRequest, attention_answered_by
+from ds_minis.tiling.attention import AttentionRequest, attention_answered_by, tensors_in
 from ds_minis.tiling.calls import CONSTANTS
 from ds_minis.tiling.chunking import Chunking
 from ds_minis.tiling.finding import BATCH, CHUNKS, TOKENS, Finding, followed
@@ -26,10 +26,10 @@ from ds_minis.tiling.layer_call import LayerCall
 from ds_minis.tiling.layer_node import LayerNode
 from ds_minis.tiling.layer_passes import NOTHING_UNREAD, LayerPasses, NoAttention, Unread, chunk_of
 from ds_minis.tiling.linears import is_plain_linear
+from ds_minis.tiling.params import ParameterSlots
 from ds_minis.tiling.poison import PoisonedRows, narrowed_request
 from ds_minis.tiling.quiet import guarded, is_held, quietly
 from ds_minis.tiling.recompute import has_values
-from ds_minis.tiling.rows import ParameterSlots
 from ds_minis.tiling.state import State
 from ds_minis.tiling.unread import UnreadSearch, stand_in
 from ds_minis.tiling.verify import (
@@ -37,6 +37,7 @@ from ds_minis.tiling.verify import (
     LARGEST_WEIGHT,
     LONGEST_PROBE,
     WRITES_GRADIENTS,
+    WRITES_INPUT,
     are_close,
     foreign_weight,
     is_close,
@@ -197,8 +198,9 @@ class _Examination:
         leaves = [p.detach().requires_grad_(asked) for p, asked in zip(self._params, self._asked, strict=True)]
         x = self._x.clone().requires_grad_()
         requests: list[AttentionRequest] = []
-        part = self._call.with_tokens(guarded(x, self._sentinels), 0, x.shape[1])
-        reason = ""
+        given, reason = guarded(x, self._sentinels), ""
+        version = given._version
+        part = self._call.with_tokens(given, 0, x.shape[1])
 
         def answer(request: AttentionRequest) -> Tensor:
             nonlocal reason
@@ -209,6 +211,8 @@ class _Examination:
 
         with self._slots.holding(leaves), attention_answered_by(answer):
             y = self._forward(*part.args, **part.kwargs)
+        if given._version != version:
+            return [], None, WRITES_INPUT
         if len(requests) != 1:
             return [], None, f"it calls the attention interface {len(requests)} times, not once"
         rest = y[1:] if isinstance(y, tuple) else None
@@ -340,6 +344,20 @@ def _all_close(actual: Sequence[Tensor | None], expected: Sequence[Tensor | None
     pairs = list(zip(actual, expected, strict=True))
     by_tokens = ((None if t is None else t.transpose(0, 1) for t in pair) for pair in pairs[:2])
     return all(are_close(*pair, coarse) for pair in by_tokens) and all(is_close(a, e, coarse) for a, e in pairs[2:])
+
+
+def a_few_tokens(forward: Callable[..., Any], call: LayerCall) -> list[Tensor]:
+    """What the layer makes of a few random tokens, with the stand-in for its attention, and what it gives that."""
+    few = call.narrowed(BATCH, TOKENS, torch.randn_like)
+    part, given = few.with_tokens(few.hidden, 0, few.hidden.shape[1]), []
+
+    def answer(request: AttentionRequest) -> Tensor:
+        given.extend((*request.tensors, *request.argument_tensors()))
+        return stand_in(request, request.tensors)
+
+    with attention_answered_by(answer):
+        y = forward(*part.args, **part.kwargs)
+    return [*given, *tensors_in(y)]
 
 
 def _why_not_whole(

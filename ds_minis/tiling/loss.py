@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_minis.ranks import is_main_process
+from ds_minis.tiling.alone import is_called_in, several_threads
 from ds_minis.tiling.arguments import argument, takes
 from ds_minis.tiling.chunked_head import HEAD, ChunkedHead
 from ds_minis.tiling.chunking import Chunking
@@ -46,10 +48,11 @@ class _Pass(contextlib.ExitStack):
         is_own: whether this pass made it, or a pass around this one.
         reason: why they are not, where they might have been.
         tiled: whether a pass inside of this one has deferred them.
+        only_logits: whether it computes logits alone, without gradients.
     """
 
     head: ChunkedHead | None = None
-    is_own = tiled = False
+    is_own = tiled = only_logits = False
     reason = ""
 
 
@@ -67,17 +70,20 @@ class _Arm:
 
     @outside_of_graphs
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        _disarm(model)  # a forward pass that Ctrl-C ended outside of any chunk has run no hook
+        with_labels = argument(model, "labels", args, kwargs) is not None
         config, begun = self.chunking.config, _Pass()
-        begun.callback(model.__dict__.pop, _ARMED, None)
+        begun.only_logits = not with_labels and not torch.is_grad_enabled()
+        _require_one_thread(model, begun)
+        armed, thread = model.__dict__.setdefault(_ARMED, {}), threading.get_ident()
+        begun.callback(armed.pop, thread, None)
         begun.callback(self.chunking.passes.remove, begun)
-        if argument(model, "labels", args, kwargs) is not None:
+        if with_labels:
             self._begin(model, begun)
         elif not torch.is_grad_enabled() and not config.tile_inference and not _draws_in_training(model):
-            self.chunking.suspended = True
-            begun.callback(setattr, self.chunking, "suspended", False)
+            self.chunking.suspend(1)
+            begun.callback(self.chunking.suspend, -1)
         self.chunking.passes.append(begun)
-        model.__dict__[_ARMED] = begun
+        armed[thread] = begun
 
     def _begin(self, model: nn.Module, begun: _Pass) -> None:
         module, config, wanted = (self._owner or model).get_output_embeddings(), self.chunking.config, wanted_logits()
@@ -96,6 +102,8 @@ class _Arm:
         if not begun.reason:
             begun.head, begun.is_own = ChunkedHead(module, self.chunking, _sharded(module, around)), True
             begun.enter_context(begun.head.deferring())
+            begun.head.scope = begun
+            begun.callback(setattr, begun.head, "scope", None)
 
     def _around(self, model: nn.Module, module: nn.Module) -> list[nn.Module]:
         """The modules that an LM head is inside of, from the model to the head's own parent."""
@@ -160,9 +168,21 @@ def _weights(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _disarm(model: nn.Module) -> _Pass:
-    begun = model.__dict__.get(_ARMED, _Pass())
+    armed = model.__dict__.get(_ARMED, {})
+    begun = armed.get(threading.get_ident(), _Pass())
     begun.close()
+    if not armed:
+        model.__dict__.pop(_ARMED, None)
     return begun
+
+
+def _require_one_thread(model: nn.Module, begun: _Pass) -> None:
+    """Passes that only compute logits may run side by side; others swap classes and tensors in the model."""
+    for thread, other in list(model.__dict__.get(_ARMED, {}).items()):
+        if thread == threading.get_ident() or not is_called_in(thread, model):
+            other.close()  # a forward pass that Ctrl-C ended outside of any chunk has run no hook
+        elif not (begun.only_logits and other.only_logits):
+            raise RuntimeError(several_threads(model))
 
 
 class _Disarm:

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_minis.tiling.attention import tensors_in
 from ds_minis.tiling.calls import RowCall
 from ds_minis.tiling.compiling import outside_of_graphs
 from ds_minis.tiling.follow import Reach
+from ds_minis.tiling.gate import run_whole
 from ds_minis.tiling.hooks import ALL, foreign_global_hook, foreign_hook
 from ds_minis.tiling.recompute import AutocastState, has_values
 from ds_minis.tiling.rows import runs_whole, tile_rows
@@ -31,7 +33,7 @@ class TiledModule(Tiled):
             return forward(*args, **kwargs)
         call = RowCall(args, kwargs)
         if call.num_rows == 0:
-            return forward(*args, **kwargs)
+            return _run_whole(self, forward, call)
         chunk_rows = chunking.module_rows(call.num_rows, call.width, _experts_per_choice(self, call))
         if runs_whole(call.num_rows, chunk_rows):
             return forward(*args, **kwargs)
@@ -42,7 +44,7 @@ class TiledModule(Tiled):
 def _forward_by_rows(module: TiledModule, forward: Callable[..., Any], call: RowCall, chunk_rows: int) -> Any:
     """By chunks, if the module is token-wise; else as it is, with one line that says why."""
     if not _is_token_wise(module, forward, call, chunk_rows):
-        return call.run(forward)
+        return _run_whole(module, forward, call)
     require_weights(module)
 
     bare = call.without_rows()  # the graph holds `run` until the loss is let go of, long after its own backward
@@ -52,8 +54,18 @@ def _forward_by_rows(module: TiledModule, forward: Callable[..., Any], call: Row
         return forward(*args, **kwargs).flatten(0, -2)
 
     guard = functools.partial(module.mini_sequence_chunking.guarded, "chunk_size", chunk_rows, call.num_rows)
-    y = tile_rows(run, module, call.rows(), chunk_rows, guard)
+    memory = module.mini_sequence_chunking.memory
+    y = tile_rows(run, module, call.rows(), chunk_rows, guard, memory, way=call.flags)
     return y.view(*call.input.shape[:-1], y.shape[-1])
+
+
+@outside_of_graphs
+def _run_whole(module: TiledModule, forward: Callable[..., Any], call: RowCall) -> Any:
+    def few() -> list[Tensor]:
+        return tensors_in(call.narrowed(2, 32, torch.randn_like).run(forward))
+
+    few = None if call.reason or call.num_rows == 0 else few
+    return run_whole(module, forward, call.run, module.mini_sequence_chunking.memory, call.flags, few)
 
 
 def _is_token_wise(module: TiledModule, forward: Callable[..., Any], call: RowCall, chunk_rows: int) -> bool:

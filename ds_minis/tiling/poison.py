@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ds_minis.tiling.attention import AttentionRequest, attention_answered_by
 from ds_minis.tiling.layer_call import LayerCall
-from ds_minis.tiling.rows import ParameterSlots
+from ds_minis.tiling.params import ParameterSlots
 from ds_minis.tiling.verify import LARGE, is_close
 
 

@@ -16,109 +16,44 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ds_minis.ranks import has_other_ranks
+from ds_minis.tiling.alone import alone
 from ds_minis.tiling.gradient_sums import GradientSums, let_go
 from ds_minis.tiling.linears import LastLinear, chunk_forwards
+from ds_minis.tiling.params import Constants, ParameterSlots, Untrained, constants_of, set_to
 from ds_minis.tiling.recompute import Replay, forwards_set, refuse_gradients_of_gradients
 from ds_minis.tiling.reuse import is_ours_alone
+from ds_minis.tiling.taking_part import Memory, Walk, signature_of
 
 Guard = Callable[[], contextlib.AbstractContextManager]
-
-
-class ParameterSlots:
-    """Where a module holds its trainable tensors, and how to put others in their place.
-
-    Besides `_parameters` the modules' `__dict__` is searched: FSDP1 and the replicas of `nn.DataParallel` hold their
-    trainable views there. A tensor held twice (tied inside the module) is listed once.
-    """
-
-    def __init__(self, module: nn.Module):
-        self.tensors: list[Tensor] = []
-        self._slots: list[tuple[nn.Module, str, int]] = []
-        index_of: dict[int, int] = {}
-        for submodule in module.modules():
-            for holder in (submodule._parameters, submodule.__dict__):
-                for name, value in holder.items():
-                    if isinstance(value, Tensor) and value.requires_grad:
-                        index = index_of.setdefault(id(value), len(self.tensors))
-                        if index == len(self.tensors):
-                            self.tensors.append(value)
-                        self._slots.append((submodule, name, index))
-
-    @contextlib.contextmanager
-    def holding(self, tensors: Sequence[Tensor]) -> Iterator[None]:
-        """Puts `tensors` (one for each of `self.tensors`) in place, and what was there back at the end."""
-        before = []
-        try:
-            for submodule, name, index in self._slots:
-                # Looked up anew: FSDP1 holds a weight in both places in forward, and in `_parameters` alone in backward.
-                places = [holder for holder in (submodule._parameters, submodule.__dict__) if name in holder]
-                for holder in places or [submodule.__dict__]:
-                    before.append((holder, name, dict.get(holder, name, _NOTHING)))
-                    holder[name] = tensors[index]
-            yield
-        finally:
-            for holder, name, value in reversed(before):
-                if value is _NOTHING:
-                    del holder[name]
-                else:
-                    holder[name] = value
-
-
-_NOTHING = object()
-
-
-def constants_of(module: nn.Module) -> list[tuple[nn.Module, dict[str, object]]]:
-    """What the parts of a module are set to (training, a scale, whether an adapter is on), but for DeepSpeed's counters."""
-    return [
-        (part, {k: copy.copy(v) for k, v in part.__dict__.items() if _is_constant(v) and not k.startswith("ds_")})
-        for part in module.modules()
-    ]
-
-
-_CONSTANTS = frozenset((bool, int, float, str, type(None)))
-
-
-def _is_constant(value: object) -> bool:
-    """A constant, or some of them together: PEFT's active adapters and their scales."""
-    if type(value) in (list, dict):
-        values = value.values() if isinstance(value, dict) else value
-        return len(value) > 0 and all(v is not None and type(v) in _CONSTANTS for v in values)
-    return type(value) in _CONSTANTS
-
-
-@contextlib.contextmanager
-def set_to(constants: Sequence[tuple[nn.Module, dict[str, object]]]) -> Iterator[None]:
-    """Parts are set as they were in forward; an evaluation or another use of the module may have come in between."""
-    now = [
-        (part, k, part.__dict__[k], v) for part, values in constants for k, v in values.items() if k in part.__dict__
-    ]
-    changed = [(part.__dict__, name, value, then) for part, name, value, then in now if value != then]
-    try:
-        for holder, name, _, then in changed:
-            holder[name] = then
-        yield
-    finally:
-        for holder, name, value, _ in changed:
-            holder[name] = value
 
 
 class Call(abc.ABC):
     """One call of something tiled: what its forward and its backward share.
 
     Attributes:
+        module: what is called.
         slots: the trainable tensors that it uses.
+        constants: what its parts are set to.
+        way: how it is called; calls of one way are alike.
+        memory: what is known of the model's modules from earlier calls.
+        walk: finds out which of its trainable tensors take part, while that is being done.
         grad_output: the gradient of the result, from its arrival to the backward that uses it up.
     """
 
+    module: nn.Module
     slots: ParameterSlots
+    constants: Constants
+    way: object = None
+    memory: Memory
+    walk: Walk | None = None
     grad_output: Tensor | None = None
+    _result: Tensor | None = None
 
     def saved(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """What autograd has to save of the rows and parameters (in that order)."""
@@ -132,23 +67,59 @@ class Call(abc.ABC):
     def backward(self, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
         """Gradients of rows and parameters for `self.grad_output`, given what was saved."""
 
+    def leave_out_idle(self, rows: Sequence[Tensor]) -> None:
+        """Trainable tensors that take no part are not the node's: autograd would run their hooks, without a gradient.
+
+        Where it is not known from earlier calls that all of them take part, forward is run here, with the graph of one
+        chunk at a time, and not once more.
+        """
+        signature = signature_of(self.slots, self.constants, self.way)
+        if self.memory.all_take_part(self.module, signature):
+            return
+        self.walk = Walk(self.slots)
+        try:
+            with self.walk.running():
+                self._result = self.forward([x.detach() for x in rows], with_backward=True)
+            idle = self.walk.idle()
+        finally:
+            self.walk = None
+        self.memory.note(self.module, signature, idle)
+        if len(idle) < len(self.slots.tensors) or any(x.requires_grad for x in rows):
+            self.slots.leave_out(idle)
+
+    def result(self, rows: Sequence[Tensor]) -> Tensor:
+        """What forward gives, or has given."""
+        result, self._result = self._result, None
+        return self.forward(rows, with_backward=True) if result is None else result
+
+    def seen(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The same without the graph that they have while it is found out what takes part."""
+        return tensors if self.walk is None else self.walk.seen(tensors)
+
 
 class _TiledCall(Call):
     """A row function over chunks."""
 
     def __init__(
-        self, function: Callable[..., Tensor], module: nn.Module, chunk_rows: int, num_rows: int, guard: Guard
+        self,
+        function: Callable[..., Tensor],
+        module: nn.Module,
+        chunk_rows: int,
+        num_rows: int,
+        guard: Guard,
+        memory: Memory,
+        way: object,
     ):
-        self.slots = ParameterSlots(module)
+        self.module, self.memory, self.way = module, memory, way
+        self.slots, self.constants = ParameterSlots(module), constants_of(module)
+        self._untrained = Untrained(module, self.slots, memory.copies)
         self._function = function
-        self._module = module
         self._guard = guard
-        self._constants = constants_of(module)
         self._bounds = [(i, min(i + chunk_rows, num_rows)) for i in range(0, max(num_rows, 1), chunk_rows)]
 
     def forward(self, rows: Sequence[Tensor], *, with_backward: bool) -> Tensor:
         try:
-            with self._guard():
+            with alone(self.module), self._guard():
                 return self._forward(rows, with_backward)
         finally:
             # Weights that autocast cast in here were cast without a graph; a later use with gradients must not find them.
@@ -157,7 +128,7 @@ class _TiledCall(Call):
     def _forward(self, rows: Sequence[Tensor], with_backward: bool) -> Tensor:
         if with_backward:
             self._replay = Replay(rows[0].device)
-            self._last_linear = LastLinear(self._module)
+            self._last_linear = LastLinear(self.module)
         output = None
         for start, stop in self._bounds:
             chunk = [row[start:stop] for row in rows]
@@ -166,6 +137,7 @@ class _TiledCall(Call):
                 y = self._function(*chunk)
                 if watch:
                     decide(y)
+            (y,) = self.seen(y)
             assert y.shape[0] == stop - start, f"{stop - start} rows in, {y.shape[0]} out: not a function of rows"
             if output is None:
                 output = y.new_empty((rows[0].shape[0], *y.shape[1:]))
@@ -173,7 +145,7 @@ class _TiledCall(Call):
         return output
 
     def backward(self, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
-        with self._guard():
+        with alone(self.module), self._guard():
             return self._backward(tensors, needs_grad)
 
     def _backward(self, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
@@ -188,10 +160,15 @@ class _TiledCall(Call):
         leaves = [p.detach().requires_grad_(need) for p, need in zip(params, needs_grad[num_rows:], strict=True)]
         sums = GradientSums(leaves, single=len(self._bounds) == 1)
         with contextlib.ExitStack() as stack:
-            for context in (self._replay.active(), set_to(self._constants), torch.enable_grad()):
+            for context in (
+                self._replay.active(),
+                set_to(self.constants),
+                self._untrained.as_in_forward(),
+                torch.enable_grad(),
+            ):
                 stack.enter_context(context)
             stack.enter_context(self.slots.holding(leaves))
-            stack.enter_context(forwards_set(chunk_forwards(self._module, [sums], self._last_linear.found())))
+            stack.enter_context(forwards_set(chunk_forwards(self.module, [sums], self._last_linear.found())))
             for start, stop in self._bounds:
                 chunk = [x[start:stop].detach().requires_grad_(need) for x, need in zip(rows, needs_grad, strict=False)]
                 inputs = [x for x in (*chunk, *leaves) if x.requires_grad]
@@ -242,7 +219,7 @@ class _Compute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: Call, token: Tensor, *rows: Tensor):
         ctx.call = call
-        return call.forward(rows, with_backward=True)
+        return call.result(rows)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -267,6 +244,8 @@ def tile_rows(
     rows: Sequence[Tensor],
     chunk_rows: int,
     guard: Guard = contextlib.nullcontext,
+    memory: Memory | None = None,
+    way: object = None,
 ) -> Tensor:
     """Runs `function(*rows)` over chunks of rows, with the gradients of the whole.
 
@@ -276,6 +255,8 @@ def tile_rows(
         rows: inputs of R rows each, `(R, ...)`.
         chunk_rows: C, at least 1. What fits into one chunk may be run as it is, see `runs_whole`.
         guard: makes a context for the chunks of forward, and one for those of backward.
+        memory: what is known of the model's modules from earlier calls; None for nothing.
+        way: how the module is called, if there are several ways.
 
     Returns:
         The result of all R rows. A gradient of its gradient is refused (`create_graph=True`).
@@ -283,7 +264,7 @@ def tile_rows(
     num_rows = rows[0].shape[0]
     if runs_whole(num_rows, chunk_rows):
         return function(*rows)
-    call = _TiledCall(function, module, chunk_rows, num_rows, guard)
+    call = _TiledCall(function, module, chunk_rows, num_rows, guard, memory or Memory(), way)
     return run_call(call, rows)
 
 
@@ -292,5 +273,6 @@ def run_call(call: Call, rows: Sequence[Tensor]) -> Tensor:
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in (*rows, *call.slots.tensors)):
         with torch.no_grad():
             return call.forward(rows, with_backward=False)
+    call.leave_out_idle(rows)
     token = _Record.apply(call, *rows, *call.slots.tensors)
     return _Compute.apply(call, token, *[x.detach() for x in rows])

@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from ds_minis.tiling.alone import alone
 from ds_minis.tiling.gradient_sums import GradientSums, let_go
 from ds_minis.tiling.linears import chunk_forwards
+from ds_minis.tiling.params import ParameterSlots, constants_of, set_to
 from ds_minis.tiling.recompute import Replay, forwards_set, refuse_gradients_of_gradients, unseen_graph
-from ds_minis.tiling.rows import Guard, ParameterSlots, constants_of, set_to
+from ds_minis.tiling.rows import Guard
 
 
 class _SumCall:
@@ -77,7 +79,7 @@ class _SumCall:
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
         try:
-            with self._guard(), unseen_graph():
+            with alone(self._module), self._guard(), unseen_graph():
                 yield
         finally:
             # Weights that autocast cast in here have no graph, or one that ends at copies; a later use must not find them.

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from ds_minis.tiling.calls import RowCall
 from ds_minis.tiling.follow import Reach, follow_module
 from ds_minis.tiling.gradient_sums import GradientSums
+from ds_minis.tiling.params import ParameterSlots
 from ds_minis.tiling.quiet import guarded, is_held, quietly
 from ds_minis.tiling.recompute import AutocastState
-from ds_minis.tiling.rows import ParameterSlots
 from ds_minis.tiling.signature import Signature, read_by
 from ds_minis.tiling.state import State
 from ds_minis.tiling.watch import SHARED_DRAW, Watch, shares_draws
@@ -192,7 +192,11 @@ class _Run:
                 # What is no leaf may be written to.
                 parts[0] = guarded(leaf, self._sentinels) if leaf.requires_grad and self._with_grads else leaf * 1
                 args, kwargs = arguments(parts)
+                version = parts[0]._version
                 y = self._forward(*args, **kwargs)
+                if parts[0]._version != version:
+                    self.reason = WRITES_INPUT
+                    return []
                 self.reason = _why_not_one_tensor(y, RowCall(tuple(args), kwargs)) or foreign_weight(y, [leaf, *leaves])
                 if self.reason:
                     return []
@@ -292,6 +296,7 @@ def _why_not_one_tensor(output: Any, call: RowCall) -> str:
     return ""
 
 
+WRITES_INPUT = "it writes to its input, which others may read"
 WRITES_GRADIENTS = (
     "its backward adds to the gradients of weights itself (an autograd.Function that runs the module again, such as "
     "DeepSpeed's TiledMLP)"
