@@ -248,13 +248,16 @@ class _Examination:
                     return differing
         return ""
 
-    def _passes(self) -> LayerPasses:
+    def _passes(self, at_once: bool = False) -> LayerPasses:
         self._call.hidden = self._x
-        return LayerPasses(self._layer, self._forward, self._call, self._bounds, self._chunking)
+        bounds = [(0, self._x.shape[1])] if at_once else self._bounds
+        return LayerPasses(self._layer, self._forward, self._call, bounds, self._chunking)
 
-    def _by_chunks(self, unread: Unread, groups: HeadGroups | None = None) -> list[Tensor | None]:
+    def _by_chunks(
+        self, unread: Unread, groups: HeadGroups | None = None, at_once: bool = False
+    ) -> list[Tensor | None]:
         """The same, by chunks in reversed order, in the way in which the layer would be run."""
-        node = LayerNode(self._layer, self._passes(), unread, groups, attend=stand_in)
+        node = LayerNode(self._layer, self._passes(at_once), unread, groups, attend=stand_in)
         with torch.no_grad():
             y = node.forward([self._x], with_backward=True)
             node.grad_output = self._grad.clone()  # a backward may write over it

@@ -39,7 +39,7 @@ class UnreadSearch:
         x: Tensor,
         unasked: Sequence[Tensor],
         chunking: Chunking,
-        by_chunks: Callable[[Unread], list[Tensor | None]],
+        by_chunks: Callable[..., list[Tensor | None]],
     ):
         self._layer, self._forward, self._call, self._x = layer, forward, call, x
         self._unasked, self._chunking, self._by_chunks = unasked, chunking, by_chunks
@@ -47,15 +47,16 @@ class UnreadSearch:
     def found(self, expected: Sequence[Tensor | None]) -> Unread:
         """Linear layers are asked by halves, and all at last; first, what held for a layer of the same make."""
 
-        def matters(unread: Unread) -> bool:
+        def matters(unread: Unread, at_once: list[Tensor | None] | None = None) -> bool:
+            wanted = expected if at_once is None else at_once
             try:
                 with self._large_weights_watched() as reached:
-                    actual = self._by_chunks(unread)
+                    actual = self._by_chunks(unread) if at_once is None else self._by_chunks(unread, None, True)
             except RuntimeError:  # what stands for an output cannot be written to, say
                 return True
             if reached and not unread.outputs:
                 return True
-            pairs = zip(actual, expected, strict=True)
+            pairs = zip(actual, wanted, strict=True)
             return not all(a is e or (a is not None and e is not None and is_close(a, e, 1e-6)) for a, e in pairs)
 
         nan, known, parts = float("nan"), self._chunking.unread, dict(self._layer.named_modules())
@@ -66,12 +67,16 @@ class UnreadSearch:
             if not matters(values) and not matters(dataclasses.replace(found, value=nan)):
                 return found
         before, after = self.calls()
-        outputs = tuple(_unread_outputs(self._layer, before, lambda o: not matters(Unread(outputs=(o,), value=nan))))
+        # Candidates are asked of all tokens in one chunk, as that is quicker; what is found is asked of several.
+        whole = self._by_chunks(NOTHING_UNREAD, None, True)
+        outputs = tuple(
+            _unread_outputs(self._layer, before, lambda o: not matters(Unread(outputs=(o,), value=nan), whole))
+        )
         linears_before = [m for m in before if is_plain_linear(m)]
         linears_after = [m for m in after if is_plain_linear(m) and m not in before]
-        values_before = _which(linears_before, lambda some: not matters(Unread(values_before=some, value=nan)))
+        values_before = _which(linears_before, lambda some: not matters(Unread(values_before=some, value=nan), whole))
         values_after = _which(
-            linears_after[-_MOST_LINEARS:], lambda some: not matters(Unread(values_after=some, value=nan))
+            linears_after[-_MOST_LINEARS:], lambda some: not matters(Unread(values_after=some, value=nan), whole)
         )
         everything = Unread(outputs, values_before, values_after, value=nan)
         if matters(everything):
