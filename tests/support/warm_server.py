@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import gc
 import importlib
 import importlib.metadata
@@ -17,6 +18,7 @@ import os
 import random
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import sys
@@ -39,6 +41,9 @@ trl.trainer.sft_trainer trl.trainer.dpo_trainer trl.cli ds_minis.check
 """.split()
 
 
+PR_SET_PDEATHSIG = 1
+
+
 def import_all() -> None:
     for name in IMPORTS:
         with contextlib.suppress(ImportError):  # what is missing is missed by whoever needs it
@@ -59,12 +64,13 @@ def serve(path: str, owner: int) -> None:
     selector = selectors.DefaultSelector()
     selector.register(listener, selectors.EVENT_READ, ("listener",))
     children: dict[int, tuple[int, socket.socket]] = {}  # pid -> its pidfd and the connection of who asked
+    libc = ctypes.CDLL(None)
     while os.path.exists(f"/proc/{owner}"):
         for key, _ in selector.select(timeout=2):
             match key.data:
                 case ("listener",):
                     connection, _ = listener.accept()
-                    pid = _fork(connection, [listener.fileno(), selector.fileno()], children)
+                    pid = _fork(connection, [listener.fileno(), selector.fileno()], children, libc)
                     if pid is None:
                         connection.close()
                         continue
@@ -88,9 +94,10 @@ def serve(path: str, owner: int) -> None:
                     selector.unregister(key.fileobj)
                     key.fileobj.close()
                     os.kill(pid, signal.SIGKILL)
+    shutil.rmtree(os.path.dirname(path), ignore_errors=True)  # as its owner was killed, and cannot
 
 
-def _fork(connection: socket.socket, to_close: list[int], children) -> int | None:
+def _fork(connection: socket.socket, to_close: list[int], children, libc) -> int | None:
     """The id of a process for what the connection asks; None where who asked was killed before all of it was said."""
     streams: list[int] = []
     try:
@@ -113,6 +120,7 @@ def _fork(connection: socket.socket, to_close: list[int], children) -> int | Non
         return pid
     status = 1
     try:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody would be told of its end
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
