@@ -25,4 +25,4 @@ fi
 "$PYTHON" -m ruff format --check .
 # Whole files to each worker, for what its tests share; the longest first (tests/conftest.py).
 "$PYTHON" -m pytest -m "not large" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations=40
-"$PYTHON" -m pytest -m large
+"$PYTHON" -m pytest -m large --durations=40
