@@ -28,6 +28,7 @@ class Case:
         lora: train adapters only.
         lora_head: put an adapter on the LM head too.
         save_head: train the whole LM head beside the adapters (PEFT's `modules_to_save`).
+        frozen_embeddings: train everything but the input embeddings.
         quantized: adapters on 4-bit weights (QLoRA).
         reentrant: the older kind of activation checkpointing.
         masked_rank: the rank whose labels are all masked, if any.
@@ -48,6 +49,7 @@ class Case:
     lora: bool = False
     lora_head: bool = False
     save_head: bool = False
+    frozen_embeddings: bool = False
     quantized: bool = False
     checkpointing: bool = True
     reentrant: bool = False
@@ -101,6 +103,8 @@ def make_model(case: Case, seed: int | None = None):
         model = add_lora(model, **settings)
     elif case.dropout:
         with_dropout(model, case.dropout)
+    if case.frozen_embeddings:
+        model.get_input_embeddings().requires_grad_(False)
     if case.checkpointing:
         checkpointed(model, use_reentrant=case.reentrant)
     if not case.quantized:
