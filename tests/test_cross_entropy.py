@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,22 @@ def test_without_triton_the_loss_is_computed_by_torch(monkeypatch):
     monkeypatch.delitem(sys.modules, "ds_minis.tiling.cross_entropy_kernel", raising=False)
     assert cross_entropy._kernel() is None
     cross_entropy._kernel.cache_clear()
+
+
+def test_where_the_kernel_cannot_be_launched_the_loss_is_computed_by_torch(monkeypatch, caplog):
+    """No compiler, say; here there is no device."""
+    cross_entropy._kernel.cache_clear()
+    kernel = types.SimpleNamespace(losses=lambda *_: None)
+    monkeypatch.setattr("ds_minis.tiling.cross_entropy_kernel", kernel, raising=False)
+    monkeypatch.setitem(sys.modules, "ds_minis.tiling.cross_entropy_kernel", kernel)
+    monkeypatch.setattr(torch, "zeros", _fail)
+    assert cross_entropy._kernel() is None and cross_entropy._kernel() is None
+    assert caplog.text.count("cannot be launched here (RuntimeError: Failed to find C compiler)") == 1
+    cross_entropy._kernel.cache_clear()
+
+
+def _fail(*_, **__):
+    raise RuntimeError("Failed to find C compiler")
 
 
 def test_triton_is_not_imported_for_the_cpu():

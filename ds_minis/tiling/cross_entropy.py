@@ -13,12 +13,17 @@ Shapes: C rows of one chunk, B rows of one block of it, V vocabulary.
 from __future__ import annotations
 
 import functools
+import logging
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from ds_minis.ranks import is_main_process
+
+logger = logging.getLogger("ds_minis")
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 # Elements of a block of rows in float32: on a CPU it should stay in a core's cache, on a device fill its processors.
@@ -130,9 +135,22 @@ def _implementation(logits_CV: Tensor) -> type[_Torch] | ModuleType:
 
 @functools.cache
 def _kernel() -> ModuleType | None:
-    """The module with the Triton kernel, imported when the first CUDA tensor comes; None without Triton."""
+    """The module with the Triton kernel, imported when the first CUDA tensor comes; None where Triton does not work.
+
+    Triton compiles at the first launch, for which a machine may have no compiler, so one is tried.
+    """
     try:
         from ds_minis.tiling import cross_entropy_kernel
+
+        logits = torch.zeros(1, 2, device="cuda")
+        cross_entropy_kernel.losses(logits, torch.zeros(1, dtype=torch.long, device="cuda"), -100, None)
     except ImportError:
+        return None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if is_main_process():
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            logger.warning("the loss is computed by torch, as the Triton kernel cannot be launched here (%s)", reason)
         return None
     return cross_entropy_kernel
