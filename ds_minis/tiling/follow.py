@@ -114,7 +114,7 @@ def follow_layer(
     with on_meta(layer):
         for size in (num_tokens, *parts):
             settings.clear()
-            followed.append(_followed(run, bare.with_tokens(bare.hidden[:, :size], 0, size)))
+            followed.append(_followed(run, bare.with_tokens(bare.hidden[:, :size].contiguous(), 0, size)))
             found.append(settings[0] if len(settings) == 1 else None)
     reason = ""
     for given in found[1:]:
