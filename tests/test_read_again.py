@@ -192,5 +192,7 @@ def test_an_attention_that_is_made_for_all_heads():
         calls.clear()
         assert_same_training(*models, batch(23))
         assert set(calls) == {4}
+        reasons = mini_sequence_report(models[0]).one_call.values()
+        assert len(reasons) == 2 and all("something else for a part of the heads" in reason for reason in reasons)
     finally:
         del ALL_ATTENTION_FUNCTIONS._global_mapping["of_four_heads"]
