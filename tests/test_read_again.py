@@ -176,10 +176,7 @@ def test_an_attention_that_is_made_for_all_heads():
     """As Ulysses': groups of heads were asked for, and it is one call from then on."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    calls = []
-
-    def attention(module, query, key, value, mask, **kwargs):
-        calls.append(query.shape[1])
+    def attention(module, query, key, value, mask, **kwargs):  # a list of its calls would be state, which is not tiled
         assert query.shape[1] == 4, "not all heads"
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)
 
@@ -188,10 +185,9 @@ def test_an_attention_that_is_made_for_all_heads():
         models = converted_and_plain(lambda: build("llama", attention="sdpa"), head_groups=2)
         for model in models:
             model.config._attn_implementation = "of_four_heads"
-        assert_same_training(*models, batch(23))
-        calls.clear()
-        assert_same_training(*models, batch(23))
-        assert set(calls) == {4}
+        for _ in range(2):
+            assert_same_training(*models, batch(23))
+        assert count_layers(models[0]) == 2 and not mini_sequence_report(models[0]).untiled
         reasons = mini_sequence_report(models[0]).one_call.values()
         assert len(reasons) == 2 and all("something else for a part of the heads" in reason for reason in reasons)
     finally:
