@@ -49,8 +49,6 @@ COLUMNS: dict[str, dict] = {
     "bf16": {"dtype": "bfloat16"},
     "reentrant checkpointing": {"reentrant": True},
     "no checkpointing": {"checkpointing": False},
-    "LoRA, no checkpointing": {"lora": True, "checkpointing": False},
-    "frozen embeddings": {"frozen_embeddings": True, "checkpointing": False},
     "gradient clipping": {"clip": 0.5},
     "dropout 0.1": {"dropout": 0.1, "seeds": SEEDS},
 }

@@ -39,6 +39,7 @@ class Chunking:
         unkept: where an attention cannot be kept -> (class name of the layer, reason) (`ds_minis.tiling.kept_attention`).
         heads: what was found out about LM heads (`ds_minis.tiling.chunked_head`).
         bypassed: why the loss of the last forward pass in training could not be tiled; empty if it was.
+        loss_reasons: those that were logged.
         memory: what is known of its modules from earlier calls.
         passes: what the end of each forward pass in progress must undo (`ds_minis.tiling.loss`).
     """
@@ -51,6 +52,7 @@ class Chunking:
     unkept: dict[tuple, tuple[str, str]] = field(default_factory=dict, repr=False, compare=False)
     heads: Verdicts = field(default_factory=Verdicts, repr=False, compare=False)
     bypassed: str = field(default="", repr=False, compare=False)
+    loss_reasons: set[str] = field(default_factory=set, repr=False, compare=False)
     memory: Memory = field(default_factory=Memory, repr=False, compare=False)
     passes: list[contextlib.ExitStack] = field(default_factory=list, repr=False, compare=False)
 

@@ -74,8 +74,8 @@ class _Arm:
         config, begun = self.chunking.config, _Pass()
         begun.only_logits = not with_labels and not torch.is_grad_enabled()
         _require_one_thread(model, begun)
-        armed, thread = model.__dict__.setdefault(_ARMED, {}), threading.get_ident()
-        begun.callback(armed.pop, thread, None)
+        thread = threading.get_ident()
+        begun.callback(_forget, model, thread)
         begun.callback(self.chunking.passes.remove, begun)
         if with_labels:
             self._begin(model, begun)
@@ -83,7 +83,7 @@ class _Arm:
             self.chunking.suspend(1)
             begun.callback(self.chunking.suspend, -1)
         self.chunking.passes.append(begun)
-        armed[thread] = begun
+        model.__dict__.setdefault(_ARMED, {})[thread] = begun
 
     def _begin(self, model: nn.Module, begun: _Pass) -> None:
         module, config, wanted = (self._owner or model).get_output_embeddings(), self.chunking.config, wanted_logits()
@@ -168,12 +168,17 @@ def _weights(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _disarm(model: nn.Module) -> _Pass:
-    armed = model.__dict__.get(_ARMED, {})
-    begun = armed.get(threading.get_ident(), _Pass())
+    begun = model.__dict__.get(_ARMED, {}).get(threading.get_ident(), _Pass())
     begun.close()
+    return begun
+
+
+def _forget(model: nn.Module, thread: int) -> None:
+    """A pass has ended: of its own accord, or with an interrupt, for which torch calls no hook."""
+    armed = model.__dict__.get(_ARMED, {})
+    armed.pop(thread, None)
     if not armed:
         model.__dict__.pop(_ARMED, None)
-    return begun
 
 
 def _require_one_thread(model: nn.Module, begun: _Pass) -> None:
@@ -190,7 +195,6 @@ class _Disarm:
 
     def __init__(self, chunking: Chunking):
         self._chunking = chunking
-        self._told: set[str] = set()
 
     @outside_of_graphs
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -229,9 +233,10 @@ class _Disarm:
 
     def _tell(self, model: nn.Module, reason: str) -> None:
         """Once for each reason; the report is about training."""
-        if reason not in self._told and is_main_process():
+        told = self._chunking.loss_reasons  # by the model's wrapper too, if it has one
+        if reason not in told and is_main_process():
             logger.warning("the loss is not tiled by ds_minis: %s", reason)
-        self._told.add(reason)
+        told.add(reason)
         if model.training:
             self._chunking.bypassed = reason
 
