@@ -36,6 +36,8 @@ class Fault:
         own = type(module).forward
 
         def forward(x):
+            if x.is_meta:  # a layer is followed without values at a new length
+                return own(module, x)
             self.left -= 1
             if self.left == 0:
                 raise self.kind("the fault of this test")

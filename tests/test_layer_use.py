@@ -80,7 +80,7 @@ REFUSED = {
     MixesTokens: "depend on others, other than by way of its attention",
     MixesTokensInBackward: "depend on others, other than by way of its attention",
     KeepsState: "it keeps state from one call to the next (number_of_tokens)",
-    WritesToItsInput: "a leaf Variable that requires grad is being used in an in-place operation",
+    WritesToItsInput: "it writes to its input, which others may read",
     AttendsTwice: "it calls the attention interface 2 times, not once",
     AttendsToFewer: "its attention's argument 0 is made in the layer",
     RefusesShortInputs: "it fails on a part of the tokens (ValueError: too short)",

@@ -88,7 +88,7 @@ class LayerNode(Call):
             if is_unkept(self.module, request.way):
                 out = self._attend(request, heads)
             else:
-                kept = KeptAttention(self._attend, request, heads)
+                kept = KeptAttention(self._attend_with_graph, request, heads)
                 out, tensors = kept.result, [] if kept.reason else kept.tensors
                 kept.let_go()
                 if kept.reason:
@@ -100,6 +100,11 @@ class LayerNode(Call):
         self.source.keep(x, *tensors)
         del tensors
         return self._after_all(x, out)
+
+    def _attend_with_graph(self, request: AttentionRequest, heads: Sequence[Tensor]) -> Tensor:
+        out = self._attend(request, heads)
+        self.seen(out)  # a weight that the attention function reads takes part, too
+        return out
 
     def forward_again(self, x: Tensor) -> Tensor:
         """The result once more, in backward, without a graph.
