@@ -64,7 +64,9 @@ def test_what_crashes_hangs_or_raises_fails_alone(monkeypatch):
 
 def test_exit_status(monkeypatch, capsys):
     monkeypatch.setattr(census, "warm_up", lambda: None)
-    monkeypatch.setattr(census, "examine", lambda architecture, settings=None: {**GOOD, "exact": architecture != "causal:gpt2"})
+    monkeypatch.setattr(
+        census, "examine", lambda architecture, settings=None: {**GOOD, "exact": architecture != "causal:gpt2"}
+    )
     assert census.main(["llama"]) == 0
     assert census.main(["llama", "gpt2"]) == 1
     assert "not exact: causal:gpt2" in capsys.readouterr().out

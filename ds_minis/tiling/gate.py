@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ds_minis.ranks import has_other_ranks
+from ds_minis.tiling.hooks import engine_of
 from ds_minis.tiling.params import ParameterSlots, constants_of
 from ds_minis.tiling.quiet import quietly
 from ds_minis.tiling.state import State
@@ -61,6 +62,8 @@ def run_whole(
         return run(forward)
     slots = ParameterSlots(module)
     if not slots.tensors or not all(map(_is_held_whole, slots.tensors)):
+        return run(forward)
+    if any(engine_of(part) for part in module.modules() if part is not module):  # which gathers its weights inside
         return run(forward)
     signature = signature_of(slots, constants_of(module), way)
     idle = memory.idle_when_whole(module, signature)

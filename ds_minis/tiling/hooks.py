@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
+_FSDP = {"FSDPModule": "fully_shard", "FullyShardedDataParallel": "FullyShardedDataParallel"}
 _ENGINES = "torch.distributed.", "torch.utils.", "deepspeed.", "accelerate."
 _NO_ENGINES = "torch.distributed.tensor"  # tensor parallelism's lay the output out anew
 _SHARDING = "torch.distributed.fsdp", "deepspeed."
@@ -56,3 +57,13 @@ def _foreign(hooks: Iterable[Callable]) -> str:
         if not place.startswith(_ENGINES) or place.startswith(_NO_ENGINES):
             return getattr(hook, "__qualname__", None) or type(hook).__qualname__
     return ""
+
+
+def engine_of(module: nn.Module) -> str:
+    """The name of what FSDP was applied with to the module itself; empty if it was not."""
+    return _engine_of_class(type(module))
+
+
+@functools.lru_cache(maxsize=4096)
+def _engine_of_class(cls: type[nn.Module]) -> str:
+    return next((_FSDP[base.__name__] for base in cls.__mro__ if base.__name__ in _FSDP), "")

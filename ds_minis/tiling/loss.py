@@ -23,8 +23,7 @@ from ds_minis.tiling.arguments import argument, takes
 from ds_minis.tiling.chunked_head import HEAD, ChunkedHead
 from ds_minis.tiling.chunking import Chunking
 from ds_minis.tiling.compiling import outside_of_graphs
-from ds_minis.tiling.hooks import ALL, engine_forward_hook, foreign_global_hook, foreign_hook
-from ds_minis.tiling.module import engine_of
+from ds_minis.tiling.hooks import ALL, engine_forward_hook, engine_of, foreign_global_hook, foreign_hook
 from ds_minis.tiling.output_logits import wanted_logits, without_deferred
 
 logger = logging.getLogger("ds_minis")

@@ -14,14 +14,12 @@ from ds_minis.tiling.calls import RowCall
 from ds_minis.tiling.compiling import outside_of_graphs
 from ds_minis.tiling.follow import Reach
 from ds_minis.tiling.gate import run_whole
-from ds_minis.tiling.hooks import ALL, foreign_global_hook, foreign_hook
+from ds_minis.tiling.hooks import ALL, engine_of, foreign_global_hook, foreign_hook
 from ds_minis.tiling.recompute import AutocastState, has_values
 from ds_minis.tiling.rows import runs_whole, tile_rows
 from ds_minis.tiling.signature import STALE, Ask, Signature, signature_of
 from ds_minis.tiling.swap import Tiled, own_forward, tell
 from ds_minis.tiling.verify import read_attributes, why_not_token_wise
-
-_FSDP = {"FSDPModule": "fully_shard", "FullyShardedDataParallel": "FullyShardedDataParallel"}
 
 
 class TiledModule(Tiled):
@@ -164,16 +162,6 @@ def engine_inside(module: nn.Module, signature: Signature | None = None) -> str:
         if name and wrapper:
             return f"{wrapper} was applied to its part {name}"
     return ""
-
-
-def engine_of(module: nn.Module) -> str:
-    """The name of what FSDP was applied with to the module itself; empty if it was not."""
-    return _engine_of_class(type(module))
-
-
-@functools.lru_cache(maxsize=4096)
-def _engine_of_class(cls: type[nn.Module]) -> str:
-    return next((_FSDP[base.__name__] for base in cls.__mro__ if base.__name__ in _FSDP), "")
 
 
 def require_weights(module: nn.Module) -> None:

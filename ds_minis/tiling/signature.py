@@ -22,7 +22,7 @@ _CONTAINERS = frozenset((list, tuple, set, frozenset))
 _MAPPINGS = frozenset((dict, OrderedDict))
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, type, functools.partial)
 # What every module holds, and what an engine counts on it.
-_OF_EVERY_MODULE = frozenset(nn.Module().__dict__) - {"training"}
+_OF_EVERY_MODULE = (frozenset(nn.Module().__dict__) - {"training"}) | {"applied_pre_backward_ref_cnt"}  # DeepSpeed's
 _NOT_LOOKED_AT = ("ds_", "mini_sequence_")
 _MOST_CHANGES = 3
 STALE = "tensors that decide what it does change from call to call"
