@@ -60,10 +60,10 @@ def run_whole(
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not has_other_ranks():
         return run(forward)
+    if any(engine_of(part) for part in module.modules() if part is not module):  # which gathers its weights inside
+        return run(forward)
     slots = ParameterSlots(module)
     if not slots.tensors or not all(map(_is_held_whole, slots.tensors)):
-        return run(forward)
-    if any(engine_of(part) for part in module.modules() if part is not module):  # which gathers its weights inside
         return run(forward)
     signature = signature_of(slots, constants_of(module), way)
     idle = memory.idle_when_whole(module, signature)
