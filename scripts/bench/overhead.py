@@ -59,7 +59,7 @@ def measure(hidden: int, tokens: int, lora: bool, chunks: tuple[int, ...], *, la
         name = f"ds_minis, {-(-tokens // chunk)} chunk{'s' if chunk < tokens else ''}"
         models[name] = copy.deepcopy(plain)
         with contextlib.redirect_stdout(io.StringIO()):
-            # One process runs what fits into one chunk as it is: a chunk of all but a few tokens is one and a rest.
+            # One process alone runs what fits into one chunk as it is: without recomputation, below plain's time.
             convert_to_mini_sequence(models[name], {"chunk_size": chunk, "loss": False})
     plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     input_ids = torch.randint(0, VOCAB, (1, tokens), generator=torch.Generator().manual_seed(0))
