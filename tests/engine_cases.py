@@ -6,7 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from models import add_lora, batch, build, checkpointed, quantized, with_dropout
+from transformers.modeling_outputs import CausalLMOutput
 
 STEPS, RANKS, NUM_LAYERS = 4, 2, 2
 LEARNING_RATE = 0.2
@@ -33,6 +35,9 @@ class Case:
         reentrant: the older kind of activation checkpointing.
         masked_rank: the rank whose labels are all masked, if any.
         accumulation: micro batches per step.
+        forwards: forward passes before a backward, which is that of their mean loss.
+        loss: who computes it: "model", "weight" (from hidden states and the LM head's weight, without calling the head, as
+            TRL and Liger do), or "module" (a submodule of the model).
         uneven: sequences of rank 0 that fit into one chunk, and long ones on rank 1.
         clip: the norm that gradients are clipped to; 0 for none.
         dropout: its probability, in the MLPs or (with `lora`) in the adapters.
@@ -56,6 +61,8 @@ class Case:
     masked_rank: int | None = None
     dtype: str = "float32"
     accumulation: int = 2
+    forwards: int = 1
+    loss: str = "model"
     uneven: bool = False
     clip: float = 0.0
     dropout: float = 0.0
@@ -83,6 +90,27 @@ def micro_batch(case: Case, rank: int, step: int, micro: int) -> dict:
     return {key: value.repeat(COPIES, 1) for key, value in inputs.items()} if case.dropout else inputs
 
 
+def micro_loss(case: Case, model, rank: int, step: int, micro: int) -> torch.Tensor:
+    """The loss of one micro batch, or the mean of that of several."""
+    several = [micro_batch(case, rank, step, micro + case.accumulation * i) for i in range(case.forwards)]
+    return sum(model(**inputs).loss for inputs in several) / case.forwards
+
+
+class SubmoduleLoss(torch.nn.Module):
+    def forward(self, logits, labels, vocab_size, **_):
+        return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
+
+
+def read_head_weight(model) -> None:
+    """Has the model compute its loss with the LM head's weight, without calling the LM head."""
+
+    def forward(labels, **inputs):
+        hidden = model.model(**inputs).last_hidden_state[:, :-1]
+        return CausalLMOutput(loss=F.cross_entropy((hidden @ model.lm_head.weight.T).flatten(0, 1), labels[:, 1:].flatten()))
+
+    model.forward = forward
+
+
 def mini_sequence(case: Case, rank: int) -> dict:
     chunks = {key: size * COPIES if case.dropout else size for key, size in CHUNKS[rank].items()}
     layers = {"head_groups": case.head_groups, "offload": case.checkpoints or None, "checkpoint_every": case.every}
@@ -92,6 +120,10 @@ def mini_sequence(case: Case, rank: int) -> dict:
 def make_model(case: Case, seed: int | None = None):
     """The model; `seed` is for the random numbers of its training, the weights are always the same."""
     model = build(case.family, attention="sdpa" if case.keep else "eager")
+    if case.loss == "weight":
+        read_head_weight(model)
+    elif case.loss == "module":
+        model._loss_function = SubmoduleLoss()
     if case.quantized:
         model = quantized(model)
     if case.lora:

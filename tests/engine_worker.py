@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from engine_cases import LEARNING_RATE, RANKS, STEPS, Case, deepspeed_config, make_model, micro_batch, mini_sequence
+from engine_cases import LEARNING_RATE, RANKS, STEPS, Case, deepspeed_config, make_model, micro_loss, mini_sequence
 from models import count_layers
 
 from ds_minis import convert_to_mini_sequence
 from ds_minis.tiling.kept_attention import KeptAttention
 from ds_minis.tiling.layer import TiledLayer
+from ds_minis.tiling.loss import why_loss_is_bypassed
 from ds_minis.tiling.module import TiledModule
 
 kept_attentions: list[KeptAttention] = []  # each that was run backward
@@ -49,7 +50,7 @@ def train_deepspeed(case: Case, *, converted: bool, seed: int | None = None) -> 
     losses = []
     for step in range(STEPS):
         for micro in range(case.accumulation):
-            loss = engine(**micro_batch(case, rank, step, micro)).loss
+            loss = micro_loss(case, engine, rank, step, micro)
             engine.backward(loss)
             engine.step()
             losses.append(loss.detach().float().item())
@@ -67,6 +68,7 @@ def train_deepspeed(case: Case, *, converted: bool, seed: int | None = None) -> 
         "hooked_inside": hooked,
         "tiled": count_tiled(model),
         "layers": count_layers(model),
+        "loss": why_loss_is_bypassed(model),
         "losses": losses,
         "params": params,
     }
@@ -88,8 +90,9 @@ def wrapped(case: Case, model):
         return DistributedDataParallel(model)
     if case.engine == "fsdp2":
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        # A weight that is tied must be in one unit with both of its users: the model's.
-        head = [] if model.config.tie_word_embeddings else [model.get_output_embeddings()]
+        # A weight that is tied must be in one unit with both of its users: the model's. One that is read outside too.
+        alone = not model.config.tie_word_embeddings and case.loss != "weight"
+        head = [model.get_output_embeddings()] if alone else []
         for module in (*layers, *head, model):
             fully_shard(module, mesh=mesh)
         return model
@@ -124,7 +127,7 @@ def steps_torch(case: Case, model, engine) -> dict:
     losses = []
     for step in range(STEPS):
         for micro in range(case.accumulation):
-            loss = engine(**micro_batch(case, rank, step, micro)).loss
+            loss = micro_loss(case, engine, rank, step, micro)
             (loss / case.accumulation).backward()
             losses.append(loss.item())
         clip(engine, case.clip)
@@ -140,6 +143,7 @@ def steps_torch(case: Case, model, engine) -> dict:
         "offload": False,
         "tiled": count_tiled(model),
         "layers": count_layers(model),
+        "loss": why_loss_is_bypassed(model),
         "losses": losses,
         "params": params,
     }
@@ -167,7 +171,7 @@ def steps_alone(case: Case, model, engine=None) -> dict:
     for step in range(STEPS):
         for micro in range(case.accumulation):
             for rank in range(RANKS):
-                loss = model(**micro_batch(case, rank, step, micro)).loss
+                loss = micro_loss(case, model, rank, step, micro)
                 (loss / (case.accumulation * RANKS)).backward()
                 losses.append(loss.item())
         norms.append(clip(model, case.clip))
@@ -179,6 +183,7 @@ def steps_alone(case: Case, model, engine=None) -> dict:
         "offload": False,
         "tiled": count_tiled(model),
         "layers": count_layers(model),
+        "loss": why_loss_is_bypassed(model),
         "losses": losses,
         "norms": norms,
         "params": {n: p.detach().float() for n, p in model.named_parameters() if p.requires_grad},

@@ -49,6 +49,12 @@ COLUMNS: dict[str, dict] = {
     "bf16": {"dtype": "bfloat16"},
     "reentrant checkpointing": {"reentrant": True},
     "no checkpointing": {"checkpointing": False},
+    "LoRA, no checkpointing": {"lora": True, "checkpointing": False},
+    "frozen embeddings, no checkpointing": {"frozen_embeddings": True, "checkpointing": False},
+    "two forwards": {"forwards": 2},
+    "loss reads the head's weight": {"loss": "weight"},
+    "the same, LoRA, LM head saved": {"loss": "weight", "lora": True, "save_head": True},
+    "loss is a submodule": {"loss": "module"},
     "gradient clipping": {"clip": 0.5},
     "dropout 0.1": {"dropout": 0.1, "seeds": SEEDS},
 }
@@ -65,6 +71,9 @@ ENGINE_CLASSES = {
 
 # What engines do not do, whoever asks: a part of the engine's own words, and the same for its user.
 REFUSALS = {
+    "Must flatten tensors with uniform `requires_grad` when `use_orig_params=False`": (
+        "torch refuses frozen and trainable weights in one flat parameter: set `use_orig_params=True`"
+    ),
     "FSDP does not support wrapping such modules when use_orig_params=False": (
         "torch refuses frozen and trainable weights in one flat parameter: set `use_orig_params=True`. (PEFT's auto-wrap "
         "policy gets around it by wrapping every adapter; ds_minis refuses that with the same advice)"
@@ -123,6 +132,8 @@ def _require_engine(case: Case, result: dict) -> None:
         assert not run.get("hooked_inside"), f"{kind}: ZeRO-3 gathers {run['hooked_inside']} parts of tiled layers"
         tiled = {"gemma2": 11, "qwen3": 11, "qwen2_moe": 9}.get(case.family, 7) if kind == "converted" else 0
         assert run["tiled"] == tiled, f"{kind}: {run['tiled']} modules were tiled, not {tiled}"
+        bypassed = case.loss == "weight" and kind == "converted"
+        assert bool(run["loss"]) == bypassed, f"{kind}: the loss was not tiled: {run['loss']}"
         captured = case.family in MOE_CONFIGS  # router logits, by hooks inside of the layers: run as they are then
         layers = 2 if kind == "converted" and case.scope == "layer" and not captured else 0
         assert run["layers"] == layers, f"{kind}: {run['layers']} layers were tiled as a whole, not {layers}"

@@ -47,8 +47,6 @@ EVERY_REFUSED = {
 PEFT_POLICY = Case(engine="fsdp1_peft", lora=True)
 CASES = {
     **{f"{row}: {column}": cell(row, column) for row, column in dict.fromkeys(CELLS)},
-    "LoRA, no checkpointing, ZeRO-3": Case(zero_stage=3, lora=True, checkpointing=False, accumulation=1),
-    "frozen embeddings, ZeRO-3": Case(zero_stage=3, frozen_embeddings=True, checkpointing=False, accumulation=1),
     "gemma2": Case(family="gemma2", zero_stage=3),
     "experts, ZeRO-3": Case(family="mixtral", zero_stage=3),
     "experts, ZeRO-2": Case(family="qwen2_moe", zero_stage=2, uneven=True),

@@ -12,6 +12,7 @@ from torch import nn
 
 from ds_minis.convert import convert, convert_to_mini_sequence, revert_mini_sequence, tiled_modules
 from ds_minis.doors import SECTION, agreed, read_section, requested_by_environment
+from ds_minis.tiling.deferred import DeferredLogits
 from ds_minis.tiling.rows import tile_rows
 from ds_minis.tiling.swap import Tiled
 
@@ -115,8 +116,22 @@ def attach_zero3(parameter_offload) -> None:
             param.__dict__.pop("ds_z3_leaf_module", None)
             if param.requires_grad:
                 self.backward_hooks.append(param.register_post_accumulate_grad_hook(_zeros_for_none))
+        for module in self.module.modules():
+            # A loss that is a submodule: a tensor that passes the end of its backward is a tensor in full.
+            if "post_bwd_fn" in module.__dict__ and next(module.parameters(), None) is None:
+                module.post_bwd_fn = _PassesDeferred(module.post_bwd_fn)
 
     offload.setup_zero_stage3_hooks = setup_around_tiled_modules
+
+
+class _PassesDeferred:
+    """DeepSpeed's Function at the inputs of a module without weights: nothing is to be freed when backward comes there."""
+
+    def __init__(self, function: type[torch.autograd.Function]):
+        self._function = function
+
+    def apply(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if isinstance(tensor, DeferredLogits) else self._function.apply(tensor)
 
 
 def _reach_every_parameter(module: nn.Module, args: tuple, output: Any) -> Any:
