@@ -44,8 +44,8 @@ sequence lengths and other numbers of chunks on each rank, prompts masked, one s
 Columns: uneven lengths are 5 tokens on one rank and 100 on the other; QLoRA is 4-bit NF4 with double quantization; gradients
 are clipped to a sixth of their norm; dropout is in the MLPs; checkpointing is on and non-reentrant but where the column says
 otherwise; "two forwards" come before one backward; a loss that reads the head's weight computes its logits from hidden states
-as TRL and Liger do, without calling the head. The engines are torch's and DeepSpeed's own, with a decoder layer as the unit of
-FSDP.
+as TRL and Liger do, without calling the head. The engines are torch's and DeepSpeed's own, with a decoder layer as the unit
+of FSDP.
 """
 
 
