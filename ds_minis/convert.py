@@ -24,19 +24,19 @@ from ds_minis.detect import (
 )
 from ds_minis.doors import BY_RUN, Request, agreed
 from ds_minis.ranks import is_main_process
-from ds_minis.tiling.cache_rule import attach_cache_rule, detach_cache_rule
-from ds_minis.tiling.checkpointed_layer import UntiledLayer
-from ds_minis.tiling.chunking import Chunking
-from ds_minis.tiling.layer import TiledLayer, why_one_call
-from ds_minis.tiling.loss import (
+from ds_minis.tiling.layer.checkpointed_layer import UntiledLayer
+from ds_minis.tiling.layer.tiled_layer import TiledLayer, why_one_call
+from ds_minis.tiling.loss.forward_hooks import (
     attach_loss_tiling,
     attached_chunking,
     detach_loss_tiling,
     loss_is_attached,
     why_loss_is_bypassed,
 )
-from ds_minis.tiling.module import TiledModule
-from ds_minis.tiling.swap import Tiled, tile, untile, untiled_class, why_whole
+from ds_minis.tiling.modules.cache_rule import attach_cache_rule, detach_cache_rule
+from ds_minis.tiling.modules.state import Chunking
+from ds_minis.tiling.modules.swap import Tiled, tile, untile, untiled_class, why_whole
+from ds_minis.tiling.modules.tiled_module import TiledModule
 from ds_minis.versions import warn_of_old_versions
 
 _STATE = "_mini_sequence"

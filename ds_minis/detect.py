@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ds_minis.tiling.arguments import takes_any_keyword
-from ds_minis.tiling.attention import num_attentions
-from ds_minis.tiling.loss import takes_labels
-from ds_minis.tiling.swap import replaced_forward, untiled_class
+from ds_minis.tiling.loss.forward_hooks import takes_labels
+from ds_minis.tiling.modules.arguments import takes_any_keyword
+from ds_minis.tiling.modules.swap import replaced_forward, untiled_class
+from ds_minis.tiling.passes.attention import num_attentions
 
 _FEED_FORWARD = re.compile(r"mlp|feed_?forward|ffn", re.IGNORECASE)
 _MIXER = re.compile(r"attention|attn|mixer|mamba|ssm|retention|recurrent|rnn|conv|delta_?net|lstm", re.IGNORECASE)
@@ -51,8 +51,8 @@ def find_candidates(model: nn.Module) -> Iterator[Candidate]:
     """The layers of every decoder stack and their parts: feed-forward modules and norms by role, the rest with a reason.
 
     A decoder layer is an item of a `ModuleList`, see `_is_layer`; norms that stand beside that list (the final norm) belong
-    to the stack. Whether a module is token-wise is not decided here but by its behaviour (`tiling/verify.py`). A module
-    that several layers share is given once.
+    to the stack. Whether a module is token-wise is not decided here but by its behaviour (`tiling/verify/token_wise.py`). A
+    module that several layers share is given once.
     """
     seen: set[nn.Module] = set()
     for candidate in _all_candidates(model):

@@ -25,8 +25,8 @@ from ds_minis.convert import (
     mini_sequence_report,
     modules_with_chunks,
 )
-from ds_minis.tiling.layer import TiledLayer
-from ds_minis.tiling.swap import why_whole
+from ds_minis.tiling.layer.tiled_layer import TiledLayer
+from ds_minis.tiling.modules.swap import why_whole
 from ds_minis.tiny import FIRST_SPECIAL_ID, FIRST_TEXT_ID, tiny_model, without_dropout
 
 LIMIT = 1e-5  # of a parameter's largest gradient, or of FLOOR times the model's where that is more

@@ -8,7 +8,10 @@ import torch
 from models import LLAMA_CALLS
 from support import warm
 
-from ds_minis.tiling import layer, rows, sums, swap
+from ds_minis.tiling.core import tiled_op as rows
+from ds_minis.tiling.core import tiled_sum as sums
+from ds_minis.tiling.layer import tiled_layer as layer
+from ds_minis.tiling.modules import swap
 
 LARGE_GIB = 19
 # Files of more than a minute, the longest first: a worker that begins one of them last would be waited for.
@@ -54,7 +57,7 @@ def tiled_calls(monkeypatch) -> list[tuple[str, int]]:
         return own(module, forward, call, *args)
 
     own = layer.LayerPasses
-    monkeypatch.setattr("ds_minis.tiling.layer.LayerPasses", counted_layer)
+    monkeypatch.setattr("ds_minis.tiling.layer.tiled_layer.LayerPasses", counted_layer)
 
     def count(function):
         def counted(row_function, module, inputs, *args, **kwargs):
@@ -63,9 +66,9 @@ def tiled_calls(monkeypatch) -> list[tuple[str, int]]:
 
         return counted
 
-    monkeypatch.setattr("ds_minis.tiling.module.tile_rows", count(rows.tile_rows))
-    monkeypatch.setattr("ds_minis.tiling.chunked_head.tile_rows", count(rows.tile_rows))
-    monkeypatch.setattr("ds_minis.tiling.chunked_head.sum_rows", count(sums.sum_rows))
+    monkeypatch.setattr("ds_minis.tiling.modules.tiled_module.tile_rows", count(rows.tile_rows))
+    monkeypatch.setattr("ds_minis.tiling.loss.chunked_head.tile_rows", count(rows.tile_rows))
+    monkeypatch.setattr("ds_minis.tiling.loss.chunked_head.sum_rows", count(sums.sum_rows))
     return calls
 
 

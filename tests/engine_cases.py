@@ -106,7 +106,9 @@ def read_head_weight(model) -> None:
 
     def forward(labels, **inputs):
         hidden = model.model(**inputs).last_hidden_state[:, :-1]
-        return CausalLMOutput(loss=F.cross_entropy((hidden @ model.lm_head.weight.T).flatten(0, 1), labels[:, 1:].flatten()))
+        return CausalLMOutput(
+            loss=F.cross_entropy((hidden @ model.lm_head.weight.T).flatten(0, 1), labels[:, 1:].flatten())
+        )
 
     model.forward = forward
 

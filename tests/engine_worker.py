@@ -20,10 +20,10 @@ from engine_cases import LEARNING_RATE, RANKS, STEPS, Case, deepspeed_config, ma
 from models import count_layers
 
 from ds_minis import convert_to_mini_sequence
-from ds_minis.tiling.kept_attention import KeptAttention
-from ds_minis.tiling.layer import TiledLayer
-from ds_minis.tiling.loss import why_loss_is_bypassed
-from ds_minis.tiling.module import TiledModule
+from ds_minis.tiling.layer.tiled_layer import TiledLayer
+from ds_minis.tiling.loss.forward_hooks import why_loss_is_bypassed
+from ds_minis.tiling.modules.tiled_module import TiledModule
+from ds_minis.tiling.passes.kept_attention import KeptAttention
 
 kept_attentions: list[KeptAttention] = []  # each that was run backward
 COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=100)  # of ranks that wait for each other: an error, not a hang

@@ -15,7 +15,7 @@ from engine_worker import trainable, wrapped
 from models import batch
 
 from ds_minis import convert_to_mini_sequence
-from ds_minis.tiling import rows
+from ds_minis.tiling.core import tiled_op as rows
 
 STEPS, NEW_TOKENS = 3, 6
 CASES = [Case(engine="ddp"), Case(engine="fsdp2"), Case(engine="deepspeed", zero_stage=3)]

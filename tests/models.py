@@ -27,8 +27,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from ds_minis.tiling.layer import TiledLayer
-from ds_minis.tiling.swap import why_whole
+from ds_minis.tiling.layer.tiled_layer import TiledLayer
+from ds_minis.tiling.modules.swap import why_whole
 
 VOCAB_SIZE = 131
 _SIZES = {

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
-from ds_minis.tiling.module import TiledModule
+from ds_minis.tiling.modules.tiled_module import TiledModule
 
 CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
 INPUTS = batch(23, prompt=2, padding=3)

@@ -3,7 +3,7 @@
 import pytest
 
 from ds_minis.config import MiniSequenceConfig
-from ds_minis.tiling.chunking import Chunking
+from ds_minis.tiling.modules.state import Chunking
 
 
 def chunking(hidden_size=512, **settings):

@@ -22,8 +22,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ds_minis import MiniSequenceConfig, convert_to_mini_sequence, mini_sequence_report, revert_mini_sequence
-from ds_minis.tiling.layer import TiledLayer
-from ds_minis.tiling.module import TiledModule
+from ds_minis.tiling.layer.tiled_layer import TiledLayer
+from ds_minis.tiling.modules.tiled_module import TiledModule
 
 CHUNKS = {"chunk_size": 5, "loss_chunk_size": 4}
 INPUTS = batch(13, prompt=2, padding=3)

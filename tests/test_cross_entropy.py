@@ -16,10 +16,11 @@ from torch import nn
 
 from ds_minis import convert_to_mini_sequence
 from ds_minis.config import MiniSequenceConfig
-from ds_minis.tiling import cross_entropy, gradient_sums
-from ds_minis.tiling.chunking import Chunking
-from ds_minis.tiling.cross_entropy import token_losses
-from ds_minis.tiling.sums import sum_rows
+from ds_minis.tiling.core import grad_accum as gradient_sums
+from ds_minis.tiling.core.tiled_sum import sum_rows
+from ds_minis.tiling.loss import cross_entropy
+from ds_minis.tiling.loss.cross_entropy import token_losses
+from ds_minis.tiling.modules.state import Chunking
 
 MIB = 2**20
 
@@ -41,7 +42,7 @@ def test_the_kernel_compiles_for_a_gpu_that_is_not_here(capability, with_loss, w
     compiler = pytest.importorskip("triton.compiler")
     from triton.backends.compiler import GPUTarget
 
-    from ds_minis.tiling.cross_entropy_kernel import _rows
+    from ds_minis.tiling.loss.cross_entropy_kernel import _rows
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     pointers = {"logits": "*bf16", "targets": "*i64", "losses": "*fp32", "normalizers": "*fp32", "gradients": "*bf16"}
@@ -58,9 +59,9 @@ def test_the_kernel_compiles_for_a_gpu_that_is_not_here(capability, with_loss, w
 
 def test_without_triton_the_loss_is_computed_by_torch(monkeypatch):
     cross_entropy._kernel.cache_clear()
-    monkeypatch.delattr("ds_minis.tiling.cross_entropy_kernel", raising=False)
+    monkeypatch.delattr("ds_minis.tiling.loss.cross_entropy_kernel", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "ds_minis.tiling.cross_entropy_kernel", raising=False)
+    monkeypatch.delitem(sys.modules, "ds_minis.tiling.loss.cross_entropy_kernel", raising=False)
     assert cross_entropy._kernel() is None
     cross_entropy._kernel.cache_clear()
 
@@ -69,8 +70,8 @@ def test_where_the_kernel_cannot_be_launched_the_loss_is_computed_by_torch(monke
     """No compiler, say; here there is no device."""
     cross_entropy._kernel.cache_clear()
     kernel = types.SimpleNamespace(losses=lambda *_: None)
-    monkeypatch.setattr("ds_minis.tiling.cross_entropy_kernel", kernel, raising=False)
-    monkeypatch.setitem(sys.modules, "ds_minis.tiling.cross_entropy_kernel", kernel)
+    monkeypatch.setattr("ds_minis.tiling.loss.cross_entropy_kernel", kernel, raising=False)
+    monkeypatch.setitem(sys.modules, "ds_minis.tiling.loss.cross_entropy_kernel", kernel)
     monkeypatch.setattr(torch, "zeros", _fail)
     assert cross_entropy._kernel() is None and cross_entropy._kernel() is None
     assert caplog.text.count("cannot be launched here (RuntimeError: Failed to find C compiler)") == 1
@@ -82,8 +83,9 @@ def _fail(*_, **__):
 
 
 def test_triton_is_not_imported_for_the_cpu():
-    code = "import sys, torch, ds_minis.tiling.loss; from ds_minis.tiling.cross_entropy import token_losses as t; "
-    code += "t(torch.randn(3, 5), torch.tensor([1, 2, 3]), -100); assert 'ds_minis.tiling.cross_entropy_kernel' not in "
+    code = "import sys, torch, ds_minis.tiling.loss.forward_hooks; "
+    code += "from ds_minis.tiling.loss.cross_entropy import token_losses as t; "
+    code += "t(torch.randn(3, 5), torch.tensor([1, 2, 3]), -100); assert 'ds_minis.tiling.loss.cross_entropy_kernel' not in "
     code += "sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 

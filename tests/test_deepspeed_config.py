@@ -17,7 +17,7 @@ from ds_minis import MiniSequenceConfig, convert_to_mini_sequence, mini_sequence
 from ds_minis.convert import tiled_modules
 from ds_minis.doors import Request, read_section
 from ds_minis.integrations.deepspeed import attach_initialize, attach_zero3
-from ds_minis.tiling.swap import Tiled
+from ds_minis.tiling.modules.swap import Tiled
 
 SETTINGS = {"chunk_size": 6, "loss_chunk_size": 5}
 ENGINE = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2}}

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from models import assert_same_training, batch, build, checkpointed, loss_and_grads, twins
 
 from ds_minis import convert_to_mini_sequence
-from ds_minis.tiling import cross_entropy, gradient_sums
+from ds_minis.tiling.core import grad_accum as gradient_sums
+from ds_minis.tiling.loss import cross_entropy
 
 pytestmark = pytest.mark.gpu
 CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}

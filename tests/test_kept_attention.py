@@ -18,13 +18,13 @@ from models import (
     twins,
 )
 
-import ds_minis.tiling.checkpoints as checkpoints
+import ds_minis.tiling.memory.layer_inputs as checkpoints
 from ds_minis import convert_to_mini_sequence, mini_sequence_report, revert_mini_sequence
 from ds_minis.config import MiniSequenceConfig
 from ds_minis.convert import tiled_modules
-from ds_minis.tiling.attention import AttentionRequest
-from ds_minis.tiling.checkpointed_layer import UntiledLayer
-from ds_minis.tiling.kept_attention import KeptAttention
+from ds_minis.tiling.layer.checkpointed_layer import UntiledLayer
+from ds_minis.tiling.passes.attention import AttentionRequest
+from ds_minis.tiling.passes.kept_attention import KeptAttention
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from models import assert_same_tensors, assert_same_training, batch, checkpointe
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ds_minis.tiling.kept_attention import KeptAttention
-from ds_minis.tiling.offload import Kept
-from ds_minis.tiling.remade import Layout, View, copy_of
+from ds_minis.tiling.memory.offload import Kept
+from ds_minis.tiling.passes.kept_attention import KeptAttention
+from ds_minis.tiling.passes.rematerialize import Layout, View, copy_of
 
 LAYERS, TOKENS = SETTINGS["layer"], SETTINGS["tokens"]
 

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
-from ds_minis.tiling import layer_verify
+from ds_minis.tiling.layer import analysis as layer_verify
 
 CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
 

@@ -14,14 +14,14 @@ from transient_memory import decoder_memory
 from variants import ALL
 from variants import ours as variant
 
-import ds_minis.tiling.checkpoints as checkpoints
+import ds_minis.tiling.memory.layer_inputs as checkpoints
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
 from ds_minis.config import MiniSequenceConfig
-from ds_minis.tiling.chunking import Chunking
-from ds_minis.tiling.layer import TiledLayer
-from ds_minis.tiling.layer_node import LayerNode
-from ds_minis.tiling.linears import is_plain_linear
-from ds_minis.tiling.swap import tile
+from ds_minis.tiling.core.linear import is_plain_linear
+from ds_minis.tiling.layer.tiled_layer import TiledLayer
+from ds_minis.tiling.modules.state import Chunking
+from ds_minis.tiling.modules.swap import tile
+from ds_minis.tiling.passes.node import LayerNode
 
 CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
 SETTINGS = {

@@ -22,9 +22,9 @@ from models import (
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report, revert_mini_sequence
-from ds_minis.tiling import layer_verify
-from ds_minis.tiling.layer import TiledLayer
-from ds_minis.tiling.module import TiledModule
+from ds_minis.tiling.layer import analysis as layer_verify
+from ds_minis.tiling.layer.tiled_layer import TiledLayer
+from ds_minis.tiling.modules.tiled_module import TiledModule
 
 CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
 LAYERS = ("model.layers.0", "model.layers.1")

@@ -9,10 +9,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from ds_minis.config import MiniSequenceConfig
-from ds_minis.tiling.chunking import Chunking
-from ds_minis.tiling.module import TiledModule
-from ds_minis.tiling.rows import tile_rows
-from ds_minis.tiling.swap import tile, untile
+from ds_minis.tiling.core.tiled_op import tile_rows
+from ds_minis.tiling.modules.state import Chunking
+from ds_minis.tiling.modules.swap import tile, untile
+from ds_minis.tiling.modules.tiled_module import TiledModule
 
 H, I, CHUNK = 16, 24, 5
 

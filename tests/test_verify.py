@@ -11,14 +11,14 @@ from torch import nn
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-import ds_minis.tiling.module as tiling
+import ds_minis.tiling.modules.tiled_module as tiling
 from ds_minis.config import MiniSequenceConfig
-from ds_minis.tiling.calls import RowCall
-from ds_minis.tiling.chunking import Chunking
-from ds_minis.tiling.module import TiledModule
-from ds_minis.tiling.recompute import has_values
-from ds_minis.tiling.swap import tile, untile, why_whole
-from ds_minis.tiling.verify import why_not_token_wise
+from ds_minis.tiling.core.replay import has_values
+from ds_minis.tiling.core.row_args import RowCall
+from ds_minis.tiling.modules.state import Chunking
+from ds_minis.tiling.modules.swap import tile, untile, why_whole
+from ds_minis.tiling.modules.tiled_module import TiledModule
+from ds_minis.tiling.verify.token_wise import why_not_token_wise
 
 H = 8
 
@@ -222,7 +222,7 @@ def test_rounding_in_bfloat16_is_no_mixing():
 
 
 def test_large_weights_cost_no_gradient(monkeypatch):
-    monkeypatch.setattr("ds_minis.tiling.verify.LARGEST_WEIGHT", 1)
+    monkeypatch.setattr("ds_minis.tiling.verify.token_wise.LARGEST_WEIGHT", 1)
     asked, own = [], torch.autograd.grad
     monkeypatch.setattr(
         torch.autograd, "grad", lambda y, x, *args, **kw: asked.append(len(x)) or own(y, x, *args, **kw)
@@ -281,7 +281,7 @@ def tiled(module):
 
 
 def test_a_module_that_is_not_token_wise_runs_as_a_whole_and_says_so_once(caplog, monkeypatch):
-    monkeypatch.setattr("ds_minis.tiling.swap._told", set())
+    monkeypatch.setattr("ds_minis.tiling.modules.swap._told", set())
     torch.manual_seed(0)
     module, x = TokenShift().eval(), inputs(2, 23)
     expected = module(x)

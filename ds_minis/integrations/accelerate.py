@@ -23,8 +23,8 @@ from ds_minis.convert import NothingToTile, convert, tiled_modules
 from ds_minis.doors import SECTION, Request, agreed, hand_to_ranks, read_section, requested_by_environment
 from ds_minis.integrations.autoload import register
 from ds_minis.ranks import is_main_process
-from ds_minis.tiling.deferred import materialized
-from ds_minis.tiling.swap import Tiled
+from ds_minis.tiling.loss.deferred import materialized
+from ds_minis.tiling.modules.swap import Tiled
 
 logger = logging.getLogger("ds_minis")
 

@@ -12,9 +12,9 @@ from torch import nn
 
 from ds_minis.convert import convert, convert_to_mini_sequence, revert_mini_sequence, tiled_modules
 from ds_minis.doors import SECTION, agreed, read_section, requested_by_environment
-from ds_minis.tiling.deferred import DeferredLogits
-from ds_minis.tiling.rows import tile_rows
-from ds_minis.tiling.swap import Tiled
+from ds_minis.tiling.core.tiled_op import tile_rows
+from ds_minis.tiling.loss.deferred import DeferredLogits
+from ds_minis.tiling.modules.swap import Tiled
 
 
 class MiniSequenceOp:

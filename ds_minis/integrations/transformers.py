@@ -11,7 +11,7 @@ from transformers.trainer_callback import TrainerCallback
 from ds_minis.config import MiniSequenceConfig
 from ds_minis.convert import convert, mini_sequence_report
 from ds_minis.doors import Request, agreed, requested_by_environment
-from ds_minis.tiling.output_logits import returning_logits
+from ds_minis.tiling.loss.output_logits import returning_logits
 
 _DOOR = "MiniSequenceCallback"
 

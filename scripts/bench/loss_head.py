@@ -24,7 +24,7 @@ from loss_ways import WAYS, Loss, Problem, Skip
 from torch import Tensor, nn
 
 from ds_minis.config import MiniSequenceConfig
-from ds_minis.tiling.chunking import Chunking
+from ds_minis.tiling.modules.state import Chunking
 
 SIZES = {"cuda": (16384, 4096, 128256, "bfloat16"), "cpu": (4096, 512, 8192, "float32")}
 

@@ -1,0 +1,1 @@
+"""One autograd node over chunks of rows: the operation, its gradients, and a module's tensors."""

@@ -1,0 +1,213 @@
+"""The tensors and settings of a module: which ones a call uses, others in their place, and what they were in forward."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ds_minis.tiling.core.replay import has_values
+
+# Bytes of a buffer of which a copy is kept, so that it may change between forward and backward.
+_SMALL = 2**16
+_NOTHING = object()
+
+Constants = list[tuple[nn.Module, dict[str, object]]]
+
+
+class ParameterSlots:
+    """Where a module holds its trainable tensors, and how to put others in their place.
+
+    Those are what its parts have as parameters, and the leaves in their `__dict__`, where FSDP1 and the replicas of
+    `nn.DataParallel` hold their trainable views too. Other results of a computation there are no weights: what
+    `torch.nn.utils` made of one for an earlier call, or a loss that a part has left. A tensor held twice (tied inside the
+    module) is listed once.
+
+    Attributes:
+        tensors: the trainable ones; those that take part in a call, once `leave_out` was called.
+        others: every other tensor that is held: part, kind of holder, name, tensor.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.tensors: list[Tensor] = []
+        self.others: list[tuple[nn.Module, str, str, Tensor]] = []
+        self._slots: list[tuple[nn.Module, str, int]] = []
+        index_of: dict[int, int] = {}
+        for submodule in module.modules():
+            own = submodule.__dict__
+            for kind in ("_parameters", "_buffers", "__dict__"):
+                for name, value in (own if kind == "__dict__" else own[kind]).items():
+                    if not isinstance(value, Tensor):
+                        continue
+                    if not value.requires_grad:
+                        self.others.append((submodule, kind, name, value))
+                    elif kind == "_parameters" or _is_weight(submodule, name, value, outermost=submodule is module):
+                        index = index_of.setdefault(id(value), len(self.tensors))
+                        if index == len(self.tensors):
+                            self.tensors.append(value)
+                        self._slots.append((submodule, name, index))
+
+    @property
+    def names(self) -> tuple[tuple[str, int], ...]:
+        """The same for modules of one make that are trained in the same way."""
+        return tuple((name, index) for _, name, index in self._slots)
+
+    def leave_out(self, idle: Iterable[int]) -> None:
+        """Tensors at these indices take no part in the call."""
+        idle = set(idle)
+        kept = [index for index in range(len(self.tensors)) if index not in idle]
+        new_index = {index: new for new, index in enumerate(kept)}
+        self.tensors = [self.tensors[index] for index in kept]
+        self._slots = [(part, name, new_index[index]) for part, name, index in self._slots if index in new_index]
+
+    @contextlib.contextmanager
+    def holding(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Puts `tensors` (one for each of `self.tensors`) in place, and what was there back at the end."""
+        before = []
+        try:
+            for submodule, name, index in self._slots:
+                # Looked up anew: FSDP1 holds a weight in both places in forward, and in `_parameters` alone in backward.
+                places = [holder for holder in (submodule._parameters, submodule.__dict__) if name in holder]
+                for holder in places or [submodule.__dict__]:
+                    before.append((holder, name, dict.get(holder, name, _NOTHING)))
+                    holder[name] = tensors[index]
+            yield
+        finally:
+            _put_back(before)
+
+
+def _is_weight(part: nn.Module, name: str, value: Tensor, outermost: bool) -> bool:
+    """Whether a trainable tensor that is no parameter by name stands for one in this very call."""
+    if value.is_leaf or (value._base is not None and value._base.is_leaf):
+        return True
+    if name in part.__dict__.get("_former_parameters", ()):  # of a replica
+        return True
+    # Made for this call, by a hook around all chunks.
+    return outermost and any(type(h).__module__.startswith("torch.nn.utils.") for h in part._forward_pre_hooks.values())
+
+
+def _put_back(before: list[tuple[dict, str, object]]) -> None:
+    for holder, name, value in reversed(before):
+        if value is _NOTHING:
+            holder.pop(name, None)
+        else:
+            holder[name] = value
+
+
+class Copies:
+    """Copies of small buffers, one of each as long as nobody writes to it. A copy of a model has none."""
+
+    def __init__(self):
+        self._of: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
+
+    def __reduce__(self):
+        return Copies, ()
+
+    def of(self, buffer: Tensor) -> Tensor | None:
+        """A copy as the buffer is now; None for one that is not small."""
+        if buffer.nbytes > _SMALL or not has_values(buffer):
+            return None
+        key, known = id(buffer), self._of.get(id(buffer))
+        if known is None or known[0]() is not buffer or known[1] != buffer._version:
+            reference = weakref.ref(buffer, lambda _: self._of.pop(key, None))
+            self._of[key] = known = reference, buffer._version, buffer.detach().clone()
+        return known[2]
+
+
+class Untrained:
+    """The tensors of a module that its backward reads again and autograd does not watch: buffers and frozen weights.
+
+    Args:
+        slots: of the module, in forward.
+        copies: of the model's small buffers.
+    """
+
+    def __init__(self, module: nn.Module, slots: ParameterSlots, copies: Copies):
+        self._module = module
+        self._then = [
+            (part, kind, name, t, t._version, copies.of(t) if kind == "_buffers" else None)
+            for part, kind, name, t in slots.others
+            # Views are an engine's, which makes them anew (FSDP1).
+            if t._base is None and not t.is_inference() and not is_traceable_wrapper_subclass(t)
+        ]
+
+    @contextlib.contextmanager
+    def as_in_forward(self) -> Iterator[None]:
+        """Around runs in backward: what was set anew since is put back for as long.
+
+        Raises:
+            RuntimeError: one was changed in place, so that backward would be another forward's.
+        """
+        before = []
+        try:
+            for part, kind, name, then, version, copied in self._then:
+                holder = part.__dict__ if kind == "__dict__" else part.__dict__[kind]
+                now, wanted = holder.get(name, _NOTHING), then
+                if then._version != version:
+                    if copied is None:
+                        raise RuntimeError(self._changed(part, name))
+                    wanted = copied
+                if now is not wanted and (kind != "_parameters" or isinstance(now, nn.Parameter)):
+                    before.append((holder, name, now))
+                    holder[name] = wanted
+            yield
+        finally:
+            _put_back(before)
+
+    def _changed(self, part: nn.Module, name: str) -> str:
+        fqn = next(fqn for fqn, module in self._module.named_modules() if module is part)
+        name = f"{fqn}.{name}" if fqn else name
+        return (
+            f"{name} of a {type(self._module).__name__} was changed in place between forward and backward, which runs "
+            "chunks of it once more. Change it after backward"
+        )
+
+
+def untouched(tensor: Tensor) -> Tensor:
+    """A tensor whose values stay when somebody writes to the one given: only then is a copy made."""
+    if type(tensor) is not Tensor or tensor.is_meta or tensor.is_inference():
+        return tensor
+    try:
+        return torch._lazy_clone(tensor)
+    except RuntimeError:  # memory that is not torch's own
+        return tensor
+
+
+def constants_of(module: nn.Module) -> Constants:
+    """What the parts of a module are set to (training, a scale, whether an adapter is on), but for DeepSpeed's counters."""
+    return [
+        (part, {k: copy.copy(v) for k, v in part.__dict__.items() if _is_constant(v) and not k.startswith("ds_")})
+        for part in module.modules()
+    ]
+
+
+_CONSTANTS = frozenset((bool, int, float, str, type(None)))
+
+
+def _is_constant(value: object) -> bool:
+    """A constant, or some of them together: PEFT's active adapters and their scales."""
+    if type(value) in (list, dict):
+        values = value.values() if isinstance(value, dict) else value
+        return len(value) > 0 and all(v is not None and type(v) in _CONSTANTS for v in values)
+    return type(value) in _CONSTANTS
+
+
+@contextlib.contextmanager
+def set_to(constants: Constants) -> Iterator[None]:
+    """Parts are set as they were in forward; an evaluation or another use of the module may have come in between."""
+    now = [
+        (part, k, part.__dict__[k], v) for part, values in constants for k, v in values.items() if k in part.__dict__
+    ]
+    changed = [(part.__dict__, name, value, then) for part, name, value, then in now if value != then]
+    try:
+        for holder, name, _, then in changed:
+            holder[name] = then
+        yield
+    finally:
+        for holder, name, value, _ in changed:
+            holder[name] = value

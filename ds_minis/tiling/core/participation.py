@@ -1,0 +1,92 @@
+"""Which trainable tensors of a module take part in a call: not a second adapter's, nor an expert's that no token chose.
+
+Autograd runs the hooks of every tensor that a node has for an input, without a gradient where there is none. The plain model
+has no such tensors in its graph, and engines (ZeRO-2) are not made for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ds_minis.tiling.core.params import Constants, Copies, ParameterSlots
+from ds_minis.tiling.core.replay import unseen_graph
+
+
+class Walk:
+    """Leaves in the places of trainable tensors, and which of them the graphs of some results reach."""
+
+    def __init__(self, slots: ParameterSlots):
+        self._slots = slots
+        self._leaves = [t.detach().requires_grad_() for t in slots.tensors]
+        self._waiting = {id(leaf): index for index, leaf in enumerate(self._leaves)}
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        with torch.enable_grad(), unseen_graph(), self._slots.holding(self._leaves):
+            yield
+
+    def seen(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Looks at the graphs of tensors, and gives the tensors without them."""
+        found, todo = set(), [t.grad_fn for t in tensors]
+        for t in tensors:
+            self._waiting.pop(id(t), None)
+        while todo and self._waiting:
+            node = todo.pop()
+            if node is None or node in found:
+                continue
+            found.add(node)
+            if hasattr(node, "variable"):
+                self._waiting.pop(id(node.variable), None)
+            todo += [following for following, _ in node.next_functions]
+        return tuple(t.detach() for t in tensors)
+
+    def idle(self) -> tuple[int, ...]:
+        """The indices of those that no graph has reached."""
+        return tuple(self._waiting.values())
+
+
+class Memory:
+    """What is known of a model's modules from earlier calls. A copy of the model knows nothing.
+
+    Attributes:
+        copies: of small buffers.
+    """
+
+    def __init__(self):
+        self.copies = Copies()
+        self._whole: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, tuple[int, ...]]] = weakref.WeakKeyDictionary()
+        self._idle: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, tuple[int, ...]]] = weakref.WeakKeyDictionary()
+
+    def __reduce__(self):
+        return Memory, ()
+
+    def all_take_part(self, module: nn.Module, signature: tuple) -> bool:
+        """Whether they did in the last call, and that was of this signature."""
+        return _of_signature(self._idle.get(module), signature) == ()
+
+    def idle_when_whole(self, module: nn.Module, signature: tuple) -> tuple[int, ...] | None:
+        """The indices that `note_whole` was given; None if it was not, or for another signature."""
+        return _of_signature(self._whole.get(module), signature)
+
+    def note_whole(self, module: nn.Module, signature: tuple, idle: tuple[int, ...]) -> None:
+        """For calls that run whole."""
+        self._whole[module] = signature, idle
+
+    def note(self, module: nn.Module, signature: tuple, idle: tuple[int, ...]) -> None:
+        """Of a module that chooses among its parts (experts) nothing is known beforehand."""
+        if not any(isinstance(part, nn.ModuleList) and len(part) > 1 for part in module.modules()):
+            self._idle[module] = signature, idle
+
+
+def _of_signature(known: tuple[tuple, tuple[int, ...]] | None, signature: tuple) -> tuple[int, ...] | None:
+    return known[1] if known is not None and known[0] == signature else None
+
+
+def signature_of(slots: ParameterSlots, constants: Constants, way: object) -> tuple:
+    """What decides which tensors take part, as far as it can be seen from outside."""
+    return slots.names, [values for _, values in constants], way

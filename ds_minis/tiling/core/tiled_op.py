@@ -1,0 +1,278 @@
+"""The tiling core: a function of rows, run chunk by chunk, as one autograd node per parameter.
+
+Row i of the result must depend on row i of each input alone. Nothing of a chunk is kept after it: backward runs each
+chunk again and sums every parameter's gradient itself, so that the parameter receives ONE gradient per backward. That
+is what DDP's buckets, FSDP's post-backward hooks and ZeRO's reduction hooks expect; a `backward()` per chunk fires them
+once per chunk.
+
+The operation is split in two autograd nodes. `_Record` saves the inputs and nothing else; `_Compute` produces the
+result and saves nothing. Non-reentrant activation checkpointing stops its recomputation once the last saved tensor is
+back, hence before `_Compute`: a tiled module at the end of a decoder layer is not run a third time.
+
+Shapes: R rows of the whole input, C rows of one chunk; trailing dimensions are free.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ds_minis.ranks import has_other_ranks
+from ds_minis.tiling.core.exclusive import alone
+from ds_minis.tiling.core.grad_accum import GradientSums, let_go
+from ds_minis.tiling.core.linear import LastLinear, chunk_forwards
+from ds_minis.tiling.core.params import Constants, ParameterSlots, Untrained, constants_of, set_to
+from ds_minis.tiling.core.participation import Memory, Walk, signature_of
+from ds_minis.tiling.core.replay import Replay, forwards_set, refuse_gradients_of_gradients
+from ds_minis.tiling.core.reuse import is_ours_alone
+
+Guard = Callable[[], contextlib.AbstractContextManager]
+
+
+class Call(abc.ABC):
+    """One call of something tiled: what its forward and its backward share.
+
+    Attributes:
+        module: what is called.
+        slots: the trainable tensors that it uses.
+        constants: what its parts are set to.
+        way: how it is called; calls of one way are alike.
+        memory: what is known of the model's modules from earlier calls.
+        walk: finds out which of its trainable tensors take part, while that is being done.
+        grad_output: the gradient of the result, from its arrival to the backward that uses it up.
+    """
+
+    module: nn.Module
+    slots: ParameterSlots
+    constants: Constants
+    way: object = None
+    memory: Memory
+    walk: Walk | None = None
+    grad_output: Tensor | None = None
+    _result: Tensor | None = None
+
+    def saved(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What autograd has to save of the rows and parameters (in that order)."""
+        return tensors
+
+    @abc.abstractmethod
+    def forward(self, rows: Sequence[Tensor], *, with_backward: bool) -> Tensor:
+        """The result of all chunks, computed without a graph."""
+
+    @abc.abstractmethod
+    def backward(self, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
+        """Gradients of rows and parameters for `self.grad_output`, given what was saved."""
+
+    def leave_out_idle(self, rows: Sequence[Tensor]) -> None:
+        """Trainable tensors that take no part are not the node's: autograd would run their hooks, without a gradient.
+
+        Where it is not known from earlier calls that all of them take part, forward is run here, with the graph of one
+        chunk at a time, and not once more.
+        """
+        signature = signature_of(self.slots, self.constants, self.way)
+        if self.memory.all_take_part(self.module, signature):
+            return
+        self.walk = Walk(self.slots)
+        try:
+            with self.walk.running():
+                self._result = self.forward([x.detach() for x in rows], with_backward=True)
+            idle = self.walk.idle()
+        finally:
+            self.walk = None
+        self.memory.note(self.module, signature, idle)
+        if len(idle) < len(self.slots.tensors) or any(x.requires_grad for x in rows):
+            self.slots.leave_out(idle)
+
+    def result(self, rows: Sequence[Tensor]) -> Tensor:
+        """What forward gives, or has given."""
+        result, self._result = self._result, None
+        return self.forward(rows, with_backward=True) if result is None else result
+
+    def seen(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The same without the graph that they have while it is found out what takes part."""
+        return tensors if self.walk is None else self.walk.seen(tensors)
+
+
+class _TiledCall(Call):
+    """A row function over chunks."""
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        module: nn.Module,
+        chunk_rows: int,
+        num_rows: int,
+        guard: Guard,
+        memory: Memory,
+        way: object,
+    ):
+        self.module, self.memory, self.way = module, memory, way
+        self.slots, self.constants = ParameterSlots(module), constants_of(module)
+        self._untrained = Untrained(module, self.slots, memory.copies)
+        self._function = function
+        self._guard = guard
+        self._bounds = [(i, min(i + chunk_rows, num_rows)) for i in range(0, max(num_rows, 1), chunk_rows)]
+
+    def forward(self, rows: Sequence[Tensor], *, with_backward: bool) -> Tensor:
+        try:
+            with alone(self.module), self._guard():
+                return self._forward(rows, with_backward)
+        finally:
+            # Weights that autocast cast in here were cast without a graph; a later use with gradients must not find them.
+            torch.clear_autocast_cache()
+
+    def _forward(self, rows: Sequence[Tensor], with_backward: bool) -> Tensor:
+        if with_backward:
+            self._replay = Replay(rows[0].device)
+            self._last_linear = LastLinear(self.module)
+        output = None
+        for start, stop in self._bounds:
+            chunk = [row[start:stop] for row in rows]
+            watch = with_backward and output is None
+            with self._last_linear.watched() if watch else contextlib.nullcontext() as decide:
+                y = self._function(*chunk)
+                if watch:
+                    decide(y)
+            (y,) = self.seen(y)
+            assert y.shape[0] == stop - start, f"{stop - start} rows in, {y.shape[0]} out: not a function of rows"
+            if output is None:
+                output = y.new_empty((rows[0].shape[0], *y.shape[1:]))
+            output[start:stop].copy_(y)
+        return output
+
+    def backward(self, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
+        with alone(self.module), self._guard():
+            return self._backward(tensors, needs_grad)
+
+    def _backward(self, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
+        grad_output, self.grad_output = self.grad_output, None
+        reuse = is_ours_alone(grad_output)
+        num_rows = len(tensors) - len(self.slots.tensors)
+        rows, params = tensors[:num_rows], tensors[num_rows:]
+        reuse = reuse and needs_grad[0] and grad_output.dtype == rows[0].dtype and grad_output.shape == rows[0].shape
+        # A chunk of the incoming gradient is not needed any more once the chunk is done.
+        row_grads = [grad_output if reuse else torch.empty_like(rows[0]) if needs_grad[0] else None]
+        row_grads += [torch.empty_like(x) if need else None for x, need in zip(rows[1:], needs_grad[1:], strict=False)]
+        leaves = [p.detach().requires_grad_(need) for p, need in zip(params, needs_grad[num_rows:], strict=True)]
+        sums = GradientSums(leaves, single=len(self._bounds) == 1)
+        with contextlib.ExitStack() as stack:
+            for context in (
+                self._replay.active(),
+                set_to(self.constants),
+                self._untrained.as_in_forward(),
+                torch.enable_grad(),
+            ):
+                stack.enter_context(context)
+            stack.enter_context(self.slots.holding(leaves))
+            stack.enter_context(forwards_set(chunk_forwards(self.module, [sums], self._last_linear.found())))
+            for start, stop in self._bounds:
+                chunk = [x[start:stop].detach().requires_grad_(need) for x, need in zip(rows, needs_grad, strict=False)]
+                inputs = [x for x in (*chunk, *leaves) if x.requires_grad]
+                y = self._function(*chunk)
+                if y.requires_grad:
+                    grads = let_go(torch.autograd.grad(y, inputs, grad_output[start:stop], allow_unused=True))
+                else:  # trainable tensors that took no part, such as a disabled adapter's
+                    grads = iter([None] * len(inputs))
+                del y
+                first = next(grads) if needs_grad[0] else None
+                for total in row_grads[1:]:
+                    if total is not None:
+                        put(total[start:stop], next(grads))
+                sums.add(grads)
+                if needs_grad[
+                    0
+                ]:  # at last: the others may be parts of the incoming gradient, which this may be written over
+                    put(row_grads[0][start:stop], first)
+                del grads, first  # or they would be there beside the next chunk's
+        return [*row_grads, *sums.result()]
+
+
+def put(place: Tensor, grad: Tensor | None) -> None:
+    """Writes a gradient to its place; zeros for none."""
+    if grad is None:
+        place.zero_()
+    else:
+        place.copy_(grad)
+
+
+class _Record(torch.autograd.Function):
+    """Saves the inputs; gives a token that carries the graph; its backward does all the work."""
+
+    @staticmethod
+    def forward(ctx, call: Call, *tensors: Tensor):
+        ctx.call = call
+        ctx.save_for_backward(*call.saved(tensors))
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _):
+        return None, *ctx.call.backward(ctx.saved_tensors, ctx.needs_input_grad[1:])
+
+
+class _Compute(torch.autograd.Function):
+    """Computes the result and saves nothing; hands its gradient to `_Record` beside the graph (shapes may differ)."""
+
+    @staticmethod
+    def forward(ctx, call: Call, token: Tensor, *rows: Tensor):
+        ctx.call = call
+        return call.result(rows)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        refuse_gradients_of_gradients()
+        ctx.call.grad_output = grad_output
+        return None, grad_output.new_zeros(()), *[None] * (len(ctx.needs_input_grad) - 2)
+
+
+def runs_whole(num_rows: int, chunk_rows: int) -> bool:
+    """Whether a row function is run on all rows at once, without recomputation.
+
+    Not where other ranks may have more rows: a tiled call hands over its parameters' gradients together, and an untiled one
+    each as it is computed. ZeRO-2 adds the ranks' gradients up in the order in which they come, so one rank that differs
+    would have its gradients added to other parameters' without an error.
+    """
+    return num_rows <= chunk_rows and not (torch.is_grad_enabled() and has_other_ranks())
+
+
+def tile_rows(
+    function: Callable[..., Tensor],
+    module: nn.Module,
+    rows: Sequence[Tensor],
+    chunk_rows: int,
+    guard: Guard = contextlib.nullcontext,
+    memory: Memory | None = None,
+    way: object = None,
+) -> Tensor:
+    """Runs `function(*rows)` over chunks of rows, with the gradients of the whole.
+
+    Args:
+        function: takes C rows of each input, gives a tensor of C rows; row i of it depends on row i of the inputs alone.
+        module: holds every trainable tensor that `function` uses. Frozen ones get no gradient work.
+        rows: inputs of R rows each, `(R, ...)`.
+        chunk_rows: C, at least 1. What fits into one chunk may be run as it is, see `runs_whole`.
+        guard: makes a context for the chunks of forward, and one for those of backward.
+        memory: what is known of the model's modules from earlier calls; None for nothing.
+        way: how the module is called, if there are several ways.
+
+    Returns:
+        The result of all R rows. A gradient of its gradient is refused (`create_graph=True`).
+    """
+    num_rows = rows[0].shape[0]
+    if runs_whole(num_rows, chunk_rows):
+        return function(*rows)
+    call = _TiledCall(function, module, chunk_rows, num_rows, guard, memory or Memory(), way)
+    return run_call(call, rows)
+
+
+def run_call(call: Call, rows: Sequence[Tensor]) -> Tensor:
+    """The result of a call, with one autograd node for the gradients of all rows and parameters."""
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in (*rows, *call.slots.tensors)):
+        with torch.no_grad():
+            return call.forward(rows, with_backward=False)
+    call.leave_out_idle(rows)
+    token = _Record.apply(call, *rows, *call.slots.tensors)
+    return _Compute.apply(call, token, *[x.detach() for x in rows])

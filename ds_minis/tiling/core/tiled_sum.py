@@ -1,0 +1,137 @@
+"""The sum of a function of rows, chunk by chunk, with its gradients computed in forward: no chunk is run again in backward.
+
+A sum is linear in its terms, so its gradients for one incoming gradient are those for any other, scaled. They are computed
+while a chunk's intermediates (its logits) are there: three matmuls of the LM head in place of four.
+
+Shapes: R rows of the whole input, C rows of one chunk; trailing dimensions are free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ds_minis.tiling.core.exclusive import alone
+from ds_minis.tiling.core.grad_accum import GradientSums, let_go
+from ds_minis.tiling.core.linear import chunk_forwards
+from ds_minis.tiling.core.params import ParameterSlots, constants_of, set_to
+from ds_minis.tiling.core.replay import Replay, forwards_set, refuse_gradients_of_gradients, unseen_graph
+from ds_minis.tiling.core.tiled_op import Guard
+
+
+class _SumCall:
+    """One call: what its forward and its backward share."""
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        module: nn.Module,
+        rows: Sequence[Tensor],
+        chunk_rows: int,
+        expected: Tensor,
+        guard: Guard,
+    ):
+        self.slots = ParameterSlots(module)
+        self.expected = expected
+        self._function, self._module, self._guard = function, module, guard
+        self._replay, self._constants = Replay(rows[0].device), constants_of(module)
+        num_rows = rows[0].shape[0]
+        self._bounds = [(i, min(i + chunk_rows, num_rows)) for i in range(0, max(num_rows, 1), chunk_rows)]
+
+    def value(self, rows: Sequence[Tensor]) -> Tensor:
+        """The sum alone, without a graph."""
+        with self._running(), torch.no_grad():
+            return sum(self._function(*[x[start:stop] for x in rows]).sum(0) for start, stop in self._bounds)
+
+    def value_and_grads(
+        self, tensors: Sequence[Tensor], needs_grad: Sequence[bool]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The sum, and its gradients for rows and parameters (in that order), for the expected incoming gradient."""
+        num_rows = len(tensors) - len(self.slots.tensors)
+        rows, params = tensors[:num_rows], tensors[num_rows:]
+        row_grads = [torch.zeros_like(x) if need else None for x, need in zip(rows, needs_grad, strict=False)]
+        leaves = [p.detach().requires_grad_(need) for p, need in zip(params, needs_grad[num_rows:], strict=True)]
+        sums, total = GradientSums(leaves, single=len(self._bounds) == 1), None
+        with contextlib.ExitStack() as stack:
+            for context in (self._running(), torch.enable_grad(), self.slots.holding(leaves)):
+                stack.enter_context(context)
+            stack.enter_context(forwards_set(chunk_forwards(self._module, [sums])))
+            for start, stop in self._bounds:
+                chunk = [x[start:stop].detach().requires_grad_(need) for x, need in zip(rows, needs_grad, strict=False)]
+                inputs = [x for x in (*chunk, *leaves) if x.requires_grad]
+                y = self._function(*chunk).sum(0)
+                total = y.detach() if total is None else total + y.detach()
+                if not y.requires_grad:  # trainable tensors that took no part, such as a disabled adapter's
+                    continue
+                grads = let_go(torch.autograd.grad(y, inputs, self.expected.to(y.dtype), allow_unused=True))
+                del y
+                for row_grad in row_grads:
+                    grad = next(grads) if row_grad is not None else None
+                    if grad is not None:
+                        row_grad[start:stop].copy_(grad)
+                sums.add(grads)
+                grads = grad = None  # not beside the next chunk's logits
+        return total, [*row_grads, *sums.result()]
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        try:
+            with alone(self._module), self._guard(), unseen_graph():
+                yield
+        finally:
+            # Weights that autocast cast in here have no graph, or one that ends at copies; a later use must not find them.
+            torch.clear_autocast_cache()
+
+    def grads_again(self, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
+        with self._replay.active(), set_to(self._constants):
+            return self.value_and_grads(tensors, needs_grad)[1]
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call: _SumCall, *tensors: Tensor):
+        ctx.call = call
+        ctx.save_for_backward(*tensors)
+        total, ctx.grads = call.value_and_grads(tensors, ctx.needs_input_grad[1:])
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total):
+        refuse_gradients_of_gradients('set "loss": false')
+        tensors = ctx.saved_tensors  # torch's own error where they are freed
+        # The gradients are handed over, so that no copy of them is made; after `retain_graph=True` they are made again.
+        grads, ctx.grads = ctx.grads, None
+        grads = ctx.call.grads_again(tensors, ctx.needs_input_grad[1:]) if grads is None else grads
+        factor = grad_total / ctx.call.expected
+        return None, *[None if grad is None else grad.mul_(factor) for grad in grads]
+
+
+def sum_rows(
+    function: Callable[..., Tensor],
+    module: nn.Module,
+    rows: Sequence[Tensor],
+    chunk_rows: int,
+    expected: Tensor,
+    guard: Guard = contextlib.nullcontext,
+) -> Tensor:
+    """`function(*rows).sum(0)`, over chunks of rows, with the gradients of the whole.
+
+    Args:
+        function: takes C rows of each input, gives a tensor of C rows; row i of it depends on row i of the inputs alone.
+        module: holds every trainable tensor that `function` uses.
+        rows: inputs of R rows each, `(R, ...)`.
+        chunk_rows: C, at least 1.
+        expected: the gradient that will probably come in, a scalar and not zero. Any other gives the same gradients, but
+            for one more rounding where these are bfloat16.
+        guard: makes a context for the chunks.
+
+    Returns:
+        The sum. A gradient of its gradient is refused (`create_graph=True`).
+    """
+    call = _SumCall(function, module, rows, chunk_rows, expected, guard)
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in (*rows, *call.slots.tensors)):
+        return call.value(rows)
+    return _Sum.apply(call, *rows, *call.slots.tensors)

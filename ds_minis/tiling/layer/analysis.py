@@ -1,0 +1,384 @@
+"""Is all of a layer but its attention token-wise? Asked of its behaviour, as of modules (`verify`).
+
+A few random tokens go through the layer as a whole and by chunks in reversed order, both with a stand-in for the attention
+that mixes all tokens. Then it is found out what need not be computed: that which may be no number without changing any
+result or gradient.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ds_minis.config import AUTO
+from ds_minis.tiling.core.linear import is_plain_linear
+from ds_minis.tiling.core.params import ParameterSlots
+from ds_minis.tiling.core.replay import has_values
+from ds_minis.tiling.core.row_args import CONSTANTS
+from ds_minis.tiling.layer.dead_value_search import UnreadSearch, stand_in
+from ds_minis.tiling.layer.finding import BATCH, CHUNKS, TOKENS, Finding, followed
+from ds_minis.tiling.layer.poisoned_rows import PoisonedRows, narrowed_request
+from ds_minis.tiling.modules.state import Chunking
+from ds_minis.tiling.passes.attention import AttentionRequest, attention_answered_by, tensors_in
+from ds_minis.tiling.passes.head_groups import HeadGroups
+from ds_minis.tiling.passes.layer_args import LayerCall
+from ds_minis.tiling.passes.layer_passes import NOTHING_UNREAD, LayerPasses, NoAttention, Unread, chunk_of
+from ds_minis.tiling.passes.node import LayerNode
+from ds_minis.tiling.verify.follow import Reach, differing_setting, settings_of
+from ds_minis.tiling.verify.op_trace import SHARED_DRAW, Watch, shares_draws
+from ds_minis.tiling.verify.side_effects import guarded, is_held, quietly
+from ds_minis.tiling.verify.snapshot import State
+from ds_minis.tiling.verify.token_wise import (
+    HELD,
+    LARGEST_WEIGHT,
+    LONGEST_PROBE,
+    WRITES_GRADIENTS,
+    WRITES_INPUT,
+    are_close,
+    foreign_weight,
+    is_close,
+    long_probe,
+    real_and_random,
+    tolerance,
+    writes_gradients,
+)
+
+_MIXES = "its result or gradients for a token depend on others, other than by way of its attention"
+_HEADS_DIFFER = "its attention function gives something else for a part of the heads"
+
+
+class _Counting(TorchFunctionMode):
+    """Sees whether as many numbers are counted as there are tokens: positions that are no argument of the layer.
+
+    What is made of them may show at thousands of tokens alone: the temperature of Llama 4's attention is 1 below 8,192.
+    """
+
+    def __init__(self, num_tokens: int):
+        super().__init__()
+        self.seen, self._shape = False, (num_tokens,)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.seen = self.seen or (func is torch.arange and tuple(result.shape) == self._shape)
+        return result
+
+
+class WrongGroups(ValueError):
+    """The groups of heads that were asked for cannot be made."""
+
+
+def examine(
+    layer: nn.Module, forward: Callable[..., Any], call: LayerCall, chunking: Chunking, chunk_tokens: int = 0
+) -> Finding | None:
+    """Follows a call without values, and runs a few tokens of it on detached weights, forward and backward.
+
+    Args:
+        chunk_tokens: tokens of a chunk of this call; 0: a third.
+
+    Returns:
+        None where it cannot be told: nothing that was asked for differs from token to token.
+    """
+    x = call.hidden
+    if not has_values(x):
+        return _Examination(
+            layer, forward, call.narrowed(BATCH, TOKENS, torch.empty_like), chunking
+        ).finding_by_shapes()
+    reach = Reach()
+    reason, settings = followed(layer, forward, call, chunk_tokens, reach)
+    with quietly(layer, x.device):
+        finding = _ask(layer, forward, call, chunking, reach)
+        if finding is not None and finding.reason == _MIXES:
+            # Once more, with other random numbers: the gradient of a single number may happen to be next to nothing, and all
+            # rounding in bfloat16.
+            finding = _ask(layer, forward, call, chunking, reach)
+        if finding is None:
+            return None
+        return dataclasses.replace(finding, reason=finding.reason or reason, reach=reach, settings=settings)
+
+
+def _ask(
+    layer: nn.Module, forward: Callable[..., Any], call: LayerCall, chunking: Chunking, reach: Reach
+) -> Finding | None:
+    first_state = State(layer)
+    tokens = TOKENS if reach.complete else long_probe(layer, call.hidden) // BATCH
+    if not reach.complete and min(call.hidden.shape[1], LONGEST_PROBE // BATCH) <= tokens:
+        reach.without_end()
+    shape = call.hidden.shape
+    try:
+        few = call.narrowed(BATCH, tokens, real_and_random)
+        return _Examination(layer, forward, few, chunking, shape).finding()
+    except (torch.OutOfMemoryError, WrongGroups):
+        raise  # says nothing about the layer
+    except NoAttention:
+        return Finding("it does not call the attention interface")
+    except Exception as error:
+        return Finding(f"it fails on a part of the tokens ({type(error).__name__}: {str(error)[:100]})")
+    finally:
+        first_state.restore(layer)
+
+
+class _Examination:
+    """Runs of a few tokens of a call; `shape` is that of the hidden states of the call itself."""
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        forward: Callable[..., Any],
+        call: LayerCall,
+        chunking: Chunking,
+        shape: Sequence[int] = (),
+    ):
+        self._layer, self._forward, self._call, self._chunking = layer, forward, call, chunking
+        self._x, self._shape = call.hidden, shape
+        num_tokens, size = self._x.shape[1], -(-self._x.shape[1] // CHUNKS)
+        self._bounds = [(i, min(i + size, num_tokens)) for i in reversed(range(0, num_tokens, size))]
+        self._slots = ParameterSlots(layer)
+        self._params = [p.detach() for p in self._slots.tensors]
+        self._asked = [p.numel() <= LARGEST_WEIGHT for p in self._params]
+        self._grad: Tensor | None = None
+        self._settings: dict[int | str, Any] = {}  # of the attention's call for all tokens
+        self._num_counting = 0  # of the chunks
+        self._sentinels: list = []
+
+    def finding(self) -> Finding | None:
+        watch = Watch([self._x, *self._params])
+        try:
+            with torch.enable_grad(), watch:
+                expected, rest, reason = self._whole()
+        finally:
+            written = watch.undo_writes()
+        if reason or written:
+            return Finding(reason or f"it keeps state from one call to the next ({written})")
+        if watch.drew_in_python or shares_draws(watch.steps, self._x.shape[1]):
+            return Finding(SHARED_DRAW)
+        if is_held(self._sentinels):
+            return Finding(HELD)
+        state = State(self._layer)
+        differing = self._differing_setting()
+        if self._num_counting == len(self._bounds):
+            return Finding(
+                "it counts the positions of its tokens itself (torch.arange), from the first that it is given"
+            )
+        if differing:
+            return Finding(f"its attention's argument {differing} depends on the number of tokens")
+        actual = self._by_chunks(NOTHING_UNREAD)
+        changed = state.changed(self._layer)
+        if changed:
+            return Finding(f"it keeps state from one call to the next ({changed})")
+        if not any(g is not None and g.any() for g in expected[1:]):
+            return None
+        coarse = tolerance([self._x, *self._params, *actual])
+        if not _all_close(actual, expected, coarse):
+            return Finding(_MIXES)
+        if not watch.makes_indices and PoisonedRows(self._forward, self._call, self._slots, self._x).spread(coarse):
+            return Finding(_MIXES)
+        left, asked = self._left_by_attention()
+        if left:
+            return Finding(f"its attention function leaves something behind ({left})")
+        finding = Finding(rest=rest, unread=self._search().found(actual), attention_asked=asked)
+        return finding if self._chunking.config.head_groups == 1 else self._with_groups(finding, actual)
+
+    def finding_by_shapes(self) -> Finding:
+        """Without values there is nothing to compare; that heads can be cut shows in their number."""
+        if self._chunking.config.head_groups == 1:
+            return Finding()
+        groups, shapes = self._groups()
+        with torch.no_grad(), groups.cut(0):
+            _, heads = self._passes().before(self._x)
+        cut = [t.shape[1] * groups.count for t in heads] == [shape[1] for shape in shapes]
+        return Finding(groups=groups if cut else None)
+
+    def _whole(self) -> tuple[list[Tensor | None], tuple | None, str]:
+        """Result and gradients of the layer in one run; what it gives beside; why it cannot be tiled."""
+        leaves = [p.detach().requires_grad_(asked) for p, asked in zip(self._params, self._asked, strict=True)]
+        x = self._x.clone().requires_grad_()
+        requests: list[AttentionRequest] = []
+        given, reason = guarded(x, self._sentinels), ""
+        version = given._version
+        part = self._call.with_tokens(given, 0, x.shape[1])
+
+        def answer(request: AttentionRequest) -> Tensor:
+            nonlocal reason
+            requests.append(dataclasses.replace(request, tensors=()))
+            self._settings = settings_of(request)
+            reason = reason or _why_not_whole(request, part.is_argument, leaves, x.shape[1])
+            return stand_in(request, request.tensors)
+
+        with self._slots.holding(leaves), attention_answered_by(answer):
+            y = self._forward(*part.args, **part.kwargs)
+        if given._version != version:
+            return [], None, WRITES_INPUT
+        if len(requests) != 1:
+            return [], None, f"it calls the attention interface {len(requests)} times, not once"
+        rest = y[1:] if isinstance(y, tuple) else None
+        y = y[0] if isinstance(y, tuple) else y
+        if not isinstance(y, Tensor) or y.dim() != 3 or y.shape[:2] != x.shape[:2]:
+            reason = reason or "it does not give hidden states of its input's length"
+        if any(value is not None for value in rest or ()):
+            reason = reason or "it gives more than hidden states"
+        reason = reason or foreign_weight(y, [x, *leaves])
+        if reason:
+            return [], None, reason
+        self._grad = torch.randn_like(y)
+        inputs = [t for t in (x, *leaves) if t.requires_grad]
+        with self._slots.holding(leaves):  # a backward may run the module again
+            grads = iter(torch.autograd.grad(y, inputs, self._grad.clone(), allow_unused=True))
+        if writes_gradients(leaves):
+            return [], None, WRITES_GRADIENTS
+        return [y.detach(), *(next(grads) if t.requires_grad else None for t in (x, *leaves))], rest, ""
+
+    def _differing_setting(self) -> str:
+        """The name of an argument that the attention is given for a chunk otherwise than for all; empty if none is.
+
+        The stand-in for the attention does not look at a scale or a window, so no result would show it.
+        """
+        passes = self._passes()
+        with torch.no_grad():
+            for i, (start, stop) in enumerate(self._bounds):
+                with _Counting(stop - start) as counting:
+                    settings = settings_of(passes.reach(chunk_of(self._x, start, stop), i)[0])
+                self._num_counting += counting.seen
+                differing = differing_setting(self._settings, settings)
+                if differing:
+                    return differing
+        return ""
+
+    def _passes(self, at_once: bool = False) -> LayerPasses:
+        self._call.hidden = self._x
+        bounds = [(0, self._x.shape[1])] if at_once else self._bounds
+        return LayerPasses(self._layer, self._forward, self._call, bounds, self._chunking)
+
+    def _by_chunks(
+        self, unread: Unread, groups: HeadGroups | None = None, at_once: bool = False
+    ) -> list[Tensor | None]:
+        """The same, by chunks in reversed order, in the way in which the layer would be run."""
+        node = LayerNode(self._layer, self._passes(at_once), unread, groups, attend=stand_in)
+        with torch.no_grad():
+            y = node.forward([self._x], with_backward=True)
+            node.grad_output = self._grad.clone()  # a backward may write over it
+            return [y, *node.backward([self._x, *self._params], [True, *self._asked])]
+
+    def _search(self) -> UnreadSearch:
+        unasked = [p for p, asked in zip(self._slots.tensors, self._asked, strict=True) if not asked]
+        return UnreadSearch(self._layer, self._forward, self._call, self._x, unasked, self._chunking, self._by_chunks)
+
+    def _left_by_attention(self) -> tuple[str, bool]:
+        """What the attention function itself leaves behind, and whether it could be run at all on a few tokens."""
+        request, heads = self._passes().before(self._x)
+        few = narrowed_request(request, self._shape, self._x.shape)
+        if few is None:
+            return "", False
+        state, sentinels = State(request.module, request.function), []
+        try:
+            with torch.enable_grad():
+                result = few.run([guarded(t.requires_grad_(), sentinels) for t in heads])
+            del result
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            return "", False
+        finally:
+            changed = state.changed(request.module)
+            state.restore(request.module)
+        return changed or ("a part of its graph" if is_held(sentinels) else ""), True
+
+    def _with_groups(self, finding: Finding, expected: Sequence[Tensor | None]) -> Finding:
+        """The finding, with the groups of heads that were asked for, or the reason why there are none."""
+        groups, _ = self._groups()
+        try:
+            actual = self._by_chunks(finding.unread, groups)
+        except RuntimeError:
+            actual = [None] * len(expected)
+        coarse = tolerance([self._x, *self._params, *expected])
+        if not _all_close(actual, expected, coarse):
+            why = "the projections in front of its attention cannot be cut by heads"
+        else:
+            why = self._why_heads_differ(groups, coarse)
+        return dataclasses.replace(finding, one_call=why) if why else dataclasses.replace(finding, groups=groups)
+
+    def _why_heads_differ(self, groups: HeadGroups, coarse: float) -> str:
+        """Whether the attention function itself gives the same for some of the heads as for all of them."""
+        with torch.no_grad():
+            request, heads = self._passes().before(self._x)
+            name = request.per_head(heads[0].shape[1])
+            if name:
+                return f"its attention's argument {name} has a part for each head"
+            few = narrowed_request(request, self._shape, self._x.shape)
+            if few is None:
+                return ""
+            try:
+                whole = few.run(heads)
+                for group in range(groups.count):
+                    with groups.cut(group):
+                        request, heads = self._passes().before(self._x)
+                    part = narrowed_request(request, self._shape, self._x.shape).run(heads)
+                    if part.dim() == 4 and not is_close(part, groups.of_output(whole, group), coarse):
+                        return _HEADS_DIFFER
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:
+                return _HEADS_DIFFER
+        return ""
+
+    def _groups(self) -> tuple[HeadGroups, list[torch.Size]]:
+        """The groups that were asked for, of the projections as wide as heads; and the shapes of all heads."""
+        wanted = self._chunking.config.head_groups
+        _, (queries, keys, values) = self._passes().before(self._x)
+        num_kv_heads = keys.shape[1]
+        count = num_kv_heads if wanted == AUTO else wanted
+        if num_kv_heads % count:
+            divisors = [n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0]
+            raise WrongGroups(
+                f'"head_groups": {wanted} groups cannot be made of {num_kv_heads} KV heads; allowed: '
+                f'{", ".join(map(str, divisors))} or "auto"'
+            )
+        widths = {t.shape[1] * t.shape[3] for t in (queries, keys, values)}
+        linears = tuple(m for m in self._search().calls()[0] if is_plain_linear(m) and m.out_features in widths)
+        return HeadGroups(count, linears), [t.shape for t in (queries, keys, values)]
+
+
+def _all_close(actual: Sequence[Tensor | None], expected: Sequence[Tensor | None], coarse: float) -> bool:
+    """Result and gradient of the hidden states by tokens, the other gradients as they are."""
+    pairs = list(zip(actual, expected, strict=True))
+    by_tokens = ((None if t is None else t.transpose(0, 1) for t in pair) for pair in pairs[:2])
+    return all(are_close(*pair, coarse) for pair in by_tokens) and all(is_close(a, e, coarse) for a, e in pairs[2:])
+
+
+def a_few_tokens(forward: Callable[..., Any], call: LayerCall) -> list[Tensor]:
+    """What the layer makes of a few random tokens, with the stand-in for its attention, and what it gives that."""
+    few = call.narrowed(BATCH, TOKENS, torch.randn_like)
+    part, given = few.with_tokens(few.hidden, 0, few.hidden.shape[1]), []
+
+    def answer(request: AttentionRequest) -> Tensor:
+        given.extend((*request.tensors, *request.argument_tensors()))
+        return stand_in(request, request.tensors)
+
+    with attention_answered_by(answer):
+        y = forward(*part.args, **part.kwargs)
+    return [*given, *tensors_in(y)]
+
+
+def _why_not_whole(
+    request: AttentionRequest, is_argument: Callable[[Tensor], bool], leaves: Sequence[Tensor], num_tokens: int
+) -> str:
+    """Whether a call of the attention for a part of the tokens tells what the call for all of them would be."""
+    if any(t.shape[2] != num_tokens for t in request.tensors):
+        return "its attention is given keys of other tokens too"
+    held = {id(t) for t in (*leaves, *request.module.parameters(), *request.module.buffers())}
+
+    def known(value: Any) -> bool:
+        if isinstance(value, tuple | list):
+            return all(map(known, value))
+        if isinstance(value, Tensor):
+            return is_argument(value) or id(value) in held
+        return isinstance(value, CONSTANTS) or type(value).__name__ == "BlockMask"
+
+    for name, value in (*enumerate(request.args), *request.kwargs.items()):
+        if not known(value):
+            return f"its attention's argument {name!r} is made in the layer, perhaps of all tokens"
+    return ""

@@ -1,0 +1,197 @@
+"""What nobody reads in a run of a layer: that which may be no number without changing any result or gradient."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_minis.tiling.core.linear import is_plain_linear
+from ds_minis.tiling.core.replay import AutocastState
+from ds_minis.tiling.modules.state import Chunking
+from ds_minis.tiling.passes.attention import AttentionRequest, attention_answered_by
+from ds_minis.tiling.passes.layer_args import LayerCall
+from ds_minis.tiling.passes.layer_passes import NOTHING_UNREAD, Unread
+from ds_minis.tiling.verify.token_wise import is_close
+
+_MOST_LINEARS = 32  # of those asked behind the attention; a mixture of experts may have hundreds
+
+
+class UnreadSearch:
+    """The search in one layer.
+
+    Args:
+        forward: the layer's own.
+        call: of a few tokens, with the hidden states `x`.
+        unasked: weights that are too large to be asked for gradients.
+        by_chunks: result and gradients of the layer, with something left out.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        forward: Callable[..., Any],
+        call: LayerCall,
+        x: Tensor,
+        unasked: Sequence[Tensor],
+        chunking: Chunking,
+        by_chunks: Callable[..., list[Tensor | None]],
+    ):
+        self._layer, self._forward, self._call, self._x = layer, forward, call, x
+        self._unasked, self._chunking, self._by_chunks = unasked, chunking, by_chunks
+
+    def found(self, expected: Sequence[Tensor | None]) -> Unread:
+        """Linear layers are asked by halves, and all at last; first, what held for a layer of the same make."""
+
+        def matters(unread: Unread, at_once: list[Tensor | None] | None = None) -> bool:
+            wanted = expected if at_once is None else at_once
+            try:
+                with self._large_weights_watched() as reached:
+                    actual = self._by_chunks(unread) if at_once is None else self._by_chunks(unread, None, True)
+            except RuntimeError:  # what stands for an output cannot be written to, say
+                return True
+            if reached and not unread.outputs:
+                return True
+            pairs = zip(actual, wanted, strict=True)
+            return not all(a is e or (a is not None and e is not None and is_close(a, e, 1e-6)) for a, e in pairs)
+
+        nan, known, parts = float("nan"), self._chunking.unread, dict(self._layer.named_modules())
+        make = self._make(parts)
+        if make in known:
+            found = known[make].renamed(parts.__getitem__)
+            values = dataclasses.replace(found, outputs=(), value=nan)
+            if not matters(values) and not matters(dataclasses.replace(found, value=nan)):
+                return found
+        before, after = self.calls()
+        # Candidates are asked of all tokens in one chunk, as that is quicker; what is found is asked of several.
+        whole = self._by_chunks(NOTHING_UNREAD, None, True)
+        outputs = tuple(
+            _unread_outputs(self._layer, before, lambda o: not matters(Unread(outputs=(o,), value=nan), whole))
+        )
+        linears_before = [m for m in before if is_plain_linear(m)]
+        linears_after = [m for m in after if is_plain_linear(m) and m not in before]
+        values_before = _which(linears_before, lambda some: not matters(Unread(values_before=some, value=nan), whole))
+        values_after = _which(
+            linears_after[-_MOST_LINEARS:], lambda some: not matters(Unread(values_after=some, value=nan), whole)
+        )
+        everything = Unread(outputs, values_before, values_after, value=nan)
+        if matters(everything):
+            return NOTHING_UNREAD
+        found = Unread(outputs, values_before, values_after)
+        known[make] = found.renamed({part: name for name, part in parts.items()}.__getitem__)
+        return found
+
+    def _make(self, layer_parts: dict[str, nn.Module]) -> tuple:
+        """Names and classes of a layer's parts, which of them draw random numbers (not asked), weights' shapes, all dtypes.
+
+        By name: a tiled class is made at run time, and could not be pickled with the model.
+        """
+        autocast = AutocastState(self._x.device).dtype()
+        parts = (
+            (name, type(part).__module__, type(part).__qualname__, _draws(part), *_shapes(part))
+            for name, part in layer_parts.items()
+        )
+        return self._x.dtype, autocast, *parts
+
+    @contextlib.contextmanager
+    def _large_weights_watched(self) -> Iterator[list[nn.Module]]:
+        """Gives the parts whose weights are too large to be asked for gradients, where what they are given is no number.
+
+        What is left out in front of them would be missing in those gradients, and nowhere else.
+        """
+        large = {id(p) for p in self._unasked}
+        parts = [m for m in self._layer.modules() if large and any(id(p) in large for p in m._parameters.values())]
+        reached: list[nn.Module] = []
+
+        def watch(module, args):
+            if any(isinstance(t, Tensor) and t.is_floating_point() and t.isnan().any() for t in args):
+                reached.append(module)
+
+        handles = [part.register_forward_pre_hook(watch) for part in parts]
+        try:
+            yield reached
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def calls(self) -> tuple[dict[nn.Module, tuple[int, torch.dtype]], dict[nn.Module, tuple[int, torch.dtype]]]:
+        """The parts that are called once, in front of the attention and in all, with width and dtype of their outputs."""
+        calls: dict[nn.Module, list] = {}
+        before: list[nn.Module] = []
+        handles = []
+
+        def watch(module, args, output):
+            row_wise = (
+                isinstance(output, Tensor)
+                and bool(args)
+                and isinstance(args[0], Tensor)
+                and output.shape[:-1] == args[0].shape[:-1]
+                and output.numel() > 0  # nobody reads the result of an expert that no token was sent to, here
+            )
+            calls.setdefault(module, []).append((output.shape[-1], output.dtype) if row_wise else None)
+
+        def answer(request: AttentionRequest) -> Tensor:
+            before.extend(calls)
+            return stand_in(request, request.tensors)
+
+        part = self._call.with_tokens(self._x, 0, self._x.shape[1])
+        try:
+            for module in self._layer.modules():
+                if module is not self._layer:
+                    handles.append(module.register_forward_hook(watch))
+            with torch.no_grad(), attention_answered_by(answer):
+                self._forward(*part.args, **part.kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        once = {module: seen[0] for module, seen in calls.items() if len(seen) == 1 and seen[0] is not None}
+        return {m: v for m, v in once.items() if m in before}, {m: v for m, v in once.items() if m not in before}
+
+
+def _which(linears: Sequence[nn.Module], unread: Callable[[tuple], bool]) -> tuple:
+    """Those of some layers that nobody reads; what is not read together is not read alone."""
+    if not linears or unread(tuple(linears)):
+        return tuple(linears)
+    if len(linears) == 1:
+        return ()
+    half = len(linears) // 2
+    return _which(linears[:half], unread) + _which(linears[half:], unread)
+
+
+def _draws(part: nn.Module) -> bool:
+    return "drop" in type(part).__name__.lower() and bool(getattr(part, "p", 1))
+
+
+def _shapes(part: nn.Module) -> tuple:
+    return tuple((name, p.shape, p.dtype) for name, p in part._parameters.items() if p is not None)
+
+
+def _unread_outputs(
+    module: nn.Module, before: dict[nn.Module, tuple[int, torch.dtype]], is_unread: Callable[[tuple], bool]
+) -> Iterator[tuple[nn.Module, int, torch.dtype]]:
+    """The outermost parts, called in front of the attention, that may be left out behind it.
+
+    Not those that draw random numbers: what is drawn after them has to be drawn again in the same way.
+    """
+    for child in module.children():
+        output = (child, *before[child]) if child in before and not any(map(_draws, child.modules())) else None
+        if output is not None and is_unread(output):
+            yield output
+        else:
+            yield from _unread_outputs(child, before, is_unread)
+
+
+def stand_in(request: AttentionRequest, tensors: Sequence[Tensor]) -> Tensor:
+    """An attention without a mask, over all tokens, `(B, T, N, E)`.
+
+    No softmax: its result does not depend on a bias of the keys, whose gradient would be all rounding.
+    """
+    queries, keys, values = tensors
+    groups = queries.shape[1] // keys.shape[1]
+    keys, values = (t.repeat_interleave(groups, 1) for t in (keys, values))
+    weights = (queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5).sigmoid() / keys.shape[2] ** 0.5
+    return (weights @ values).transpose(1, 2).contiguous()

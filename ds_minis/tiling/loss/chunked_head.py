@@ -1,0 +1,307 @@
+"""The output-embedding module of one forward pass: what deferred logits are computed with, as a whole or by chunks.
+
+Shapes: leading dimensions `*L` (batch, sequence; R rows when flattened), H hidden size, V vocabulary, C rows of one chunk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ds_minis.tiling.core.exclusive import trackers_aside
+from ds_minis.tiling.core.replay import AutocastState, forwards_set, has_values
+from ds_minis.tiling.core.row_args import RowCall
+from ds_minis.tiling.core.tiled_op import tile_rows
+from ds_minis.tiling.core.tiled_sum import sum_rows
+from ds_minis.tiling.loss.deferred import DeferredLogits, defer
+from ds_minis.tiling.modules.compiling import outside_of_graphs
+from ds_minis.tiling.modules.state import Chunking
+from ds_minis.tiling.modules.tiled_module import require_weights
+from ds_minis.tiling.verify.follow import Reach
+from ds_minis.tiling.verify.signature import STALE, signature_of
+from ds_minis.tiling.verify.token_wise import why_not_token_wise
+
+HEAD = "_mini_sequence_head"
+_PROBE_ROWS = 2048  # the same on all ranks; a few of them are run with values
+
+
+@dataclass(frozen=True)
+class HeadFinding:
+    """What was found out about an LM head: why it must see all tokens (empty: it need not), and what it gives for a row."""
+
+    reason: str = ""
+    width: int = 0
+    dtype: torch.dtype | None = None
+    versions: tuple | None = None  # of the tensors that it rests on (`signature`)
+
+
+class DeferringHead(nn.Module):
+    """Mixed into the class of a model's output-embedding module while the model runs forward with labels.
+
+    `__call__` and not `forward` is overridden: FSDP2 and ZeRO-3 gather the weights in hooks around `forward`, and must do
+    so when the logits are computed, once for all chunks, and not here where they are deferred.
+    """
+
+    @outside_of_graphs
+    def __call__(self, *args, **kwargs):
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            return super().__call__(*args, **kwargs)
+        logits = self.__dict__[HEAD].deferred_logits(args[0])
+        return super().__call__(*args) if logits is None else logits
+
+
+@functools.cache
+def _deferring_class(base: type[nn.Module]) -> type[nn.Module]:
+    return type(
+        base.__name__, (DeferringHead, base), {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    )
+
+
+class ChunkedHead:
+    """The output-embedding module of one forward pass (`deferred.Head`).
+
+    Args:
+        sharded: which engine holds the weights in parts once the pass is over, in words; empty if none does.
+
+    Attributes:
+        deferred: whether logits of this pass were deferred.
+        reason: why they were not, where the module was called and must see all tokens.
+        scope: closed at the end of the pass.
+    """
+
+    scope: contextlib.ExitStack | None = None
+
+    def __init__(self, module: nn.Module, chunking: Chunking, sharded: str):
+        self.deferred, self.reason = False, ""
+        self._module = module
+        self._own_call = type(module).__call__
+        self._chunking = chunking
+        self._made: list[weakref.ref[DeferredLogits]] = []
+        self._outputs: list[tuple[weakref.ref, str]] = []
+        self._weights_then: list[tuple] | None = None  # after the pass
+        self._sharded = sharded
+
+    @contextlib.contextmanager
+    def deferring(self) -> Iterator[None]:
+        module, own_class = self._module, type(self._module)
+        module.__dict__[HEAD] = self
+        module.__class__ = _deferring_class(own_class)
+        try:
+            yield
+        finally:
+            module.__class__ = own_class
+            del module.__dict__[HEAD]
+
+    def deferred_logits(self, hidden_LH: Tensor) -> Tensor | None:
+        """What stands for the logits; None if the module must be called as ever."""
+        finding = self._known(hidden_LH) if _is_plain(self._module) else self._found_out(hidden_LH)
+        if finding.reason:
+            self.reason = f"the LM head, a {type(self._module).__name__}, is run as a whole: {finding.reason}"
+            return None
+        if not self.deferred and self.scope is not None:
+            # The model's output will have deferred logits, on which no tracker can put its hooks.
+            self.scope.enter_context(trackers_aside())
+        self.deferred = True
+        return defer(self, hidden_LH, hidden_LH.new_empty((0, finding.width), dtype=finding.dtype))
+
+    def _known(self, hidden_LH: Tensor) -> HeadFinding:
+        """Of a linear layer: no need to gather its weight."""
+        weight = self._module.weight
+        shape = getattr(weight, "ds_shape", weight.shape)
+        width = shape[0] if len(shape) == 2 else self._module.out_features  # FSDP1's weights may be flat
+        return HeadFinding(width=width, dtype=AutocastState(hidden_LH.device).dtype_of(hidden_LH))
+
+    def _found_out(self, hidden_LH: Tensor) -> HeadFinding:
+        """Of any other module: asked as any tiled module is, once for each way of calling it and for what it is made of.
+
+        By calling it, so that engines gather its weights: nothing here may differ from rank to rank.
+        """
+        heads, signature = self._chunking.heads, signature_of(self._module)
+        key = _mode(self._module, hidden_LH), signature.stable
+        known = heads.get(key)
+        if known is not None and (not heads.is_stale(known, signature.versions) or heads.often_stale):
+            return known if known.versions in (None, signature.versions) else HeadFinding(STALE)
+        rows_RH = hidden_LH.detach().reshape(-1, hidden_LH.shape[-1])
+        index = torch.arange(_PROBE_ROWS, device=rows_RH.device)
+        few = (
+            rows_RH[index % rows_RH.shape[0]] if rows_RH.shape[0] else rows_RH.new_zeros(_PROBE_ROWS, rows_RH.shape[1])
+        )
+        if hidden_LH.dim() > 2:
+            few = few.view(*[1] * (hidden_LH.dim() - 3), 2, _PROBE_ROWS // 2, -1)
+        finding, with_grads = None, torch.is_grad_enabled()
+        own_forward = self._module.__dict__.get("forward")
+
+        def examine(few_LH: Tensor) -> Tensor:
+            nonlocal finding
+            require_weights(self._module)
+            with forwards_set({self._module: own_forward}):
+                finding = _examined(self._module, few_LH, with_grads, signature.versions)
+            return few_LH
+
+        with torch.no_grad():
+            self._call(examine, few)
+        if finding is None:  # cannot be told from these weights
+            return HeadFinding("its weights are such that nothing shows")
+        heads[key] = finding
+        return finding
+
+    def logits(self, hidden_LH: Tensor) -> Tensor:
+        return self._call(self._module.forward, hidden_LH)
+
+    def tile(self, function: Callable[..., Tensor], hidden_LH: Tensor, sample_0V: Tensor, *aligned_R: Tensor) -> Tensor:
+        return self._by_chunks(tile_rows, function, hidden_LH, sample_0V, aligned_R)
+
+    def sum(
+        self,
+        function: Callable[..., Tensor],
+        hidden_LH: Tensor,
+        sample_0V: Tensor,
+        expected: Tensor,
+        *aligned_R: Tensor,
+    ) -> Tensor:
+        # float16 gradients need the loss scaler's factor, which comes in backward, or they are rounded to zero.
+        if torch.float16 in (hidden_LH.dtype, AutocastState(hidden_LH.device).dtype()):
+            return self.tile(function, hidden_LH, sample_0V, *aligned_R).sum(0)
+        run, function = (functools.partial(f, expected=expected) for f in (sum_rows, function))
+        return self._by_chunks(run, function, hidden_LH, sample_0V, aligned_R)
+
+    def _by_chunks(self, run, function, hidden_LH: Tensor, sample_0V: Tensor, aligned_R: Sequence[Tensor]) -> Tensor:
+        module, own_forward = self._module, self._module.__dict__.get("forward")
+        # Only a plain linear layer is known to keep nothing of its result. The loss may write over logits, not over views.
+        keeps_nothing = type(module).forward is nn.Linear.forward and own_forward is None
+
+        def losses(hidden_CH: Tensor, *aligned_C: Tensor) -> Tensor:
+            logits_CV = module.forward(hidden_CH)
+            return function(logits_CV if keeps_nothing else logits_CV.view_as(logits_CV), *aligned_C)
+
+        def all_losses(hidden_RH: Tensor) -> Tensor:
+            require_weights(module)
+            num_rows = hidden_RH.shape[0]
+            chunk_rows = self._chunking.loss_rows(
+                hidden_RH.numel() * hidden_RH.element_size(), sample_0V.shape[-1] * sample_0V.element_size()
+            )
+            guard = functools.partial(self._chunking.guarded, "loss_chunk_size", chunk_rows, num_rows)
+            with forwards_set({module: own_forward}):
+                return run(losses, module, [hidden_RH, *aligned_R], chunk_rows, guard=guard)
+
+        return self._call(all_losses, hidden_LH.reshape(-1, hidden_LH.shape[-1]))
+
+    def _call(self, forward: Callable[..., Tensor], hidden: Tensor) -> Tensor:
+        """Calls the module with `forward` in the place of its own, so that its hooks run once around all chunks."""
+        unreadable = self._why_unreadable() if self._weights_then is not None else ""
+        if unreadable:
+            raise RuntimeError(unreadable)
+        with forwards_set({self._module: forward}):
+            return self._own_call(self._module, hidden)
+
+    # What follows is for logits that are looked at when the pass is over.
+
+    def made(self, logits: DeferredLogits) -> None:
+        self._made.append(weakref.ref(logits))
+
+    def finish(self) -> None:
+        """The forward pass is over."""
+        self._weights_then = _weights_of(self._module)
+
+    def give(self, logits: DeferredLogits, output: Any, name: str) -> None:
+        """Has logits be the attribute `name` of a model's output until backward, and no item of it: no engine sees them."""
+        if self._sharded:
+            output.__dict__[name] = UnreadableLogits(_unreadable(self._sharded))
+        else:
+            output.__dict__[name] = logits
+            self._outputs.append((weakref.ref(output), name))
+
+    def release(self) -> None:
+        """Backward has reached the loss: hidden states are let go of, or they would be there beside all of its own.
+
+        Logits that somebody else still holds are computed in full, as weights are about to change.
+        """
+        if self._weights_then is None:
+            return
+        for reference, name in self._outputs:
+            output = reference()
+            if output is not None and isinstance(output.__dict__.get(name), DeferredLogits):
+                output.__dict__[name] = None
+        for reference in self._made:
+            logits = reference()
+            if logits is not None:
+                logits.settle(self._why_unreadable())
+        self._outputs, self._made = [], []
+
+    def _why_unreadable(self) -> str:
+        """Why logits of a pass that is over cannot be computed; empty if they can."""
+        if self._sharded:
+            return _unreadable(self._sharded)
+        changed = self._weights_then != _weights_of(self._module)
+        return _unreadable("the LM head's weights have changed since") if changed else ""
+
+
+def _unreadable(reason: str) -> str:
+    return (
+        f"the model's logits cannot be computed any more: {reason}. With labels, ds_minis computes them only as far as the "
+        'loss needs them; "return_logits": true in the mini-sequence configuration gives all of them'
+    )
+
+
+class UnreadableLogits:
+    """In the place of logits that cannot be computed once the forward pass is over; whatever is done with it says why."""
+
+    def __init__(self, reason: str):
+        self.__dict__["reason"] = reason
+
+    def __repr__(self) -> str:
+        return f"UnreadableLogits({self.reason!r})"
+
+    def __getattr__(self, name: str):
+        if name.startswith("__") and name.endswith("__"):  # copies, pickles and walks over outputs look for these
+            raise AttributeError(name)
+        raise RuntimeError(self.reason)
+
+    def _refuse(self, *_, **__):
+        raise RuntimeError(self.reason)
+
+    __getitem__ = __len__ = __iter__ = __float__ = __array__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __neg__ = __matmul__ = _refuse
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        values = [*args, *(kwargs or {}).values()]
+        next(v for v in values if isinstance(v, cls))._refuse()
+
+
+def _weights_of(module: nn.Module) -> list[tuple]:
+    tensors = (*module.parameters(), *module.buffers())
+    return [(id(t), t.shape, 0 if t.is_inference() else t._version) for t in tensors]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module computes `x @ weight.T + bias` and nothing else, with a weight that is a parameter."""
+    if type(module).forward is not nn.Linear.forward or "forward" in module.__dict__:
+        return False
+    weight = module._parameters.get("weight")
+    return isinstance(weight, Tensor) and not is_traceable_wrapper_subclass(weight)
+
+
+def _mode(module: nn.Module, hidden_LH: Tensor) -> tuple:
+    autocast = AutocastState(hidden_LH.device).dtype()
+    return module.training, torch.is_grad_enabled(), hidden_LH.dtype, hidden_LH.dim() > 2, hidden_LH.shape[-1], autocast
+
+
+def _examined(module: nn.Module, few_LH: Tensor, with_grads: bool, versions: tuple) -> HeadFinding | None:
+    """Runs a few rows; None if nothing can be told from them."""
+    reach = Reach()
+    if has_values(few_LH):
+        call = RowCall((few_LH,), {})
+        reason = why_not_token_wise(module, module.forward, call, with_grads=with_grads, reach=reach)
+        if reason != "":
+            return None if reason is None else HeadFinding(reason, versions=versions if reach.versions else None)
+    logits_LV = module.forward(few_LH[..., :1, :])
+    return HeadFinding("", logits_LV.shape[-1], logits_LV.dtype, versions if reach.versions else None)

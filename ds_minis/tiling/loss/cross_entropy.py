@@ -1,0 +1,156 @@
+"""Cross entropy of one chunk of logits, with the softmax in float32 and no float32 copy of the chunk.
+
+Each row's loss is `logsumexp(row) - row[target]` and its gradient `softmax(row) - onehot(target)`, rounded once to the
+logits' dtype: what autograd gives for `F.cross_entropy(logits.float(), target)`. Where the gradient of the losses is known
+beforehand and nobody else reads the logits, the gradient is written over them as soon as the loss is known, so that there
+is one buffer of the chunk's size.
+
+On CUDA with Triton it is one kernel (`cross_entropy_kernel`); elsewhere a few rows at a time go through torch.
+
+Shapes: C rows of one chunk, B rows of one block of it, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ds_minis.ranks import is_main_process
+
+logger = logging.getLogger("ds_minis")
+
+DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+# Elements of a block of rows in float32: on a CPU it should stay in a core's cache, on a device fill its processors.
+_BLOCK_ELEMENTS = {"cpu": 2**18}
+_DEVICE_BLOCK_ELEMENTS = 2**24
+# Operations that make a new tensor and whose backward does not read it. Not here: tanh and whatever else saves its result,
+# and views, which are part of somebody's tensor.
+_FRESH = frozenset(
+    f"{name}Backward0" for name in ("Mm", "Addmm", "Mul", "Div", "Add", "Sub", "ToCopy")
+) | {"_LinearBackward"}  # fmt: skip
+
+
+def token_losses(logits_CV: Tensor, target_C: Tensor, ignore_index: int, expected: Tensor | None = None) -> Tensor:
+    """`F.cross_entropy(logits_CV.float(), target_C, ignore_index=ignore_index, reduction="none")`.
+
+    Args:
+        logits_CV: of one of `DTYPES`.
+        expected: the gradient that every one of these losses is sure to receive, once, before anything else is done with
+            the graph. The logits may then be written over.
+    """
+    overwrite = expected is not None and _is_fresh(logits_CV)
+    return _TokenLosses.apply(logits_CV, target_C, ignore_index, expected if overwrite else None)
+
+
+def _is_fresh(tensor: Tensor) -> bool:
+    return tensor.grad_fn is not None and tensor.grad_fn.name() in _FRESH
+
+
+class _TokenLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits_CV: Tensor, target_C: Tensor, ignore_index: int, factor: Tensor | None):
+        ctx.ignore_index, ctx.is_gradient = ignore_index, factor is not None
+        losses_C, normalizers_2C = _implementation(logits_CV).losses(logits_CV, target_C, ignore_index, factor)
+        ctx.save_for_backward(logits_CV, target_C, normalizers_2C)
+        return losses_C
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_C: Tensor):
+        logits_CV, target_C, normalizers_2C = ctx.saved_tensors
+        if ctx.is_gradient:
+            return logits_CV, None, None, None
+        gradients = _implementation(logits_CV).gradients
+        return gradients(logits_CV, target_C, ctx.ignore_index, normalizers_2C, grad_C), None, None, None
+
+
+class _Torch:
+    """A block of rows at a time, so that what is in float32 is of a block's size."""
+
+    @staticmethod
+    def losses(logits_CV: Tensor, target_C: Tensor, ignore_index: int, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The losses; each row's greatest logit, and the logarithm of its sum of exponentials with that taken off.
+
+        With `factor` the logits become gradients.
+        """
+        losses_C = logits_CV.new_empty(logits_CV.shape[0], dtype=torch.float32)
+        normalizers_2C = losses_C.new_empty(2, losses_C.shape[0])
+        for start, stop in _blocks(logits_CV):
+            logits_BV, target_B = logits_CV[start:stop], target_C[start:stop]
+            ignored_B = target_B == ignore_index
+            # Minus the target's logit, 0 where ignored; an error as torch's for a target out of range.
+            picked_B = F.nll_loss(logits_BV, target_B, ignore_index=ignore_index, reduction="none")
+            greatest_B = logits_BV.amax(-1, keepdim=True).float()
+            in_place = factor is not None and logits_BV.dtype == torch.float32
+            exponentials_BV = torch.sub(logits_BV, greatest_B, out=logits_BV if in_place else None).exp_()
+            sums_B = exponentials_BV.sum(-1, keepdim=True)
+            logs_B = sums_B.log()
+            normalizers_2C[0, start:stop], normalizers_2C[1, start:stop] = greatest_B[:, 0], logs_B[:, 0]
+            # The greatest logit is taken off first: a small loss would be lost in the rounding of large logits.
+            losses_B = (picked_B.float() + greatest_B[:, 0]) + logs_B[:, 0]
+            losses_C[start:stop] = losses_B.masked_fill_(ignored_B, 0.0)
+            if factor is not None:
+                factor_B = factor.float().expand(stop - start).masked_fill(ignored_B, 0.0)[:, None]
+                gradient_BV = exponentials_BV.mul_(factor_B / sums_B)
+                gradient_BV.scatter_add_(-1, target_B.masked_fill(ignored_B, 0)[:, None], -factor_B)
+                if not in_place:
+                    logits_BV.copy_(gradient_BV)
+        return losses_C, normalizers_2C
+
+    @staticmethod
+    def gradients(
+        logits_CV: Tensor, target_C: Tensor, ignore_index: int, normalizers_2C: Tensor, grad_C: Tensor
+    ) -> Tensor:
+        """The gradient of the logits for the losses' gradient `grad_C`."""
+        gradients_CV = torch.empty_like(logits_CV)
+        for start, stop in _blocks(logits_CV):
+            target_B, logits_BV = target_C[start:stop], logits_CV[start:stop]
+            ignored_B = target_B == ignore_index
+            factor_B = grad_C[start:stop].float().masked_fill(ignored_B, 0.0)[:, None]
+            greatest_B, logs_B = normalizers_2C[:, start:stop, None]
+            gradient_BV = torch.sub(logits_BV, greatest_B).sub_(logs_B).exp_().mul_(factor_B)
+            gradient_BV.scatter_add_(-1, target_B.masked_fill(ignored_B, 0)[:, None], -factor_B)
+            gradients_CV[start:stop] = gradient_BV
+        return gradients_CV
+
+
+def _blocks(logits_CV: Tensor) -> list[tuple[int, int]]:
+    num_rows, vocab_size = logits_CV.shape
+    elements = _BLOCK_ELEMENTS.get(logits_CV.device.type, _DEVICE_BLOCK_ELEMENTS)
+    rows = max(1, elements // max(1, vocab_size))
+    return [(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
+
+
+def _implementation(logits_CV: Tensor) -> type[_Torch] | ModuleType:
+    # A subclass (fake tensors, for one) has no memory that a kernel could read.
+    real = type(logits_CV) in (Tensor, torch.nn.Parameter)
+    return (_kernel() if real and logits_CV.is_cuda else None) or _Torch
+
+
+@functools.cache
+def _kernel() -> ModuleType | None:
+    """The module with the Triton kernel, imported when the first CUDA tensor comes; None where Triton does not work.
+
+    Triton compiles at the first launch, for which a machine may have no compiler, so one is tried.
+    """
+    try:
+        from ds_minis.tiling.loss import cross_entropy_kernel
+
+        logits = torch.zeros(1, 2, device="cuda")
+        cross_entropy_kernel.losses(logits, torch.zeros(1, dtype=torch.long, device="cuda"), -100, None)
+    except ImportError:
+        return None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if is_main_process():
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            logger.warning("the loss is computed by torch, as the Triton kernel cannot be launched here (%s)", reason)
+        return None
+    return cross_entropy_kernel

@@ -1,0 +1,287 @@
+"""LM head and cross entropy over chunks, with the model's own forward and loss function untouched.
+
+While a model runs forward with labels, its output-embedding module gives deferred logits instead of logits; whatever
+the model does with them up to `cross_entropy` is then run chunk by chunk. Outside of such a forward nothing is
+different: the module's class, its hooks and its results are the model's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_minis.ranks import is_main_process
+from ds_minis.tiling.core.exclusive import is_called_in, several_threads
+from ds_minis.tiling.loss.chunked_head import HEAD, ChunkedHead
+from ds_minis.tiling.loss.output_logits import wanted_logits, without_deferred
+from ds_minis.tiling.modules.arguments import argument, takes
+from ds_minis.tiling.modules.compiling import outside_of_graphs
+from ds_minis.tiling.modules.hooks import ALL, engine_forward_hook, engine_of, foreign_global_hook, foreign_hook
+from ds_minis.tiling.modules.state import Chunking
+
+logger = logging.getLogger("ds_minis")
+
+_ARMED = "_mini_sequence_armed"
+BYPASSED = (
+    "forward was given labels and did not call the LM head. A trainer with a fused LM head of its own, such as TRL's "
+    "SFTTrainer, computes the loss itself; ds_minis steps aside"
+)
+WITHOUT_LABELS = (
+    "forward was given no labels, so it gives all logits. Whoever trains on them (label smoothing, `compute_loss_func`, a "
+    "trainer's own loss) computes the loss itself; give the model its labels where you can"
+)
+
+
+class _Pass(contextlib.ExitStack):
+    """A forward pass that has begun, and what its end must undo.
+
+    Attributes:
+        head: the LM head whose logits are deferred; None if they are not.
+        is_own: whether this pass made it, or a pass around this one.
+        reason: why they are not, where they might have been.
+        tiled: whether a pass inside of this one has deferred them.
+        only_logits: whether it computes logits alone, without gradients.
+    """
+
+    head: ChunkedHead | None = None
+    is_own = tiled = only_logits = False
+    reason = ""
+
+
+class _Arm:
+    """Forward pre-hook of a model with an LM head: decides what the forward pass that begins here may do.
+
+    Args:
+        owner: the model that has the LM head, where it is another one, inside of the one with the hook.
+    """
+
+    def __init__(self, chunking: Chunking, owner: nn.Module | None):
+        self.chunking = chunking
+        self._owner = owner
+        self._head_name = ""
+
+    @outside_of_graphs
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        with_labels = argument(model, "labels", args, kwargs) is not None
+        config, begun = self.chunking.config, _Pass()
+        begun.only_logits = not with_labels and not torch.is_grad_enabled()
+        _require_one_thread(model, begun)
+        thread = threading.get_ident()
+        begun.callback(_forget, model, thread)
+        begun.callback(self.chunking.passes.remove, begun)
+        if with_labels:
+            self._begin(model, begun)
+        elif not torch.is_grad_enabled() and not config.tile_inference and not _draws_in_training(model):
+            self.chunking.suspend(1)
+            begun.callback(self.chunking.suspend, -1)
+        self.chunking.passes.append(begun)
+        model.__dict__.setdefault(_ARMED, {})[thread] = begun
+
+    def _begin(self, model: nn.Module, begun: _Pass) -> None:
+        module, config, wanted = (self._owner or model).get_output_embeddings(), self.chunking.config, wanted_logits()
+        if (
+            module is None
+            or not config.loss
+            or config.return_logits
+            or (wanted is not None and wanted.transform is None)
+        ):
+            return
+        begun.head = module.__dict__.get(HEAD)  # there already, when a model around this one was given labels too
+        if begun.head is not None:
+            return
+        around = self._around(model, module)
+        begun.reason = _why_not_deferred(module, around[1:])
+        if not begun.reason:
+            begun.head, begun.is_own = ChunkedHead(module, self.chunking, _sharded(module, around)), True
+            begun.enter_context(begun.head.deferring())
+            begun.head.scope = begun
+            begun.callback(setattr, begun.head, "scope", None)
+
+    def _around(self, model: nn.Module, module: nn.Module) -> list[nn.Module]:
+        """The modules that an LM head is inside of, from the model to the head's own parent."""
+        if _path(model, self._head_name)[-1] is not module:
+            self._head_name = next((name for name, part in model.named_modules() if part is module), "")
+        return _path(model, self._head_name)[:-1] or [model]
+
+
+def _draws_in_training(model: nn.Module) -> bool:
+    """Whether dropout is on: it must be what it is in a pass with gradients from the same random state (GradCache)."""
+    if not model.training:
+        return False
+    rates = (
+        value
+        for part in model.modules()
+        for name, value in part.__dict__.items()
+        if name == "p" or "drop" in name.lower()
+    )
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
+def _path(model: nn.Module, name: str) -> list[nn.Module]:
+    path = [model]
+    for part in name.split(".") if name else ():
+        path.append(path[-1]._modules.get(part))
+        if path[-1] is None:
+            break
+    return path
+
+
+def _why_not_deferred(head: nn.Module, around: list[nn.Module]) -> str:
+    """Which hook must see the logits; empty if none must.
+
+    An engine's hooks on the head itself run around all chunks. On a module between the head and the loss they would put
+    autograd nodes on the logits. A part of the head has forward hooks at most.
+    """
+    parts = (part for part in head.modules() if part is not head)
+    hook = foreign_hook([head], ALL) or foreign_hook(parts) or foreign_global_hook()
+    if hook:
+        return f"the LM head has a hook that must see the logits: {hook}"
+    for module in around:
+        engine = engine_of(module) or engine_forward_hook(module)
+        if engine:
+            return f"the LM head is inside of a {type(module).__name__}, on whose output {engine} has a hook"
+    return ""
+
+
+def _sharded(head: nn.Module, around: list[nn.Module]) -> str:
+    """Which engine holds the head's weights in parts once the forward pass is over, in words; empty if none does."""
+    if any(hasattr(param, "ds_shape") for param in head.parameters()):
+        return "ZeRO-3 holds the LM head's weights in parts"
+    engine = next(filter(None, map(engine_of, (*around, *head.modules()))), "")
+    if not engine and not all(isinstance(weight, nn.Parameter) for weight in _weights(head)):
+        engine = "FullyShardedDataParallel"  # FSDP1's are views
+    return f"{engine} holds the LM head's weights in parts" if engine else ""
+
+
+def _weights(module: nn.Module) -> Iterator[Tensor]:
+    for part in module.modules():
+        for holder in (part._parameters, part.__dict__):
+            yield from (value for value in holder.values() if isinstance(value, Tensor))
+
+
+def _disarm(model: nn.Module) -> _Pass:
+    begun = model.__dict__.get(_ARMED, {}).get(threading.get_ident(), _Pass())
+    begun.close()
+    return begun
+
+
+def _forget(model: nn.Module, thread: int) -> None:
+    """A pass has ended: of its own accord, or with an interrupt, for which torch calls no hook."""
+    armed = model.__dict__.get(_ARMED, {})
+    armed.pop(thread, None)
+    if not armed:
+        model.__dict__.pop(_ARMED, None)
+
+
+def _require_one_thread(model: nn.Module, begun: _Pass) -> None:
+    """Passes that only compute logits may run side by side; others swap classes and tensors in the model."""
+    for thread, other in list(model.__dict__.get(_ARMED, {}).items()):
+        if thread == threading.get_ident() or not is_called_in(thread, model):
+            other.close()  # a forward pass that Ctrl-C ended outside of any chunk has run no hook
+        elif not (begun.only_logits and other.only_logits):
+            raise RuntimeError(several_threads(model))
+
+
+class _Disarm:
+    """Forward hook, run also when forward failed: ends what `_Arm` began and takes deferred logits out of the output."""
+
+    def __init__(self, chunking: Chunking):
+        self._chunking = chunking
+
+    @outside_of_graphs
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        begun = _disarm(model)
+        if output is None:
+            return output
+        head = begun.head
+        if head is None:
+            self._without_head(model, begun, argument(model, "labels", args, kwargs) is not None, output)
+            return output
+        if not head.deferred:
+            self._tell(model, head.reason or BYPASSED)
+            return output
+        for around in self._chunking.passes:
+            around.tiled = True
+        if model.training:
+            self._chunking.bypassed = ""
+        wanted = wanted_logits()
+        if wanted is not None:
+            # accelerate's autocast ends before these hooks run, and leaves the model's own forward under this name.
+            output = wanted.applied_to(output, wrapped="_original_forward" in model.__dict__)
+        output = without_deferred(output, head)
+        if begun.is_own:
+            head.finish()
+        return output
+
+    def _without_head(self, model: nn.Module, begun: _Pass, has_labels: bool, output: Any) -> None:
+        if begun.reason and not begun.tiled:
+            self._tell(model, begun.reason)
+        inside = any(around.head is not None for around in self._chunking.passes)  # of a pass with labels
+        if has_labels or inside or not model.training or not self._chunking.config.loss:
+            return
+        logits = output.get("logits") if isinstance(output, dict) else None
+        if isinstance(logits, Tensor) and logits.requires_grad and math.prod(logits.shape[:-1]) > 1:
+            self._tell(model, WITHOUT_LABELS)
+
+    def _tell(self, model: nn.Module, reason: str) -> None:
+        """Once for each reason; the report is about training."""
+        told = self._chunking.loss_reasons  # by the model's wrapper too, if it has one
+        if reason not in told and is_main_process():
+            logger.warning("the loss is not tiled by ds_minis: %s", reason)
+        told.add(reason)
+        if model.training:
+            self._chunking.bypassed = reason
+
+
+def attach_loss_tiling(model: nn.Module, chunking: Chunking, owner: nn.Module | None = None) -> None:
+    """Makes forward passes of `model` with labels run its LM head and loss over chunks.
+
+    Args:
+        model: a module with `get_output_embeddings()` whose forward takes `labels`. What that method gives is looked up
+            at each forward pass, as adapters and `resize_token_embeddings` replace it.
+        chunking: the chunk sizes. With `config.loss` off, only the choice between tiled and untiled forward is made.
+        owner: the module that has `get_output_embeddings()`, where `model` is a wrapper around it.
+    """
+    model.register_forward_pre_hook(_Arm(chunking, owner), with_kwargs=True)
+    # First of all hooks, so that no engine's hook sees deferred logits.
+    model.register_forward_hook(_Disarm(chunking), with_kwargs=True, always_call=True, prepend=True)
+
+
+def detach_loss_tiling(model: nn.Module) -> None:
+    """Undoes `attach_loss_tiling`."""
+    for hooks, kind, companions in (
+        (model._forward_pre_hooks, _Arm, [model._forward_pre_hooks_with_kwargs]),
+        (model._forward_hooks, _Disarm, [model._forward_hooks_with_kwargs, model._forward_hooks_always_called]),
+    ):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
+            for holder in (hooks, *companions):
+                holder.pop(key, None)
+    _disarm(model)
+
+
+def attached_chunking(model: nn.Module) -> Chunking | None:
+    """The chunk sizes that `attach_loss_tiling` was called with for the model; None if it was not."""
+    return next((hook.chunking for hook in model._forward_pre_hooks.values() if isinstance(hook, _Arm)), None)
+
+
+def loss_is_attached(model: nn.Module) -> bool:
+    """Whether `attach_loss_tiling` was called for the model."""
+    return attached_chunking(model) is not None
+
+
+def why_loss_is_bypassed(model: nn.Module) -> str:
+    """Why the last forward pass in training had a loss that could not be tiled; empty if it was, or there was none."""
+    chunking = attached_chunking(model)
+    return "" if chunking is None else chunking.bypassed
+
+
+def takes_labels(model: nn.Module) -> bool:
+    """Whether the module's forward has a `labels` argument."""
+    return takes(model, "labels")

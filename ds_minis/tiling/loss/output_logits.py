@@ -1,0 +1,109 @@
+"""The logits among a model's outputs: of deferred ones, what an evaluation wants, and what is read before backward."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import copy
+import dataclasses
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from ds_minis.tiling.core.replay import AutocastState
+from ds_minis.tiling.loss.chunked_head import ChunkedHead
+from ds_minis.tiling.loss.deferred import DeferredLogits, materialized
+
+
+class WantedLogits:
+    """What an evaluation wants of the logits of forward passes with labels.
+
+    Attributes:
+        transform: makes something smaller of them, such as the predicted tokens; called with deferred logits while the
+            engines still hold the weights. None: the logits themselves are wanted.
+        ignored: keys of the output that the evaluation does not look at.
+        transformed: whether the last output had the result of `transform` in the place of its logits.
+    """
+
+    def __init__(self, transform: Callable[[Tensor], Any] | None, ignored: Collection[str]):
+        self.transform, self.ignored, self.transformed = transform, ignored, False
+
+    def applied_to(self, output: Any, wrapped: bool) -> Any:
+        """A model's output with what is wanted in the place of its deferred logits.
+
+        Engines cast what a model gives in mixed precision to float32 before an evaluation sees it: where autocast is on,
+        or where the model's forward was `wrapped` in it.
+        """
+        logits = output.get("logits") if isinstance(output, dict) else None
+        if not isinstance(logits, DeferredLogits):
+            return materialized(output)
+        looked_at = {key for key, value in output.items() if value is not None} - {"loss", *self.ignored}
+        autocast = AutocastState(logits.device).dtype() is not None
+        if self.transform is None or looked_at != {"logits"}:
+            output["logits"] = logits.materialize()
+        else:
+            with logits.mode():  # or what the transform does would need all logits
+                output["logits"] = materialized(self.transform(logits.float() if wrapped or autocast else logits))
+            self.transformed = True
+        return output
+
+
+_WANTED: contextvars.ContextVar[WantedLogits | None] = contextvars.ContextVar("ds_minis_wanted_logits", default=None)
+
+
+def wanted_logits() -> WantedLogits | None:
+    """What is wanted of the forward pass in progress."""
+    return _WANTED.get()
+
+
+@contextlib.contextmanager
+def returning_logits(
+    transform: Callable[[Tensor], Any] | None = None, ignored: Collection[str] = ()
+) -> Iterator[WantedLogits]:
+    """Inside, forward passes with labels give what is wanted of their logits (see `WantedLogits`), by default all."""
+    wanted = WantedLogits(transform, ignored)
+    token = _WANTED.set(wanted)
+    try:
+        yield wanted
+    finally:
+        _WANTED.reset(token)
+
+
+def without_deferred(output: Any, head: ChunkedHead) -> Any:
+    """The output without the deferred logits among its values; what is nested deeper, or has a fixed form, in full.
+
+    Of transformers' outputs they are an attribute still, for who reads `outputs.logits` before backward.
+    """
+    if isinstance(output, DeferredLogits) or hasattr(output, "_fields"):
+        return materialized(output)
+    if isinstance(output, tuple | list):
+        return type(output)(materialized(value) for value in output if not isinstance(value, DeferredLogits))
+    if isinstance(output, dict):
+        return _dict_without_deferred(output, head)
+    if dataclasses.is_dataclass(output):
+        values = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+        dropped = {name: None for name, value in values.items() if isinstance(value, DeferredLogits)}
+        return dataclasses.replace(output, **dropped)
+    return output
+
+
+def _dict_without_deferred(output: dict, head: ChunkedHead) -> dict:
+    kept = {key: _value(value, head) for key, value in output.items() if not isinstance(value, DeferredLogits)}
+    if all(kept.get(key) is value for key, value in output.items()):
+        return output
+    if dataclasses.is_dataclass(output):  # transformers' ModelOutput, which refuses to have a field deleted
+        same_kind = type(output)(**kept)
+        for name in output.keys() - kept.keys():
+            head.give(output[name], same_kind, name)
+        return same_kind
+    same_kind = copy.copy(output)
+    same_kind.clear()
+    same_kind.update(kept)
+    return same_kind
+
+
+def _value(value: Any, head: ChunkedHead) -> Any:
+    """A value of an output: an inner model's output, as that of image-text models, or anything else in full."""
+    is_output = isinstance(value, dict) and dataclasses.is_dataclass(value)
+    return _dict_without_deferred(value, head) if is_output else materialized(value)

@@ -1,0 +1,1 @@
+"""Layer inputs between forward and backward."""

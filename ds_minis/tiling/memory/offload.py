@@ -1,0 +1,196 @@
+"""Checkpoints (the inputs of decoder layers) in host memory from forward to backward, copied beside the computation.
+
+A device has one stream for the copies of both directions: forward only copies out and backward only in, and copies that run
+in the order in which they were asked for make it safe to reuse a block while a copy is still to come. Other devices, the CPU
+among them, run the same code on `torch.cpu`'s streams, which do nothing, as a copy is done when it returns.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from ds_minis.tiling.memory.host_memory import BlockPool, block_layout
+
+_WITH_STREAMS = ("cuda", "xpu", "npu")
+_MAX_IN_FLIGHT = 2  # layers
+
+
+class HostStore:
+    """The checkpoints of one model in host memory, which is pinned where the device has streams.
+
+    A copy of it (also as a part of a model, also through pickle) is a store of its own with nothing in it.
+    """
+
+    def __init__(self):
+        self._lanes: dict[torch.device, _Lane] = {}
+        self.host_bytes_peak = 0
+
+    def __reduce__(self):
+        return HostStore, ()
+
+    @property
+    def host_bytes_in_use(self) -> int:
+        """Bytes of the blocks that hold checkpoints; free blocks are not counted."""
+        return sum(lane.pool.bytes_in_use for lane in list(self._lanes.values()))
+
+    @property
+    def host_bytes_allocated(self) -> int:
+        """Bytes of all blocks, those that are free included."""
+        return sum(lane.pool.bytes_allocated for lane in list(self._lanes.values()))
+
+    def keep(self, x: Tensor, at_once: int = 1) -> Kept:
+        """Starts to copy `x` to host memory. Its device memory is free once the caller and the copy are done with it.
+
+        The caller may read `x` and drop it, but must not write into it: the copy runs beside what the current stream does
+        next. (A write before the copy's end has been seen is an error, as with tensors that autograd saves.) The end is
+        looked for at the next `keep`. If two copies are under way there, the device waits for the older, the host does not.
+
+        Args:
+            at_once: as many copies are asked for in a row, by one layer; twice as many may be under way then.
+        """
+        lane = self._lanes.get(x.device) or self._lanes.setdefault(x.device, _Lane(x.device))
+        kept = Kept(lane, x, at_once)
+        self.host_bytes_peak = max(self.host_bytes_peak, self.host_bytes_in_use)
+        return kept
+
+
+class Kept:
+    """One checkpoint. Made by `HostStore.keep`; given up with `release`, or when nothing holds it any more."""
+
+    def __init__(self, lane: _Lane, x: Tensor, at_once: int = 1):
+        lane.limit_copies(_MAX_IN_FLIGHT * at_once)
+        x = x.detach().contiguous()
+        self._lane, self._shape, self._dtype, self._num_fetches = lane, x.shape, x.dtype, 0
+        self._blocks, self._on_device = lane.pool.take(x.nbytes), _OnDevice()
+        self._give_up = weakref.finalize(self, _give_up, lane.pool, self._blocks, self._on_device)
+        self._give_up.atexit = False
+        self._on_device.put(lane, x, lane.copy((block, piece) for piece, block in self._pieces(x)))
+        lane.in_flight.append(self._on_device)
+        self._before, lane.last = lane.last, weakref.ref(self)
+
+    def fetch(self, ahead: int = 1) -> Tensor:
+        """The checkpoint on its device, contiguous, ready on the current stream; starts to bring those kept before it.
+
+        Only to be read: it may be the very memory that was kept. Any number of times, in any order.
+
+        Args:
+            ahead: how many are brought ahead of their turn: as many as one layer keeps.
+        """
+        if not self._give_up.alive:
+            raise RuntimeError("a checkpoint was fetched after its host memory had been released")
+        self._num_fetches += 1
+        if self._on_device.tensor is None:
+            self._bring()
+        x = self._on_device.take(self._lane.current_stream())
+        before = self
+        for _ in range(ahead):
+            before = before._before()
+            # Backward runs from last to first. In any other order, the one before has had its turn already.
+            if before is None or before._num_fetches >= self._num_fetches:
+                break
+            before._prefetch(ahead)
+        return x
+
+    def release(self) -> None:
+        """Gives the host memory back to the pool. A second time does nothing."""
+        self._give_up()
+
+    def _prefetch(self, at_most: int) -> None:
+        if self._give_up.alive and self._on_device.tensor is None:
+            ahead = self._lane.ahead = deque(one for one in self._lane.ahead if one.tensor is not None)
+            while len(ahead) >= at_most:  # also where backward ends early or takes another order
+                ahead.popleft().drop()
+            self._bring()
+            ahead.append(self._on_device)
+
+    def _bring(self) -> None:
+        x = torch.empty(self._shape, dtype=self._dtype, device=self._lane.device)
+        self._on_device.put(self._lane, x, self._lane.copy(self._pieces(x)))
+
+    def _pieces(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The bytes of a contiguous tensor, piece by piece, with the part of a block that holds them."""
+        size, _ = block_layout(x.nbytes)
+        for piece, block in zip(x.flatten().view(torch.uint8).split(size), self._blocks, strict=False):
+            yield piece, block[: len(piece)]
+
+
+def _give_up(pool: BlockPool, blocks: list[Tensor], on_device: _OnDevice) -> None:
+    on_device.drop()
+    pool.give_back(blocks)
+
+
+class _Lane:
+    """The copies between one device and the host."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.asynchronous = device.type in _WITH_STREAMS
+        self._streams = torch.get_device_module(device) if self.asynchronous else torch.cpu
+        self._stream = self._streams.Stream(**{"device": device} if self.asynchronous else {})
+        self.pool = BlockPool(pinned=self.asynchronous)
+        self.in_flight: deque[_OnDevice] = deque()
+        self.ahead: deque[_OnDevice] = deque()
+        self.last = lambda: None
+
+    def current_stream(self):
+        return self._streams.current_stream(self.device)
+
+    def copy(self, pairs: Iterable[tuple[Tensor, Tensor]]):
+        """Copies pairs of (target, source) behind what the current stream has been given so far.
+
+        Returns:
+            The event behind the copies.
+        """
+        self._stream.wait_stream(self.current_stream())
+        with self._streams.stream(self._stream):
+            for target, source in pairs:
+                target.copy_(source, non_blocking=self.asynchronous)
+        event = self._streams.Event()
+        event.record(self._stream)
+        return event
+
+    def limit_copies(self, at_most: int) -> None:
+        """Lets go of what has been copied, and of the oldest of what has not, so that there is room for one more."""
+        while self.in_flight and (len(self.in_flight) >= at_most or self.in_flight[0].is_copied()):
+            self.in_flight.popleft().take(self.current_stream())
+
+
+class _OnDevice:
+    """A tensor, or none, while a copy from or to it may run, behind which alone its memory may be used again."""
+
+    tensor: Tensor | None = None
+
+    def put(self, lane: _Lane, tensor: Tensor, event) -> None:
+        self.tensor, self._version, self._event = tensor, tensor._version, event
+        self._stream = lane.current_stream()  # where its memory goes back to
+        self._asynchronous = lane.asynchronous
+
+    def is_copied(self) -> bool:
+        return self.tensor is None or self._event.query()
+
+    def drop(self) -> None:
+        if self.tensor is not None:
+            self._stream.wait_event(self._event)
+            self.tensor = None
+
+    def take(self, stream) -> Tensor | None:
+        """The tensor for use on a stream; it is held here no longer."""
+        tensor = self.tensor
+        if tensor is None:
+            return None
+        stream.wait_event(self._event)
+        if self._asynchronous and stream != self._stream:
+            tensor.record_stream(stream)  # or it would go back while this one still reads it
+        self.drop()
+        if tensor._version != self._version:
+            raise RuntimeError(
+                "the input of a decoder layer was changed in place while it was copied to host memory, so backward would "
+                "compute wrong gradients. Make the operation that changed it give a new tensor, or turn "
+                '"offload" off in the mini-sequence configuration'
+            )
+        return tensor

@@ -1,0 +1,189 @@
+"""Token-wise modules (feed-forward, norms) over chunks of tokens."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_minis.tiling.core.replay import AutocastState, has_values
+from ds_minis.tiling.core.row_args import RowCall
+from ds_minis.tiling.core.tiled_op import runs_whole, tile_rows
+from ds_minis.tiling.modules.compiling import outside_of_graphs
+from ds_minis.tiling.modules.gate import run_whole
+from ds_minis.tiling.modules.hooks import ALL, engine_of, foreign_global_hook, foreign_hook
+from ds_minis.tiling.modules.swap import Tiled, own_forward, tell
+from ds_minis.tiling.passes.attention import tensors_in
+from ds_minis.tiling.verify.follow import Reach
+from ds_minis.tiling.verify.signature import STALE, Ask, Signature, signature_of
+from ds_minis.tiling.verify.token_wise import read_attributes, why_not_token_wise
+
+
+class TiledModule(Tiled):
+    """Mixed into a token-wise module's class; runs that class's own forward over chunks."""
+
+    def forward(self, *args, **kwargs):
+        forward, chunking = own_forward(self, super().forward), self.mini_sequence_chunking
+        if chunking is None or chunking.suspended:
+            return forward(*args, **kwargs)
+        call = RowCall(args, kwargs)
+        if call.num_rows == 0:
+            return _run_whole(self, forward, call)
+        chunk_rows = chunking.module_rows(call.num_rows, call.width, _experts_per_choice(self, call))
+        if runs_whole(call.num_rows, chunk_rows):
+            return forward(*args, **kwargs)
+        return _forward_by_rows(self, forward, call, chunk_rows)
+
+
+@outside_of_graphs
+def _forward_by_rows(module: TiledModule, forward: Callable[..., Any], call: RowCall, chunk_rows: int) -> Any:
+    """By chunks, if the module is token-wise; else as it is, with one line that says why."""
+    if not _is_token_wise(module, forward, call, chunk_rows):
+        return _run_whole(module, forward, call)
+    require_weights(module)
+
+    bare = call.without_rows()  # the graph holds `run` until the loss is let go of, long after its own backward
+
+    def run(*rows: Tensor) -> Tensor:
+        args, kwargs = bare.with_rows(rows)
+        return forward(*args, **kwargs).flatten(0, -2)
+
+    guard = functools.partial(module.mini_sequence_chunking.guarded, "chunk_size", chunk_rows, call.num_rows)
+    memory = module.mini_sequence_chunking.memory
+    y = tile_rows(run, module, call.rows(), chunk_rows, guard, memory, way=call.flags)
+    return y.view(*call.input.shape[:-1], y.shape[-1])
+
+
+@outside_of_graphs
+def _run_whole(module: TiledModule, forward: Callable[..., Any], call: RowCall) -> Any:
+    def few() -> list[Tensor]:
+        return tensors_in(call.narrowed(2, 32, torch.randn_like).run(forward))
+
+    few = None if call.reason or call.num_rows == 0 else few
+    return run_whole(module, forward, call.run, module.mini_sequence_chunking.memory, call.flags, few)
+
+
+def _is_token_wise(module: TiledModule, forward: Callable[..., Any], call: RowCall, chunk_rows: int) -> bool:
+    """Verified once for each way of calling and all that it rests on (`signature`); a hook on a part may come and go."""
+    verdicts = module.mini_sequence_verdicts
+    signature = signature_of(module, verdicts.ignored)
+    passing, with_grads = passing_state(module, signature), torch.is_grad_enabled() or module.training
+    dtypes = call.input.dtype, AutocastState(call.input.device).dtype()
+    kind = with_grads, call.keys, call.flags, call.reason, passing, call.input.dim(), *dtypes
+    key = (*kind, signature.stable)
+    verdict = verdicts.get(key)
+    if verdict is None or verdicts.is_stale(verdict, signature.versions) or not _reaches(verdict, call, chunk_rows):
+        verdict = _asked(module, forward, call, chunk_rows, key, kind, signature, verdict)
+        if verdict is None:
+            return not has_values(call.input)
+    verdicts.note(module.training, verdict.reason)
+    return not verdict.reason
+
+
+def _reaches(verdict: Ask, call: RowCall, chunk_rows: int) -> bool:
+    return bool(verdict.reason) or verdict.reach is None or verdict.reach.holds(call.num_rows, chunk_rows)
+
+
+def _asked(
+    module: TiledModule,
+    forward: Callable[..., Any],
+    call: RowCall,
+    chunk_rows: int,
+    key: tuple,
+    kind: tuple,
+    signature: Signature,
+    earlier: Ask | None,
+) -> Ask | None:
+    """A new verdict; None where nothing can be told."""
+    verdicts = module.mini_sequence_verdicts
+    passing = kind[4]
+    reason, reach = call.reason or passing or verdicts.changing, Reach()
+    if not reason:
+        if not has_values(call.input):
+            return None
+        require_weights(module)
+        often = verdicts.often_changed(kind, signature.stable)
+        with module.mini_sequence_chunking.guarded("chunk_size", call.num_rows, call.num_rows):
+            reason = why_not_token_wise(
+                module, forward, call, with_grads=with_grads_of(kind), chunk_rows=chunk_rows, reach=reach
+            )
+            if reason is None:
+                return None
+            if often:
+                read = read_attributes(module, forward, call, often, signature)
+                verdicts.settle(often, read)
+                reason = reason or verdicts.changing
+        if earlier is not None and not reason and not earlier.reason and earlier.reach is not None:
+            reach = reach.extended(earlier.reach)
+        if verdicts.often_stale and earlier is not None:
+            reason = reason or STALE
+    versions = None if (reason and verdicts.often_stale) or not reach.versions else signature.versions
+    verdict = verdicts[key] = Ask(reason, reach if not reason else None, versions if not passing else None)
+    if reason:
+        tell(module, "is run as a whole", reason)
+    return verdict
+
+
+def with_grads_of(kind: tuple) -> bool:
+    return kind[0]
+
+
+def passing_state(module: nn.Module, signature: Signature | None = None) -> str:
+    """What may be there for one call alone, and gone when a chunk is run again; empty if there is nothing of the kind."""
+    signature = signature_of(module) if signature is None else signature
+    hook = foreign_hook(signature.hooked, ALL)
+    if hook:  # PEFT hands layers what they need for each sample in one
+        return f"a part of it has the hook {hook}, which may look at all tokens"
+    hook = foreign_global_hook()
+    if hook:
+        return f"every module has the hook {hook}, which may look at all tokens"
+    if signature.has_parametrizations:  # PEFT's LoRA on parameters
+        return "its weights are parametrized, perhaps for one call alone"
+    return ""
+
+
+def _experts_per_choice(module: nn.Module, call: RowCall) -> float:
+    """How many experts there are for each that a token is sent to; 1 for a module without experts."""
+    experts = max(
+        (param.shape[0] for param in module._parameters.values() if param is not None and param.dim() == 3), default=0
+    )
+    return max(1.0, experts / call.choices) if experts and call.choices else 1.0
+
+
+def engine_inside(module: nn.Module, signature: Signature | None = None) -> str:
+    """Which engine gathers the weights of a part of the module on its own; empty if none does."""
+    if not any(engine_of(part) for part in (signature_of(module) if signature is None else signature).parts):
+        return ""
+    for name, child in module.named_modules():
+        wrapper = engine_of(child)
+        if name and wrapper:
+            return f"{wrapper} was applied to its part {name}"
+    return ""
+
+
+def require_weights(module: nn.Module) -> None:
+    """Refuses weights that an engine would gather inside, once per chunk: ranks that differ in length would hang.
+
+    FSDP2 gathers when a module is called, which happens once; FSDP1 when its wrapper's forward runs, which a chunk does.
+    """
+    for name, child in module.named_modules():
+        wrapper = engine_of(child)
+        if wrapper and (child is not module or wrapper == "FullyShardedDataParallel"):
+            place = f"{name} inside of a tiled {type(module).__name__}" if name else "an LM head whose loss is tiled"
+            raise RuntimeError(
+                f"{wrapper} was applied to {place}, so every chunk would gather its weights on its own (and hang where ranks "
+                "differ in length). Apply it to the decoder layer, or to the whole module (FSDP1 takes a layer with frozen "
+                'and trainable weights with use_orig_params=True), or leave the module out with "exclude" (the LM head: '
+                '"loss": false) in the mini-sequence configuration'
+            )
+    for name, param in module.named_parameters():
+        if param.numel() == 0 and hasattr(param, "ds_shape"):
+            raise RuntimeError(
+                f"{type(module).__name__}.{name} is partitioned by ZeRO-3 inside of a tiled module, so every chunk would "
+                "gather it on its own (and hang where ranks differ in length). Convert the model before "
+                "deepspeed.initialize, with ds_minis attached to DeepSpeed: do not set DS_MINIS_AUTOLOAD=0, or call "
+                "ds_minis.register() first"
+            )

@@ -1,0 +1,85 @@
+"""Attention for one group of heads at a time: the projections in front of it are cut to the rows that make those heads.
+
+Which linear layers these are is found by `layer_verify`: with their weights cut, the layer must make the very heads that it
+makes with the whole ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ds_minis.tiling.core.grad_accum import GradientSums
+
+
+@dataclass(frozen=True)
+class HeadGroups:
+    """Groups of KV heads, each with its queries' heads.
+
+    Attributes:
+        count: G, how many groups there are.
+        linears: the projections whose output is heads, side by side.
+    """
+
+    count: int
+    linears: tuple[nn.Linear, ...]
+
+    @contextlib.contextmanager
+    def cut(self, group: int, cut: CutWeights | None = None) -> Iterator[None]:
+        """Inside, the projections make the heads of one group. `cut` is given the weights that they are cut from."""
+        before = []
+        try:
+            for linear in self.linears:
+                for name in ("weight", "bias"):
+                    # FSDP1 may hold a weight in both places.
+                    for holder in (linear._parameters, linear.__dict__):
+                        whole = holder.get(name)
+                        if whole is not None:
+                            before.append((holder, name, whole))
+                            size = whole.shape[0] // self.count
+                            rows = slice(group * size, (group + 1) * size)
+                            holder[name] = whole[rows] if cut is None else cut.part(whole, rows)
+            yield
+        finally:
+            for holder, name, whole in reversed(before):
+                holder[name] = whole
+
+    def of_output(self, out: Tensor, group: int) -> Tensor:
+        """The group's part of the attention's output for all heads, `(B, S, N, E)`."""
+        size = out.shape[2] // self.count
+        return out[:, :, group * size : (group + 1) * size]
+
+
+class CutWeights:
+    """Rows of weights, as leaves of their own: their gradients are as small as they are.
+
+    Attributes:
+        leaves: the rows that need a gradient.
+        sums: the sums of their gradients over chunks.
+    """
+
+    def __init__(self, whole: Sequence[Tensor]):
+        self._index = {id(leaf): i for i, leaf in enumerate(whole) if leaf.requires_grad}
+        self._parts: dict[int, tuple[slice, Tensor]] = {}  # index of the whole -> its rows
+        self.leaves: list[Tensor] = []
+        self.sums = GradientSums(self.leaves)
+
+    def part(self, whole: Tensor, rows: slice) -> Tensor:
+        index = self._index.get(id(whole))
+        if index is None:
+            return whole[rows].detach()
+        if index not in self._parts:
+            leaf = whole[rows].detach().requires_grad_()
+            self._parts[index] = rows, leaf
+            self.leaves.append(leaf)
+            self.sums.watch()
+        return self._parts[index][1]
+
+    def add_to(self, sums: GradientSums) -> None:
+        """Adds what was summed to the sums of the whole weights."""
+        for (index, (rows, _)), grad in zip(self._parts.items(), self.sums.result(), strict=True):
+            if grad is not None:
+                sums.add_rows(index, rows, grad)

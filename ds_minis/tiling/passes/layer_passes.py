@@ -1,0 +1,192 @@
+"""Runs of a decoder layer on chunks of tokens: up to its attention (*before*), and with the attention answered (*after*).
+
+Shapes: B batch, S tokens of the whole, C of a chunk, H hidden size, N heads, K KV heads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_minis.tiling.core.exclusive import alone
+from ds_minis.tiling.core.params import constants_of, set_to
+from ds_minis.tiling.core.replay import AutocastState, Seeds, has_values
+from ds_minis.tiling.modules.state import Chunking
+from ds_minis.tiling.passes.attention import AttentionReached, AttentionRequest, attention_answered_by
+from ds_minis.tiling.passes.layer_args import LayerCall, TokensOfCall
+from ds_minis.tiling.verify.follow import differing_setting, settings_of
+
+
+@dataclass(frozen=True)
+class Unread:
+    """What nobody reads in a run of a layer, and need not be computed; found by `layer_verify`.
+
+    Attributes:
+        outputs: modules in front of the attention whose output only the attention sees, with its width and dtype.
+        values_before, values_after: linear layers in front of and behind the attention whose output no gradient depends on.
+        value: what stands in their place; not a number where it is tested that nobody reads it.
+    """
+
+    outputs: tuple[tuple[nn.Module, int, torch.dtype], ...] = ()
+    values_before: tuple[nn.Linear, ...] = ()
+    values_after: tuple[nn.Linear, ...] = ()
+    value: float = 0.0
+
+    def output_forwards(self) -> dict[nn.Module, Callable]:
+        return {module: self._without_output(width, dtype) for module, width, dtype in self.outputs}
+
+    def renamed(self, of: Callable[[Any], Any]) -> Unread:
+        """The same with `of(module)` for each module."""
+        outputs = tuple((of(module), width, dtype) for module, width, dtype in self.outputs)
+        return Unread(outputs, tuple(map(of, self.values_before)), tuple(map(of, self.values_after)), self.value)
+
+    def _without_output(self, width: int, dtype: torch.dtype) -> Callable[..., Tensor]:
+        def forward(input, *args, **kwargs):
+            return input.new_full((), self.value, dtype=dtype).expand(*input.shape[:-1], width)
+
+        return forward
+
+
+NOTHING_UNREAD = Unread()
+
+
+class DifferentSettings(RuntimeError):
+    """A layer calls its attention for a chunk otherwise than it would for all tokens."""
+
+
+class NoAttention(RuntimeError):
+    """A layer did not call the attention interface."""
+
+
+class LayerPasses:
+    """One call of a layer, to be run on its chunks any number of times, in the same way each time.
+
+    Args:
+        forward: the layer's own forward.
+        bounds: first and last token of each chunk, in the order in which they are run.
+        settings: with what the layer calls its attention, but for tensors; None: as for the first chunk.
+
+    Attributes:
+        constants: what the layer's parts are set to.
+        way: the call's key.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        call: LayerCall,
+        bounds: Sequence[tuple[int, int]],
+        chunking: Chunking,
+        settings: dict | None = None,
+    ):
+        self._settings = settings
+        x, call.hidden = call.hidden, None  # which autograd saves, or somebody keeps
+        self.bounds, self._batch = bounds, x.shape[0]
+        self.autocast = AutocastState(x.device)
+        self._module = module
+        self._forward, self._call, self._chunking = forward, call, chunking
+        self.way = call.key
+        self.constants = constants_of(module)
+        self._seeds = Seeds(x.device) if has_values(x) and any(m.training for m in module.modules()) else None
+
+    def before(
+        self, x: Tensor, seen: Callable[..., Sequence[Tensor]] | None = None
+    ) -> tuple[AttentionRequest, list[Tensor]]:
+        """The attention's call, for all tokens, and its queries, keys and values; without a graph.
+
+        `seen` gives tensors without their graphs; None where there are none.
+        """
+        whole: list[Tensor] = []
+        with contextlib.nullcontext() if seen is not None else torch.no_grad():
+            for i, (start, stop) in enumerate(self.bounds):
+                request, part = self.reach(chunk_of(x, start, stop), i)
+                self._require_settings(request)
+                if not whole:
+                    first = request.for_whole(part.whole_of)
+                    whole = [_for_all_tokens(t, x.shape[1]) for t in request.tensors]
+                tensors = request.tensors if seen is None else seen(*request.tensors)
+                for t, chunk in zip(whole, tensors, strict=True):
+                    t[:, :, start:stop].copy_(chunk)
+        return first, whole
+
+    def _require_settings(self, request: AttentionRequest) -> None:
+        settings = settings_of(request)
+        self._settings = settings if self._settings is None else self._settings
+        name = differing_setting(self._settings, settings)
+        if name:
+            raise DifferentSettings(f"its attention's argument {name} depends on the number of tokens")
+
+    def reach(self, chunk: Tensor, index: int) -> tuple[AttentionRequest, TokensOfCall]:
+        """Runs the layer on a chunk up to its attention."""
+        part = self._call.with_tokens(chunk, *self.bounds[index])
+        reached: list[AttentionRequest] = []
+
+        def stop_here(request: AttentionRequest) -> Tensor:
+            reached.append(request)
+            raise AttentionReached
+
+        with contextlib.suppress(AttentionReached), attention_answered_by(stop_here), self._seeded(index + 1):
+            self._forward(*part.args, **part.kwargs)
+        if not reached:
+            raise NoAttention
+        return reached[0], part
+
+    def after(self, chunk: Tensor, out: Tensor, index: int) -> Tensor:
+        """The layer's result for a chunk, given the attention's."""
+        part = self._call.with_tokens(chunk, *self.bounds[index])
+        with attention_answered_by(lambda request: out), self._seeded(index + 1):
+            y = self._forward(*part.args, **part.kwargs)
+        return y[0] if isinstance(y, tuple) else y
+
+    def attending(self, group: int = 0) -> contextlib.AbstractContextManager:
+        """Around the attention of a group of heads."""
+        return self._seeded(-group)
+
+    def advance(self) -> None:
+        """To be called once, after forward."""
+        if self._seeds is not None:
+            self._seeds.advance()
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Around runs in backward: as in forward."""
+        self._call.require_unchanged()
+        with self.autocast.entered(), set_to(self.constants):
+            yield
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Around all runs."""
+        rows = [self._batch * (stop - start) for start, stop in self.bounds]
+        try:
+            with (
+                alone(self._module),
+                self._chunking.guarded("chunk_size", rows[0], sum(rows)),
+                self._chunking.untiled(),
+            ):
+                yield
+        finally:
+            # Weights that autocast cast in here were cast without a graph; a later use with gradients must not find them.
+            torch.clear_autocast_cache()
+
+    def _seeded(self, index: int) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self._seeds is None else self._seeds.part(index)
+
+
+def chunk_of(x: Tensor, start: int, stop: int) -> Tensor:
+    """Tokens of all sequences, without gaps: layers view them as rows."""
+    return x[:, start:stop].contiguous()
+
+
+def _for_all_tokens(heads: Tensor, num_tokens: int) -> Tensor:
+    """Memory like that of queries `(B, N, C, D)`, for S tokens; with the heads of a token side by side if they are here."""
+    batch, num_heads, _, width = heads.shape
+    if heads.stride(1) < heads.stride(2):
+        return heads.new_empty(batch, num_tokens, num_heads, width).transpose(1, 2)
+    return heads.new_empty(batch, num_heads, num_tokens, width)

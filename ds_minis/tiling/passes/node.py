@@ -1,0 +1,317 @@
+"""A whole decoder layer as one autograd node that saves the layer's input alone. Source: issue 5 and DESIGN finding 4.
+
+All but the attention is token-wise. So the layer is run on one chunk after the other up to its attention (*before*), then
+the attention once for all tokens, then the layer on each chunk once more with the attention answered (*after*). Backward
+does the same and goes back: *after* chunk by chunk, the attention, *before* chunk by chunk.
+
+With groups of heads, queries, keys, values and their gradients exist for one group at a time: *before* and the attention are
+run group by group, in backward once more than without groups. With the attention kept, its output stays from forward to
+backward beside the layer's input, and backward does not run it forward.
+
+Shapes: B batch, S tokens, H hidden size, N heads of D.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ds_minis.tiling.core.grad_accum import GradientSums, let_go
+from ds_minis.tiling.core.linear import chunk_forwards
+from ds_minis.tiling.core.params import ParameterSlots, Untrained
+from ds_minis.tiling.core.replay import forwards_set
+from ds_minis.tiling.core.reuse import is_ours_alone
+from ds_minis.tiling.core.tiled_op import Call, put
+from ds_minis.tiling.memory.layer_inputs import Source
+from ds_minis.tiling.modules.swap import Tiled, tell
+from ds_minis.tiling.passes.attention import AttentionRequest
+from ds_minis.tiling.passes.head_groups import CutWeights, HeadGroups
+from ds_minis.tiling.passes.kept_attention import Attend, KeptAttention, attend_once, is_unkept, leave_unkept
+from ds_minis.tiling.passes.layer_passes import LayerPasses, Unread, chunk_of
+
+
+class LayerNode(Call):
+    """One call of a layer over chunks of tokens.
+
+    Args:
+        groups: of heads; None for one call of the attention.
+        source: where the layer's input is until backward; None for autograd's own.
+        keep: keep the attention there too, where it can be.
+        attend: stands for the attention while a layer is being verified.
+
+    Attributes:
+        source: as above.
+        one_call: why the attention cannot be run by groups of heads, in no call of this kind; empty if it can.
+    """
+
+    one_call = ""
+
+    def __init__(
+        self,
+        module: Tiled,
+        passes: LayerPasses,
+        unread: Unread,
+        groups: HeadGroups | None = None,
+        source: Source | None = None,
+        keep: bool = False,
+        attend: Attend = attend_once,
+    ):
+        self.module, self.slots = module, ParameterSlots(module)
+        self.constants, self.way = passes.constants, passes.way
+        self.memory = module.mini_sequence_chunking.memory
+        self._untrained = Untrained(module, self.slots, self.memory.copies)
+        self._passes, self._unread, self._groups = passes, unread, groups
+        self.source, self._keep, self._attend = source, keep, attend
+        self._kept: KeptAttention | None = None
+
+    def saved(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        if self.source is None:
+            return tensors
+        if not self._keep:
+            self.source.keep(tensors[0])
+        self._versions = [t._version for t in self.slots.tensors]
+        return tensors[1:]
+
+    def forward(self, rows: Sequence[Tensor], *, with_backward: bool) -> Tensor:
+        with self._passes.running():
+            y = self._forward_keeping(rows[0]) if self._keep and with_backward else self._forward(rows[0])
+        self._passes.advance()
+        return y
+
+    def _forward_keeping(self, x: Tensor) -> Tensor:
+        request, heads = self._before(x)
+        tensors: list[Tensor] = []
+        with self._passes.attending():
+            if is_unkept(self.module, request.way):
+                out = self._attend(request, heads)
+            else:
+                kept = KeptAttention(self._attend_with_graph, request, heads)
+                out, tensors = kept.result, [] if kept.reason else kept.tensors
+                kept.let_go()
+                if kept.reason:
+                    leave_unkept(self.module, kept.reason, request.way)
+                else:
+                    self._kept = kept
+        del request, heads
+        (out,) = self.seen(out)
+        self.source.keep(x, *tensors)
+        del tensors
+        return self._after_all(x, out)
+
+    def _attend_with_graph(self, request: AttentionRequest, heads: Sequence[Tensor]) -> Tensor:
+        out = self._attend(request, heads)
+        self.seen(out)  # a weight that the attention function reads takes part, too
+        return out
+
+    def forward_again(self, x: Tensor) -> Tensor:
+        """The result once more, in backward, without a graph.
+
+        Raises:
+            RuntimeError: weights were changed since. Autograd looks at those alone whose own gradients are asked for.
+        """
+        if [t._version for t in self.slots.tensors] != self._versions:
+            raise RuntimeError(
+                f"weights of a {type(self.module).__name__} were changed in place between forward and backward, which "
+                'computes the layer once more ("checkpoint_every" in the mini-sequence configuration). Change them after '
+                "backward"
+            )
+        with torch.no_grad(), self._passes.running(), self._passes.again(), self._untrained.as_in_forward():
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return self._after_all(x, self._attended(x))
+
+    def _after_all(self, x: Tensor, out: Tensor) -> Tensor:
+        """The layer's result, given the attention's."""
+        output = None
+        with forwards_set(self._unread.output_forwards()):
+            for i, (start, stop) in enumerate(self._passes.bounds):
+                (y,) = self.seen(self._passes.after(chunk_of(x, start, stop), out[:, start:stop], i))
+                if output is None:
+                    output = y.new_empty(y.shape[0], x.shape[1], y.shape[2])
+                output[:, start:stop].copy_(y)
+        return output
+
+    def _attended(self, x: Tensor) -> Tensor:
+        """The attention's output for all tokens and heads."""
+        if self._groups is None:
+            request, heads = self._before(x)
+            with self._passes.attending():
+                return self.seen(self._attend(request, heads))[0]
+        out = None
+        for group in range(self._groups.count):
+            with self._groups.cut(group):
+                request, heads = self._before(x)
+            name = request.per_head(heads[0].shape[1] * self._groups.count)
+            if name:
+                return self._attended_at_once(x, f"its attention's argument {name} has a part for each head")
+            try:
+                with self._passes.attending(group):
+                    (part,) = self.seen(self._attend(request, heads))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # one that is made for this many heads; another error comes again
+                if group:
+                    raise
+                words = f"{type(error).__name__}: {error}".split()
+                self.one_call = f"its attention fails on a group of heads ({' '.join(words)[:100]})"
+                return self._attended_at_once(x, self.one_call)
+            if part.dim() != 4:
+                self.one_call = "its attention gives all heads in one dimension"
+                return self._attended_at_once(x, self.one_call)
+            if out is None:
+                out = part.new_empty(*part.shape[:2], part.shape[2] * self._groups.count, part.shape[3])
+            self._groups.of_output(out, group).copy_(part)
+        return out
+
+    def _attended_at_once(self, x: Tensor, reason: str) -> Tensor:
+        tell(self.module, "attends to all heads at once", reason)
+        self._groups = None
+        return self._attended(x)
+
+    def backward(self, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
+        grad_y, self.grad_output = self.grad_output, None
+        reuse = is_ours_alone(grad_y)
+        if self.source is None:
+            (x, *params), kept = tensors, []
+        else:
+            params, (x, *kept) = tensors, self.source.fetch()
+        x_needs_grad, *params_need_grad = needs_grad
+        leaves = [p.detach().requires_grad_(need) for p, need in zip(params, params_need_grad, strict=True)]
+        sums, grad_x = GradientSums(leaves, single=len(self._passes.bounds) == 1 and self._groups is None), None
+        if x_needs_grad:
+            # A chunk of the incoming gradient is not needed any more once the chunk is done.
+            reuse = reuse and grad_y.dtype == x.dtype and grad_y.shape == x.shape
+            grad_x = grad_y if reuse else torch.empty_like(x)
+        with self._passes.running(), self._passes.again(), self._as_in_forward(leaves):
+            if self._kept is not None:
+                request, heads = self._passes.before(x)
+                edge, out = None, self._kept.output(heads, kept)
+                grad_out = torch.empty_like(out)
+            elif self._groups is None:
+                request, heads, edge, out = self._attended_with_graph(x)
+                grad_out = torch.empty_like(out)
+            else:
+                out = grad_out = self._attended(x)  # which is computed again, so that its gradient may take its place
+            self._backward_of_after(x, out, grad_y, grad_x, grad_out, sums, leaves)
+            del out, grad_y
+            sums.settle()
+            if self._kept is not None:
+                grads = self._kept.backward(heads, kept, grad_out)
+                del heads, kept, grad_out
+                self._backward_of_before(x, grads, grad_x, sums, leaves)
+            elif self._groups is None:
+                grads = self._backward_of_attention(request, heads, edge, grad_out, sums, leaves)
+                del heads, edge, grad_out
+                self._backward_of_before(x, grads, grad_x, sums, leaves)
+            else:
+                self._backward_by_groups(x, grad_out, grad_x, sums, leaves)
+        if self.source is not None:
+            self.source.release()
+        return [grad_x, *sums.result()]
+
+    @contextlib.contextmanager
+    def _as_in_forward(self, leaves: Sequence[Tensor]) -> Iterator[None]:
+        with self._untrained.as_in_forward(), self.slots.holding(leaves):
+            yield
+
+    def _before(self, x: Tensor) -> tuple[AttentionRequest, list[Tensor]]:
+        return self._passes.before(x, self.seen)
+
+    def _attended_with_graph(self, x: Tensor, group: int = 0):
+        request, heads = self._passes.before(x)
+        heads = [t.requires_grad_() for t in heads]
+        with torch.enable_grad(), self._passes.attending(group):
+            out = self._attend(request, heads)
+        # Through the edge nothing holds the output, which not every attention needs in its backward.
+        return request, heads, torch.autograd.graph.get_gradient_edge(out), out.detach()
+
+    def _backward_of_after(
+        self,
+        x: Tensor,
+        out: Tensor,
+        grad_y: Tensor,
+        grad_x: Tensor | None,
+        grad_out: Tensor,
+        sums: GradientSums,
+        leaves: Sequence[Tensor],
+    ) -> None:
+        """Gradients of the layer's input (but for what came by way of the attention) and of the attention's output."""
+        forwards = chunk_forwards(self.module, [sums], self._unread.values_after, self._unread.value)
+        forwards |= self._unread.output_forwards()
+        with torch.enable_grad(), forwards_set(forwards):
+            for i, (start, stop) in enumerate(self._passes.bounds):
+                chunk = chunk_of(x, start, stop).detach().requires_grad_(grad_x is not None)
+                out_chunk = out[:, start:stop].detach().requires_grad_()
+                inputs = [t for t in (chunk, out_chunk, *leaves) if t.requires_grad]
+                y = self._passes.after(chunk, out_chunk, i)
+                grads = let_go(torch.autograd.grad(y, inputs, grad_y[:, start:stop], allow_unused=True))
+                del y
+                grad = next(grads) if grad_x is not None else None
+                put(grad_out[:, start:stop], next(grads))
+                sums.add(grads)
+                if grad_x is not None:  # at last, as the others may be parts of the gradient that this is written over
+                    put(grad_x[:, start:stop], grad)
+                del grads, grad  # or they would be there beside the next chunk's
+
+    def _backward_of_attention(
+        self, request: AttentionRequest, heads: list[Tensor], edge, grad_out: Tensor, sums: GradientSums, leaves
+    ) -> list[Tensor | None]:
+        """Gradients of queries, keys and values; those of parameters among the attention's arguments are added."""
+        # All, as an attention function may read a weight from its module, beside those among its arguments.
+        own = [leaf for leaf in leaves if leaf.requires_grad]
+        grads = torch.autograd.grad(edge, [*heads, *own], grad_out, allow_unused=True)
+        by_leaf = dict(zip(map(id, own), grads[3:], strict=True))
+        sums.add(by_leaf.get(id(leaf)) for leaf in leaves if leaf.requires_grad)
+        return list(grads[:3])
+
+    def _backward_of_before(
+        self,
+        x: Tensor,
+        grads_of_heads: list[Tensor | None],
+        grad_x: Tensor | None,
+        sums: GradientSums,
+        leaves: Sequence[Tensor],
+        cut: CutWeights | None = None,
+    ) -> None:
+        all_sums, cut_leaves = ([sums], []) if cut is None else ([sums, cut.sums], cut.leaves)
+        forwards = chunk_forwards(self.module, all_sums, self._unread.values_before, self._unread.value)
+        with torch.enable_grad(), forwards_set(forwards):
+            for i, (start, stop) in enumerate(self._passes.bounds):
+                chunk = chunk_of(x, start, stop).detach().requires_grad_(grad_x is not None)
+                inputs = [t for t in (chunk, *cut_leaves, *leaves) if t.requires_grad]
+                heads = self._passes.reach(chunk, i)[0].tensors
+                pairs = [
+                    (t, g[:, :, start:stop])
+                    for t, g in zip(heads, grads_of_heads, strict=True)
+                    if t.requires_grad and g is not None
+                ]
+                if not pairs or not inputs:
+                    continue
+                outputs, grads = zip(*pairs, strict=True)
+                grads = let_go(torch.autograd.grad(outputs, inputs, grads, allow_unused=True))
+                del heads, pairs, outputs
+                if grad_x is not None:
+                    grad = next(grads)
+                    if grad is not None:
+                        grad_x[:, start:stop].add_(grad)
+                if cut is not None:
+                    cut.sums.add(next(grads) for _ in cut_leaves)
+                sums.add(grads)
+                del grads  # or they would be there beside the next chunk's
+
+    def _backward_by_groups(
+        self, x: Tensor, grad_out: Tensor, grad_x: Tensor | None, sums: GradientSums, leaves: Sequence[Tensor]
+    ) -> None:
+        for group in range(self._groups.count):
+            cut = CutWeights(leaves)
+            with self._groups.cut(group, cut):
+                request, heads, edge, _ = self._attended_with_graph(x, group)
+                part = self._groups.of_output(grad_out, group)
+                grads = self._backward_of_attention(request, heads, edge, part, sums, leaves)
+                del heads, edge, part
+                self._backward_of_before(x, grads, grad_x, sums, leaves, cut)
+            cut.add_to(sums)

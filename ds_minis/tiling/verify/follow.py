@@ -1,0 +1,237 @@
+"""A call followed without values, on the meta device: at its own length, and at the length of a chunk.
+
+It costs no memory and little time, whatever the length. Where a module cannot be followed (its course depends on values, or
+an operation knows no meta device), what was seen until there is compared, and the rest is left to runs with values.
+
+B batch, S tokens, H hidden size, R rows, E width of a value's head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_minis.tiling.core.row_args import CONSTANTS, RowCall
+from ds_minis.tiling.passes.attention import AttentionRequest, attention_answered_by
+from ds_minis.tiling.passes.layer_args import LayerCall, TokensOfCall
+from ds_minis.tiling.verify.op_trace import SHARED_DRAW, Step, Watch, difference, versions_matter
+
+
+@dataclass
+class Reach:
+    """The lengths for which a verdict holds.
+
+    Attributes:
+        longest: tokens or rows of a call.
+        shortest_part, longest_part: of a chunk.
+        complete: the module was followed to its end.
+        versions: values of frozen tensors may decide what it does.
+    """
+
+    longest: float = float("inf")
+    shortest_part: float = 0
+    longest_part: float = float("inf")
+    complete: bool = False
+    versions: bool = True
+
+    def holds(self, length: int, part: int) -> bool:
+        return length <= self.longest and self.shortest_part <= part <= self.longest_part
+
+    def set(self, length: int, chunk: int, parts: Sequence[int]) -> None:
+        self.longest, self.shortest_part, self.longest_part = length, min(chunk, *parts), max(chunk, *parts)
+
+    def without_end(self) -> None:
+        """A longer call would be asked in the same way."""
+        self.longest, self.shortest_part, self.longest_part = float("inf"), 0, float("inf")
+
+    def extended(self, earlier: Reach) -> Reach:
+        """Together with what was found at other lengths."""
+        return Reach(
+            max(self.longest, earlier.longest),
+            min(self.shortest_part, earlier.shortest_part),
+            max(self.longest_part, earlier.longest_part),
+            self.complete,
+            self.versions or earlier.versions,
+        )
+
+
+def follow_module(module: nn.Module, forward: Callable[..., Any], call: RowCall, chunk_rows: int, reach: Reach) -> str:
+    """Why a module is not token-wise, as far as its operations show; empty: nothing was seen. `reach` is told the lengths."""
+    num_rows = call.num_rows
+    parts = _parts(num_rows, chunk_rows)
+    reach.set(num_rows, chunk_rows, parts)
+    if call.input.is_meta or num_rows < 4:
+        return ""
+    try:
+        bare = call.mapped(_to_meta)
+        rows = bare.rows()
+    except Exception:
+        return ""
+
+    def run(arguments: tuple[list, dict[str, Any]]) -> None:
+        forward(*arguments[0], **arguments[1])
+
+    with on_meta(module):
+        own = _followed(run, bare.whole(rows))
+        whole = _followed(run, bare.with_rows(rows))
+        runs = [(_followed(run, bare.with_rows([row[:size] for row in rows])), size) for size in parts]
+    reason = "" if own.python == whole.python else SHARED_DRAW
+    reason = reason or _other_numbers(own, whole)
+    return _compared(whole, runs, num_rows, reach, reason)
+
+
+def follow_layer(
+    forward: Callable[..., Any], layer: nn.Module, call: LayerCall, x: Tensor, chunk_tokens: int, reach: Reach
+) -> tuple[str, dict | None]:
+    """The same for a layer without its attention, and the attention's arguments that are no tensors."""
+    num_tokens = x.shape[1]
+    parts = _parts(num_tokens, chunk_tokens)
+    reach.set(num_tokens, chunk_tokens, parts)
+    settings = []
+    if x.is_meta or num_tokens < 4:
+        return "", None
+    try:
+        args, kwargs = call.arguments(_to_meta(x), lambda _, value: _mapped(value, _to_meta))
+        bare = LayerCall(tuple(args), kwargs)
+    except Exception:
+        return "", None
+
+    def answer(request: AttentionRequest) -> Tensor:
+        settings.append(settings_of(request))
+        q, _, v = request.tensors
+        return v.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+    def run(part: TokensOfCall) -> None:
+        with attention_answered_by(answer):
+            forward(*part.args, **part.kwargs)
+
+    found, followed = [], []
+    with on_meta(layer):
+        for size in (num_tokens, *parts):
+            settings.clear()
+            followed.append(_followed(run, bare.with_tokens(bare.hidden[:, :size].contiguous(), 0, size)))
+            found.append(settings[0] if len(settings) == 1 else None)
+    reason = ""
+    for given in found[1:]:
+        if found[0] is not None and given is not None and not reason:
+            name = differing_setting(found[0], given)
+            reason = f"its attention's argument {name} depends on the number of tokens" if name else ""
+    reason = _compared(followed[0], list(zip(followed[1:], parts, strict=True)), num_tokens, reach, reason)
+    return reason, found[0]
+
+
+_ABSENT = object()
+
+
+def settings_of(request: AttentionRequest) -> dict[int | str, Any]:
+    """The arguments of an attention's call but for tensors and lists of them, which the layer was given."""
+    arguments = (*enumerate(request.args), *request.kwargs.items())
+    return {name: value if isinstance(value, CONSTANTS) else isinstance(value, Tensor) for name, value in arguments}
+
+
+def differing_setting(a: dict, b: dict) -> str:
+    """The name of an argument that is another one in two calls of the attention; empty if none is."""
+    if a == b:
+        return ""
+    return next((repr(n) for n in {**a, **b} if a.get(n, _ABSENT) != b.get(n, _ABSENT)), "")
+
+
+@dataclass
+class _Followed:
+    steps: Sequence[Step]
+    ended: bool
+    python: bool
+
+
+def _followed(run: Callable[[Any], None], argument: Any) -> _Followed:
+    torch.manual_seed(0)
+    watch, ended = Watch(), True
+    try:
+        with torch.no_grad(), watch:
+            run(argument)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        ended = False
+    finally:
+        watch.undo_writes()
+    return _Followed(watch.steps, ended, watch.drew_in_python)
+
+
+def _compared(whole: _Followed, runs: Sequence[tuple[_Followed, int]], length: int, reach: Reach, reason: str) -> str:
+    if whole.python:
+        reason = reason or SHARED_DRAW
+    ended = whole.ended and all(part.ended for part, _ in runs)
+    for part, size in runs:
+        both_ended = whole.ended and part.ended
+        cut = (whole.steps, part.steps) if both_ended else _until_the_end(whole, part)
+        reason = reason or difference(*cut, length, size, ended=both_ended)
+    reach.complete = ended
+    reach.versions = not ended or any(versions_matter(whole.steps, part.steps) for part, _ in runs)
+    return reason
+
+
+def _until_the_end(whole: _Followed, part: _Followed) -> tuple[Sequence[Step], Sequence[Step]]:
+    count = min(len(whole.steps), len(part.steps))
+    return whole.steps[:count], part.steps[:count]
+
+
+def _other_numbers(own: _Followed, whole: _Followed) -> str:
+    """Whether a module does with rows side by side something else than with the same rows in sequences."""
+    if not (own.ended and whole.ended):
+        return ""
+    mine = [(s.func, [v for v in s.args if isinstance(v, float | bool | str)]) for s in own.steps if _computes(s)]
+    theirs = [(s.func, [v for v in s.args if isinstance(v, float | bool | str)]) for s in whole.steps if _computes(s)]
+    return "" if mine == theirs else "its operations depend on the length of the sequences"
+
+
+_LAYOUT = frozenset("view _unsafe_view reshape expand clone unsqueeze squeeze permute transpose t as_strided".split())
+
+
+def _computes(step: Step) -> bool:
+    name = getattr(step.packet, "__name__", "")
+    return name not in _LAYOUT and name not in ("mm", "bmm", "addmm", "baddbmm", "matmul", "linear", "mul", "add")
+
+
+def _parts(length: int, chunk: int) -> list[int]:
+    """Sizes of chunks to follow: of a full one, and of the last."""
+    chunk = chunk if chunk < length else max(2, length // 2)
+    last = length % chunk
+    return [chunk, last] if last > 1 else [chunk]
+
+
+def _to_meta(t: Tensor) -> Tensor:
+    return torch.empty_like(t, device="meta")
+
+
+def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value)(_mapped(v, function) for v in value)
+    return function(value) if isinstance(value, Tensor) else value
+
+
+@contextlib.contextmanager
+def on_meta(module: nn.Module) -> Iterator[None]:
+    """Inside, the module's tensors have no values."""
+    before, made = [], {}
+    try:
+        for part in module.modules():
+            for holder in (part._parameters, part._buffers, part.__dict__):
+                for name, value in list(holder.items()):
+                    if isinstance(value, Tensor):
+                        try:
+                            substitute = made[id(value)] if id(value) in made else _to_meta(value.detach())
+                        except Exception:  # some packed tensor: whoever uses it cannot be followed
+                            continue
+                        made[id(value)] = substitute
+                        before.append((holder, name, value))
+                        holder[name] = substitute
+        yield
+    finally:
+        for holder, name, value in before:
+            holder[name] = value

@@ -1,0 +1,85 @@
+"""A run that nobody notices, and one that notices what outlives it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ds_minis.tiling.core.replay import unseen_graph
+
+
+class _Guarded(torch.autograd.Function):
+    """A copy of a tensor whose graph node holds an object; nobody holds that when the graph is gone."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, sentinel: Any):
+        ctx.sentinel = sentinel
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None
+
+
+class _Sentinel:
+    pass
+
+
+def guarded(x: Tensor, sentinels: list[weakref.ref]) -> Tensor:
+    """A copy of a tensor; the sentinel that is added lives as long as something that was computed of it in a graph."""
+    sentinel = _Sentinel()
+    sentinels.append(weakref.ref(sentinel))
+    return _Guarded.apply(x, sentinel)
+
+
+def is_held(sentinels: Sequence[weakref.ref]) -> bool:
+    if all(ref() is None for ref in sentinels):
+        return False
+    gc.collect()  # a cycle of the module's own
+    return any(ref() is not None for ref in sentinels)
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Random zeros would differ from run to run and hide what is asked."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if "dropout" in getattr(func, "__name__", ""):
+            return args[0] if args else kwargs["input"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def quietly(module: nn.Module, device: torch.device, *, with_dropout: bool = False) -> Iterator[None]:
+    """Inside, nobody notices that the module runs: no hooks of its parts, no random numbers drawn.
+
+    Nor do dispatch modes: selective activation checkpointing would take these results for the real call's.
+    """
+    hooks = [
+        (m, name) for m in module.modules() if m is not module for name in ("_forward_hooks", "_forward_pre_hooks")
+    ]
+    kept = [(m, name, m.__dict__[name]) for m, name in hooks if m.__dict__.get(name)]
+    devices = [] if device.type == "cpu" else [device]
+    with (
+        _disable_current_modes(),
+        torch.inference_mode(False),
+        unseen_graph(),
+        contextlib.nullcontext() if with_dropout else _WithoutDropout(),
+        torch.random.fork_rng(devices, device_type=device.type),
+    ):
+        torch.manual_seed(0)
+        try:
+            for m, name, value in kept:
+                m.__dict__[name] = type(value)()
+            yield
+        finally:
+            for m, name, value in kept:
+                m.__dict__[name] = value
+            torch.clear_autocast_cache()  # of the detached weights
