@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from ds_minis.tiling.core.out_of_memory import for_weight_gradients
+
 
 def let_go(tensors: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
     """Gives one after the other and holds none that it gave: a layer's gradients together are as large as its weights."""
@@ -39,6 +41,7 @@ class GradientSums:
         """Where `leaf` stands among the leaves that need a gradient."""
         return next((i for i, own in enumerate(self._leaves) if own is leaf and own.requires_grad), None)
 
+    @for_weight_gradients
     def add_product(self, index: int, left_CV: Tensor, right_CH: Tensor) -> None:
         """Adds `left_CV.t() @ right_CH` to the gradient of one leaf, without a further tensor of that size."""
         left_VC = left_CV.t()
@@ -55,6 +58,7 @@ class GradientSums:
     def _sum_dtype(self, grad: Tensor) -> torch.dtype:
         return grad.dtype if self._single else torch.promote_types(grad.dtype, torch.float32)
 
+    @for_weight_gradients
     def add(self, grads: Iterator[Tensor | None]) -> None:
         for i, leaf in enumerate(self._leaves):
             grad = next(grads) if leaf.requires_grad else None
@@ -71,6 +75,7 @@ class GradientSums:
         """To be called when a leaf was appended to the list that was given."""
         self._sums.append(None)
 
+    @for_weight_gradients
     def add_rows(self, index: int, rows: slice, grad: Tensor) -> None:
         """Adds to some rows of one sum."""
         leaf = self._leaves[index]
@@ -83,6 +88,7 @@ class GradientSums:
         """Rounds the sums that are there to their parameters' dtypes, when it is known that hardly any is added to again."""
         self.result()
 
+    @for_weight_gradients
     def result(self) -> list[Tensor | None]:
         """The sums in their parameters' dtypes; to be called once, as each wide sum is let go of when it is rounded."""
         for i, leaf in enumerate(self._leaves):

@@ -109,9 +109,9 @@ def _asked(
 ) -> Finding | None:
     """A new finding; None where nothing can be told."""
     require_weights(layer)
-    chunking, verdicts, rows = layer.mini_sequence_chunking, layer.mini_sequence_verdicts, call.hidden.shape[:2].numel()
+    chunking, verdicts = layer.mini_sequence_chunking, layer.mini_sequence_verdicts
     often = verdicts.often_changed(kind, signature.stable)
-    with chunking.guarded("chunk_size", rows, rows), chunking.untiled():
+    with chunking.guarded(), chunking.untiled():
         finding = examine(layer, forward, call, chunking, chunk)
         if finding is not None and often:
             verdicts.settle(often, read_attributes(layer, forward, call, often, signature))
@@ -128,12 +128,12 @@ def _left_behind(layer: TiledLayer, forward: Callable[..., Any], call: LayerCall
     """Whether the attention function leaves something behind, where a few tokens could not show it: by a real call."""
     x = call.hidden
     with torch.no_grad():
-        request, heads = LayerPasses(
-            layer, forward, call, _bounds(x.shape[1], chunk), layer.mini_sequence_chunking
-        ).before(x)
+        passes = LayerPasses(layer, forward, call, _bounds(x.shape[1], chunk), layer.mini_sequence_chunking)
+        request, heads = passes.before(x)
         state, random = State(request.module, request.function), random_states(x.device)
         try:
-            request.run(heads)
+            with passes.attention_memory():
+                request.run(heads)
             changed = state.changed(request.module)
         finally:
             state.restore(request.module)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ds_minis.ranks import is_main_process
 from ds_minis.tiling.core.exclusive import is_called_in, several_threads
+from ds_minis.tiling.core.out_of_memory import note_outside
 from ds_minis.tiling.loss.chunked_head import HEAD, ChunkedHead
 from ds_minis.tiling.loss.output_logits import wanted_logits, without_deferred
 from ds_minis.tiling.modules.arguments import argument, takes
@@ -199,6 +200,7 @@ class _Disarm:
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         begun = _disarm(model)
         if output is None:
+            note_outside(self._chunking.config)
             return output
         head = begun.head
         if head is None:

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from ds_minis.config import AUTO, MiniSequenceConfig
 from ds_minis.tiling.core.exclusive import trackers_aside
+from ds_minis.tiling.core.out_of_memory import in_a_chunk, in_a_first_call
 from ds_minis.tiling.core.participation import Memory
 from ds_minis.tiling.memory.layer_inputs import Checkpoints
 from ds_minis.tiling.verify.signature import Verdicts
@@ -62,21 +61,17 @@ class Chunking:
             self.checkpoints = Checkpoints(self.config)
 
     @contextlib.contextmanager
-    def guarded(self, setting: str, chunk_rows: int, num_rows: int) -> Iterator[None]:
+    def guarded(self, setting: str = "", chunk_rows: int = 0, num_rows: int = 0) -> Iterator[None]:
         """Around the chunks of one operation: what a fault in there must not leave behind, and should tell.
 
-        An interrupt (Ctrl-C) ends the forward passes in progress, as torch calls no hooks for it. Out of memory gets a note
-        that names the setting; its type and message stay torch's.
+        With `chunk_rows` 0, around a first call's questions. An interrupt (Ctrl-C) ends the forward passes in progress, as
+        torch calls no hooks for it. Out of memory gets a note that names the place and the setting
+        (`ds_minis.tiling.core.out_of_memory`).
         """
         try:
-            with trackers_aside():
+            note = in_a_chunk(self.config, setting, chunk_rows, num_rows) if chunk_rows else in_a_first_call
+            with note, trackers_aside():
                 yield
-        except torch.OutOfMemoryError as error:
-            error.add_note(
-                f'ds_minis: out of memory in a chunk of {chunk_rows} of {num_rows} rows. A smaller "{setting}" in the '
-                "mini-sequence configuration needs less here"
-            )
-            raise
         except Exception:
             raise
         except BaseException:

@@ -106,7 +106,7 @@ def _asked(
             return None
         require_weights(module)
         often = verdicts.often_changed(kind, signature.stable)
-        with module.mini_sequence_chunking.guarded("chunk_size", call.num_rows, call.num_rows):
+        with module.mini_sequence_chunking.guarded():
             reason = why_not_token_wise(
                 module, forward, call, with_grads=with_grads_of(kind), chunk_rows=chunk_rows, reach=reach
             )

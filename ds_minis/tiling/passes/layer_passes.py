@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ds_minis.tiling.core.exclusive import alone
+from ds_minis.tiling.core.out_of_memory import OutOfMemoryNote, for_layer_inputs, in_attention
 from ds_minis.tiling.core.params import constants_of, set_to
 from ds_minis.tiling.core.replay import AutocastState, Seeds, has_values
 from ds_minis.tiling.modules.state import Chunking
+from ds_minis.tiling.modules.swap import untiled_class
 from ds_minis.tiling.passes.attention import AttentionReached, AttentionRequest, attention_answered_by
 from ds_minis.tiling.passes.layer_args import LayerCall, TokensOfCall
 from ds_minis.tiling.verify.follow import differing_setting, settings_of
@@ -109,7 +111,8 @@ class LayerPasses:
                 self._require_settings(request)
                 if not whole:
                     first = request.for_whole(part.whole_of)
-                    whole = [_for_all_tokens(t, x.shape[1]) for t in request.tensors]
+                    with self.attention_memory():
+                        whole = [_for_all_tokens(t, x.shape[1]) for t in request.tensors]
                 tensors = request.tensors if seen is None else seen(*request.tensors)
                 for t, chunk in zip(whole, tensors, strict=True):
                     t[:, :, start:stop].copy_(chunk)
@@ -144,9 +147,25 @@ class LayerPasses:
             y = self._forward(*part.args, **part.kwargs)
         return y[0] if isinstance(y, tuple) else y
 
-    def attending(self, group: int = 0) -> contextlib.AbstractContextManager:
+    @contextlib.contextmanager
+    def attending(self, group: int = 0) -> Iterator[None]:
         """Around the attention of a group of heads."""
-        return self._seeded(-group)
+        with self.attention_memory(), self._seeded(-group):
+            yield
+
+    def attention_memory(self) -> OutOfMemoryNote:
+        """Around what takes memory for the attention of all tokens."""
+        return in_attention(self._chunking.config, *self._size())
+
+    def layer_memory(self) -> OutOfMemoryNote:
+        """Around what takes memory for hidden states of all tokens."""
+        return for_layer_inputs(self._chunking.config, *self._size())
+
+    def _size(self) -> tuple[str, int]:
+        """The layer's class, and how many tokens there are in all."""
+        return untiled_class(type(self._module)).__name__, self._batch * sum(
+            stop - start for start, stop in self.bounds
+        )
 
     def advance(self) -> None:
         """To be called once, after forward."""

@@ -71,7 +71,8 @@ class LayerNode(Call):
         if self.source is None:
             return tensors
         if not self._keep:
-            self.source.keep(tensors[0])
+            with self._passes.layer_memory():
+                self.source.keep(tensors[0])
         self._versions = [t._version for t in self.slots.tensors]
         return tensors[1:]
 
@@ -97,7 +98,8 @@ class LayerNode(Call):
                     self._kept = kept
         del request, heads
         (out,) = self.seen(out)
-        self.source.keep(x, *tensors)
+        with self._passes.layer_memory():
+            self.source.keep(x, *tensors)
         del tensors
         return self._after_all(x, out)
 
@@ -131,7 +133,8 @@ class LayerNode(Call):
             for i, (start, stop) in enumerate(self._passes.bounds):
                 (y,) = self.seen(self._passes.after(chunk_of(x, start, stop), out[:, start:stop], i))
                 if output is None:
-                    output = y.new_empty(y.shape[0], x.shape[1], y.shape[2])
+                    with self._passes.layer_memory():
+                        output = y.new_empty(y.shape[0], x.shape[1], y.shape[2])
                 output[:, start:stop].copy_(y)
         return output
 
@@ -163,7 +166,8 @@ class LayerNode(Call):
                 self.one_call = "its attention gives all heads in one dimension"
                 return self._attended_at_once(x, self.one_call)
             if out is None:
-                out = part.new_empty(*part.shape[:2], part.shape[2] * self._groups.count, part.shape[3])
+                with self._passes.attention_memory():
+                    out = part.new_empty(*part.shape[:2], part.shape[2] * self._groups.count, part.shape[3])
             self._groups.of_output(out, group).copy_(part)
         return out
 
@@ -178,29 +182,34 @@ class LayerNode(Call):
         if self.source is None:
             (x, *params), kept = tensors, []
         else:
-            params, (x, *kept) = tensors, self.source.fetch()
+            with self._passes.layer_memory():
+                params, (x, *kept) = tensors, self.source.fetch()
         x_needs_grad, *params_need_grad = needs_grad
         leaves = [p.detach().requires_grad_(need) for p, need in zip(params, params_need_grad, strict=True)]
         sums, grad_x = GradientSums(leaves, single=len(self._passes.bounds) == 1 and self._groups is None), None
         if x_needs_grad:
             # A chunk of the incoming gradient is not needed any more once the chunk is done.
             reuse = reuse and grad_y.dtype == x.dtype and grad_y.shape == x.shape
-            grad_x = grad_y if reuse else torch.empty_like(x)
+            with self._passes.layer_memory():
+                grad_x = grad_y if reuse else torch.empty_like(x)
         with self._passes.running(), self._passes.again(), self._as_in_forward(leaves):
             if self._kept is not None:
                 request, heads = self._passes.before(x)
-                edge, out = None, self._kept.output(heads, kept)
-                grad_out = torch.empty_like(out)
+                with self._passes.attention_memory():
+                    edge, out = None, self._kept.output(heads, kept)
+                    grad_out = torch.empty_like(out)
             elif self._groups is None:
                 request, heads, edge, out = self._attended_with_graph(x)
-                grad_out = torch.empty_like(out)
+                with self._passes.attention_memory():
+                    grad_out = torch.empty_like(out)
             else:
                 out = grad_out = self._attended(x)  # which is computed again, so that its gradient may take its place
             self._backward_of_after(x, out, grad_y, grad_x, grad_out, sums, leaves)
             del out, grad_y
             sums.settle()
             if self._kept is not None:
-                grads = self._kept.backward(heads, kept, grad_out)
+                with self._passes.attention_memory():
+                    grads = self._kept.backward(heads, kept, grad_out)
                 del heads, kept, grad_out
                 self._backward_of_before(x, grads, grad_x, sums, leaves)
             elif self._groups is None:
@@ -263,7 +272,8 @@ class LayerNode(Call):
         """Gradients of queries, keys and values; those of parameters among the attention's arguments are added."""
         # All, as an attention function may read a weight from its module, beside those among its arguments.
         own = [leaf for leaf in leaves if leaf.requires_grad]
-        grads = torch.autograd.grad(edge, [*heads, *own], grad_out, allow_unused=True)
+        with self._passes.attention_memory():
+            grads = torch.autograd.grad(edge, [*heads, *own], grad_out, allow_unused=True)
         by_leaf = dict(zip(map(id, own), grads[3:], strict=True))
         sums.add(by_leaf.get(id(leaf)) for leaf in leaves if leaf.requires_grad)
         return list(grads[:3])

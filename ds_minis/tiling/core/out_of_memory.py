@@ -1,0 +1,117 @@
+"""Where memory ran out, and what needs less there: a note on torch's error, whose type and message stay torch's.
+
+The innermost place that an error comes through is the one that it is told of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from types import TracebackType
+
+import torch
+from torch import nn
+
+from ds_minis.config import AUTO, MiniSequenceConfig
+
+_NOTE = "ds_minis: out of memory "
+_SHORTER = "shorter sequences (sequence parallelism gives each device a part of them)"
+
+
+class OutOfMemoryNote(contextlib.ContextDecorator):
+    """Around what is run in one place: its note goes on an out-of-memory error that has none yet."""
+
+    def __init__(self, note: str):
+        self._note = note
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if isinstance(error, torch.OutOfMemoryError):
+            _add(error, self._note)
+
+
+def _add(error: BaseException, note: str) -> None:
+    if not any(known.startswith(_NOTE) for known in getattr(error, "__notes__", ())):
+        error.add_note(_NOTE + note)
+
+
+def in_a_chunk(config: MiniSequenceConfig, setting: str, chunk_rows: int, num_rows: int) -> OutOfMemoryNote:
+    """Around the chunks of one operation.
+
+    Args:
+        setting: "chunk_size", or "loss_chunk_size" for those of the LM head and the loss.
+    """
+    place, change = "a chunk" if setting == "chunk_size" else "a chunk of the loss", "smaller"
+    if setting == "chunk_size" and config.num_mini_sequences is not None:
+        setting, change = "num_mini_sequences", "larger"
+    return OutOfMemoryNote(
+        f'in {place}, of {chunk_rows} of {num_rows} rows. A {change} "{setting}" in the mini-sequence configuration needs '
+        "less here"
+    )
+
+
+def in_attention(config: MiniSequenceConfig, layer: str, num_tokens: int) -> OutOfMemoryNote:
+    """Around a tiled layer's attention, and its queries, keys and values, which are there for all tokens at once."""
+    ways = []
+    if config.keep_attention:
+        ways.append('"keep_attention": false (it is computed twice, and not kept)')
+    elif config.head_groups != AUTO:
+        now = "all heads at once" if config.head_groups == 1 else f"{config.head_groups} groups"
+        ways.append(f'"head_groups": "auto" (one KV head at a time; now {now})')
+    return OutOfMemoryNote(
+        f"in the attention of a {layer}, which is run for all {num_tokens} tokens at once: no chunk size changes that. "
+        f"What needs less: {_in_words([*ways, *_fewer_inputs(config), _SHORTER])}"
+    )
+
+
+def for_layer_inputs(config: MiniSequenceConfig, layer: str, num_tokens: int) -> OutOfMemoryNote:
+    """Around what makes room for hidden states of all tokens; of each layer, one stays until backward."""
+    return OutOfMemoryNote(
+        f"for the input or the result of a {layer} ({num_tokens} tokens), of which one per layer is kept until backward: no "
+        f"chunk size changes that. What needs less: {_in_words([*_fewer_inputs(config), _SHORTER])}"
+    )
+
+
+in_a_first_call = OutOfMemoryNote(
+    "while a few tokens were asking whether a module can be tiled: memory was nearly used up by what was there before. What "
+    f"needs less: {_SHORTER}, or a smaller model or batch on each device"
+)
+for_weight_gradients = OutOfMemoryNote(
+    "for the gradients of weights, which no chunk size changes. What needs less: weights in parts (FSDP, ZeRO-3) or fewer "
+    "that are trained (LoRA)"
+)
+
+
+def note_outside(config: MiniSequenceConfig) -> None:
+    """To be called when a forward pass has ended: a note for an error that came from nothing that is tiled."""
+    error = sys.exception()
+    if not isinstance(error, torch.OutOfMemoryError):
+        return
+    ways = [f'"scope": "layer" (now "{config.scope}")'] if config.scope != "layer" else []
+    ways += ["activation checkpointing of layers that are not tiled as a whole", _SHORTER]
+    _add(
+        error,
+        f"in {_innermost_module(error)}, outside of what is tiled: no chunk size changes that, and "
+        f"mini_sequence_report(model) says what is not tiled, and why. What needs less: {_in_words(ways)}",
+    )
+
+
+def _innermost_module(error: BaseException) -> str:
+    """Class of the module whose forward an error came from."""
+    name, traceback = "the model", error.__traceback__
+    while traceback is not None:
+        owner = traceback.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module):
+            name = f"a {type(owner).__name__}"
+        traceback = traceback.tb_next
+    return name
+
+
+def _fewer_inputs(config: MiniSequenceConfig) -> list[str]:
+    return [] if config.offload or config.scope != "layer" else ['"offload": "cpu" (layer inputs leave the device)']
+
+
+def _in_words(ways: list[str]) -> str:
+    return ways[0] if len(ways) == 1 else f"{', '.join(ways[:-1])}, or {ways[-1]}"
