@@ -10,6 +10,13 @@ from typing import Any
 
 SCOPES = ("mlp", "tokens", "layer")
 AUTO = "auto"
+# Settings that are no more -> what to set instead.
+REMOVED = {
+    "checkpoint_every": (
+        "it was removed in November 2026, before 0.1.0, as FSDP and ZeRO-3 could not have it; set "
+        '"offload": "cpu" to keep the inputs of layers off the device'
+    ),
+}
 
 
 def _setting(default: Any, kind: str, doc: str):
@@ -74,24 +81,23 @@ class MiniSequenceConfig:
         '"cpu": keep the inputs of tiled layers in (pinned) host memory from forward to backward, copied while the device '
         "computes. How much that takes is said before the first step.",
     )
-    checkpoint_every: int = _setting(
-        1,
-        "every",
-        "Keep the input of every k-th tiled layer only, on the device or in host memory, and compute the others once more in "
-        "backward. Not with FSDP or ZeRO-3, which hold the weights of one layer at a time.",
-    )
     keep_attention: bool = _setting(
         False,
         "bool",
         "Keep each layer's attention output from forward to backward too, so that backward does not run the attention "
         "forward again: less time, the longer the sequence the more, for about as much memory again as the layers' inputs "
-        "take (host memory, with `offload`). In layers that are not tiled as a whole, where transformers' checkpointing is "
-        "on.",
+        "take (host memory, with `offload`).",
     )
     include: tuple[str, ...] = _setting(
         (), "patterns", 'Tile only modules whose qualified name matches one of these patterns, e.g. ["*.layers.*.mlp"].'
     )
     exclude: tuple[str, ...] = _setting((), "patterns", 'Never tile modules whose name matches, e.g. ["*.layers.0.*"].')
+
+    def __new__(cls, *args, **settings):
+        for name in settings:
+            if name in REMOVED:
+                raise ValueError(f"{name}={settings[name]!r}: {REMOVED[name]}")
+        return super().__new__(cls)
 
     def __post_init__(self):
         for spec in dataclasses.fields(self):
@@ -107,17 +113,16 @@ class MiniSequenceConfig:
                 "a chunk: give one of the two"
             )
         defaults = {spec.name: spec.default for spec in dataclasses.fields(self)}
-        for name in ("head_groups", "offload", "checkpoint_every"):
+        for name in ("head_groups", "offload", "keep_attention"):
             if self.scope != "layer" and getattr(self, name) != defaults[name]:
                 raise ValueError(
                     f'{name}={getattr(self, name)!r} is for whole layers: it needs scope "layer", not {self.scope!r}'
                 )
-        for name in ("head_groups", "checkpoint_every"):
-            if self.keep_attention and getattr(self, name) != defaults[name]:
-                raise ValueError(
-                    f"keep_attention=True takes memory to save time, and {name}={getattr(self, name)!r} takes time to save "
-                    f"memory: give one of the two (with keep_attention, {name} must be {defaults[name]})"
-                )
+        if self.keep_attention and self.head_groups != 1:
+            raise ValueError(
+                f"keep_attention=True takes memory to save time, and head_groups={self.head_groups!r} takes time to save "
+                "memory: give one of the two (with keep_attention, head_groups must be 1)"
+            )
 
     @classmethod
     def from_value(cls, value: Any, *, door: str = "config") -> MiniSequenceConfig:
@@ -140,7 +145,7 @@ class MiniSequenceConfig:
             )
         names = [spec.name for spec in dataclasses.fields(cls)]
         for key in value:
-            if key not in names:
+            if key not in names and key not in REMOVED:
                 raise ValueError(
                     f"{door}: unknown key {key!r} (value {value[key]!r}){nearest(key, names)}; "
                     f"allowed keys: {', '.join(names)}"
@@ -177,7 +182,6 @@ _RULES = {
     "scope": (" or ".join(f'"{scope}"' for scope in SCOPES), lambda value: value in SCOPES),
     "size": ('a whole number of tokens from 1 or "auto"', _is_size),
     "count": ("a whole number from 1", lambda value: value is None or (_is_int(value) and value >= 1)),
-    "every": ("a whole number from 1", lambda value: _is_int(value) and value >= 1),
     "groups": ('a whole number of groups from 1 or "auto"', _is_size),
     "offload": ('"cpu" or null', lambda value: value is None or value == "cpu"),
     "patterns": ("a list of name patterns", _is_patterns),

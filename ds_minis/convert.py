@@ -20,11 +20,9 @@ from ds_minis.detect import (
     find_models_with_loss,
     find_wrappers,
     has_several_heads,
-    why_unkept,
 )
 from ds_minis.doors import BY_RUN, Request, agreed
 from ds_minis.ranks import is_main_process
-from ds_minis.tiling.layer.checkpointed_layer import UntiledLayer
 from ds_minis.tiling.layer.tiled_layer import TiledLayer, why_one_call
 from ds_minis.tiling.loss.forward_hooks import (
     attach_loss_tiling,
@@ -57,8 +55,8 @@ class ConversionReport:
         tiled: qualified name -> class name, of every tiled module; those of a layer are used where that is not tiled.
         untiled: qualified name -> (class name, reason), of every other part of the decoder stack.
         one_call: qualified name -> reason, of every such layer that attends to all heads at once in spite of `head_groups`.
-        unkept: (class name, reason) of every kind of decoder layer that computes its attention again in backward in spite of
-            `keep_attention`; most are known after the first step only.
+        unkept: (class name, reason) of every kind of tiled layer that computes its attention again in backward in spite of
+            `keep_attention`, as the first step found out.
         loss: what became of the LM head and the loss, in words.
     """
 
@@ -142,8 +140,7 @@ def convert(
 
     warn_of_old_versions()
     chunking = Chunking(config, find_hidden_size(model))
-    found = list(find_candidates(model))
-    candidates = [c for c in found if config.scope == "layer" or c.role != "layer"]
+    candidates = [c for c in find_candidates(model) if config.scope == "layer" or c.role != "layer"]
     loss_models = find_models_with_loss(model)
     if candidates or loss_models:  # else there is nothing for a pattern to match
         _require_matches(candidates, config, door)
@@ -154,7 +151,6 @@ def convert(
     chunking.checkpoints.num_layers = sum(candidate.role == "layer" for candidate in tiled)
     for candidate in tiled:
         tile(candidate.module, TiledLayer if candidate.role == "layer" else TiledModule, chunking, candidate.fqn)
-    unkept = _keep_attention_of_untiled_layers(found, candidates, chunking) if config.keep_attention else ()
     for loss_model in loss_models:
         attach_loss_tiling(loss_model, chunking)
     _attach_to_wrappers(model, loss_models)
@@ -167,7 +163,6 @@ def convert(
         layers={c.fqn: untiled_class(type(c.module)).__name__ for c in tiled if c.role == "layer"},
         tiled={c.fqn: untiled_class(type(c.module)).__name__ for c in tiled if c.role != "layer"},
         untiled={c.fqn: (type(c.module).__name__, c.reason) for c in candidates if c.reason},
-        unkept=tuple(dict.fromkeys(unkept)),
         loss=_loss_in_words(model, config, loss_models),
     )
     model.__dict__[_STATE] = report
@@ -217,8 +212,7 @@ def _with_verdicts(report: ConversionReport, model: nn.Module) -> ConversionRepo
     one_call = {m.mini_sequence_name: why_one_call(m) for m in modules if why_one_call(m)}
     unkept = [pair for m in modules for pair in m.mini_sequence_chunking.unkept.values()]
     if one_call or unkept:
-        unkept = tuple(dict.fromkeys([*report.unkept, *unkept]))
-        report = dataclasses.replace(report, one_call=one_call, unkept=unkept)
+        report = dataclasses.replace(report, one_call=one_call, unkept=tuple(dict.fromkeys(unkept)))
     if not wrong:
         return report
     names = {**report.layers, **report.tiled}
@@ -229,8 +223,8 @@ def _with_verdicts(report: ConversionReport, model: nn.Module) -> ConversionRepo
 
 
 def modules_with_chunks(model: nn.Module) -> list[nn.Module]:
-    """Every module that runs over chunks; not the layers that are only there to keep their attention."""
-    return [m for m in model.modules() if isinstance(m, Tiled) and not isinstance(m, UntiledLayer)]
+    """Every module that runs over chunks."""
+    return [m for m in model.modules() if isinstance(m, Tiled)]
 
 
 def tiled_modules(model: nn.Module) -> list[nn.Module]:
@@ -261,29 +255,6 @@ def _all_decided(candidates: list[Candidate], config: MiniSequenceConfig, module
         if not (inside and c.reason):
             result.append(c)
     return result
-
-
-def _keep_attention_of_untiled_layers(
-    found: list[Candidate], decided: list[Candidate], chunking: Chunking
-) -> list[tuple[str, str]]:
-    """Has layers of which parts alone are tiled keep their attention; class and reason of those that do not.
-
-    A layer that the user's settings leave out, or a part of it where it would be tiled as a whole, is left alone.
-    """
-    reasons, unkept = {c.fqn: c.reason for c in decided if c.role == "layer"}, []
-    for layer in found:
-        if layer.role != "layer" or reasons.get(layer.fqn) == "":
-            continue
-        has_tiled_part = any(_is_part_of(c.fqn, [layer.fqn]) for c in decided if not c.reason)
-        if reasons.get(layer.fqn, layer.reason) != layer.reason:
-            reason = reasons[layer.fqn].removeprefix("as a whole: ")
-        else:
-            reason = why_unkept(layer.module) if has_tiled_part else "no part of it is tiled"
-        if not reason:
-            tile(layer.module, UntiledLayer, chunking, layer.fqn)
-        elif has_tiled_part or not layer.in_tower:
-            unkept.append((untiled_class(type(layer.module)).__name__, reason))
-    return unkept
 
 
 def _is_part_of(fqn: str, layers: list[str]) -> bool:

@@ -144,11 +144,6 @@ def _why_no_layer(layer: nn.Module) -> str:
     return f"as a whole: it has {count} attentions"
 
 
-def why_unkept(layer: nn.Module) -> str:
-    """Why a layer's attention cannot be kept from forward to backward; empty as far as can be told before its first call."""
-    return _why_replaced(layer) if num_attentions(layer) else _NO_INTERFACE
-
-
 def _columns(owner: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     """Lists with one part of all layers each, where a model has those (XLM's `attentions` and `ffns`)."""
     lists = [(name, m) for name, m in owner.named_children() if isinstance(m, nn.ModuleList) and len(m)]

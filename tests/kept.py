@@ -12,7 +12,6 @@ CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
 SETTINGS = {
     "layer": {},
     "layer, offload": {"offload": "cpu"},
-    "tokens": {"scope": "tokens"},
 }
 WIDE = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "head_dim": 16}
 

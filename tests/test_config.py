@@ -18,7 +18,6 @@ DEFAULTS = {
     "tile_inference": False,
     "head_groups": 1,
     "offload": None,
-    "checkpoint_every": 1,
     "keep_attention": False,
     "include": [],
     "exclude": [],
@@ -34,7 +33,6 @@ OTHER = {
     "tile_inference": True,
     "head_groups": 2,
     "offload": "cpu",
-    "checkpoint_every": 3,
     "keep_attention": True,
     "include": ["*.mlp"],
     "exclude": ["*.layers.0.*", "norm"],
@@ -170,3 +168,9 @@ def test_rank_variable(monkeypatch, value, rank):
     if value is not None:
         monkeypatch.setenv("RANK", value)
     assert process_rank() == rank
+
+
+@pytest.mark.parametrize("door", [MiniSequenceConfig.from_value, lambda settings: MiniSequenceConfig(**settings)])
+def test_a_setting_that_is_no_more_says_what_to_set_instead(door):
+    with pytest.raises(ValueError, match='checkpoint_every=2: it was removed in November 2026.*set "offload": "cpu"'):
+        door({"checkpoint_every": 2})

@@ -190,11 +190,6 @@ class SeesAndSpeaks(Zorblax):
         self.vision_tower = Zorblax()
 
 
-def test_of_a_tower_that_is_left_alone_no_attention_is_missed():
-    report = mini_sequence_report(convert_to_mini_sequence(SeesAndSpeaks(), CHUNKS | {"keep_attention": True}))
-    assert report.unkept == (("Plank", "no attention in it goes through transformers' attention interface"),)
-
-
 def test_towers_are_left_alone_unless_named():
     model = copy.deepcopy(SeesAndSpeaks())
     report = mini_sequence_report(convert_to_mini_sequence(model, CHUNKS))

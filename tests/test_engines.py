@@ -28,21 +28,11 @@ SETTINGS = {
     "head groups and host memory, FSDP2, LoRA": Case(engine="fsdp2", lora=True, head_groups="auto", checkpoints="cpu"),
     "head groups, FSDP1": Case(engine="fsdp1", head_groups="auto", checkpoints="cpu"),
     "head groups, flat FSDP1": Case(engine="fsdp1_flat", head_groups=2),
-    "all, DDP": Case(engine="ddp", head_groups="auto", checkpoints="cpu", every=2, uneven=True),
-    "every second, ZeRO-2": Case(zero_stage=2, every=2, lora=True),
+    "head groups and host memory, DDP": Case(engine="ddp", head_groups="auto", checkpoints="cpu", uneven=True),
     "attention kept in host memory, ZeRO-3": Case(zero_stage=3, keep=True, checkpoints="cpu", uneven=True),
     "attention kept in host memory, FSDP2, LoRA": Case(engine="fsdp2", lora=True, keep=True, checkpoints="cpu"),
     "attention kept, FSDP1": Case(engine="fsdp1", keep=True, uneven=True),
-    "attention kept, tokens, ZeRO-3": Case(zero_stage=3, scope="tokens", keep=True, uneven=True),
-    "attention kept, tokens, FSDP2, LoRA": Case(engine="fsdp2", lora=True, scope="tokens", keep=True),
-    "attention kept, tokens, DDP, reentrant": Case(engine="ddp", scope="tokens", keep=True, reentrant=True),
-}
-# Engines that hold the weights of one layer at a time.
-EVERY_REFUSED = {
-    "ZeRO-3": Case(zero_stage=3, every=2),
-    "FSDP2": Case(engine="fsdp2", every=2),
-    "FSDP1": Case(engine="fsdp1", every=2, lora=True),
-    "flat FSDP1": Case(engine="fsdp1_flat", every=2),
+    "attention kept, DDP, reentrant": Case(engine="ddp", keep=True, reentrant=True),
 }
 PEFT_POLICY = Case(engine="fsdp1_peft", lora=True)
 CASES = {
@@ -72,7 +62,7 @@ def results(request) -> dict[str, dict]:
     """What every case that a selected test looks at came to, from few launches."""
     tests = [item for item in request.session.items if item.module is request.module]
     names = {item.callspec.params["name"] for item in tests if hasattr(item, "callspec")}
-    cases = {case for name, case in (CASES | EVERY_REFUSED).items() if name in names}
+    cases = {case for name, case in CASES.items() if name in names}
     if not all(hasattr(item, "callspec") for item in tests):
         cases |= {PEFT_POLICY, CASES["DDP: full"]}
     # Those that end their processes come last; cases of one kind together, in the same order each time.
@@ -102,14 +92,6 @@ def test_adapters_that_fsdp1_wraps_one_by_one_are_refused_with_the_reason(result
     assert result["converted"]["ranks_with_error"] == RANKS
     assert "FullyShardedDataParallel was applied to gate_proj.lora_A.default" in result["converted"]["error"]
     assert "use_orig_params=True" in result["converted"]["error"]
-
-
-@pytest.mark.parametrize("name", EVERY_REFUSED)
-def test_engines_that_gather_layer_by_layer_refuse_to_compute_several_at_once(results, name):
-    result = results[EVERY_REFUSED[name].name]
-    assert all(loss == loss for loss in result["plain"]["losses"])
-    assert result["converted"]["ranks_with_error"] == RANKS
-    assert '"checkpoint_every": backward computes several layers at once' in result["converted"]["error"]
 
 
 def test_training_changed_the_parameters(results):

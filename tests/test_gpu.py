@@ -32,11 +32,9 @@ def test_loss_and_gradients(family):
     [
         {"head_groups": "auto"},
         {"offload": "cpu"},
-        {"checkpoint_every": 2},
         {"keep_attention": True},
         {"keep_attention": True, "offload": "cpu"},
-        {"keep_attention": True, "scope": "tokens"},
-        {"head_groups": 2, "offload": "cpu", "checkpoint_every": 3},
+        {"head_groups": 2, "offload": "cpu"},
     ],
 )
 def test_settings_of_layers(settings, attention):

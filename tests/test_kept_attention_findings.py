@@ -10,11 +10,12 @@ from models import assert_same_tensors, assert_same_training, batch, checkpointe
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from ds_minis import mini_sequence_report
 from ds_minis.tiling.memory.offload import Kept
 from ds_minis.tiling.passes.kept_attention import KeptAttention
 from ds_minis.tiling.passes.rematerialize import Layout, View, copy_of
 
-LAYERS, TOKENS = SETTINGS["layer"], SETTINGS["tokens"]
+LAYERS = SETTINGS["layer"]
 
 
 @pytest.fixture
@@ -55,25 +56,6 @@ def _scaled_by_chance(*args, scaling=None, **kwargs):
     return sdpa_attention_forward(*args, scaling=scaling * (1 + float(torch.rand(()))), **kwargs)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_the_first_step_draws_the_same_random_numbers(dropout, attention, told):
-    """Where it is decided whether an attention can be kept, nothing is drawn for good."""
-    model, reference = converted(TOKENS, attention=attention.name if not dropout else "sdpa")
-    attention.run = _scaled_by_chance
-    for m in (model, reference):
-        for layer in m.model.layers:
-            layer.self_attn.attention_dropout = dropout
-            layer.mlp.act_fn = torch.nn.Sequential(layer.mlp.act_fn, torch.nn.Dropout(0.5))
-    for _ in range(2):
-        runs = []
-        for m in (model, reference):
-            torch.manual_seed(7)
-            runs.append(loss_and_grads(m, unmasked(4)))  # one chunk
-        torch.testing.assert_close(runs[0][0], runs[1][0])
-        assert_same_tensors(runs[0][1], runs[1][1])
-    assert dropout or told() == ["its attention draws random numbers"]
-
-
 def test_random_numbers_of_an_attention_in_a_tiled_layer(attention):
     """They come from a seed of their own: whether its output is kept makes no difference."""
     attention.run = _scaled_by_chance
@@ -91,7 +73,7 @@ def test_random_numbers_of_an_attention_in_a_tiled_layer(attention):
 
 @pytest.mark.parametrize("how", [torch.contiguous_format, torch.preserve_format])
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox"])
-@pytest.mark.parametrize("settings", ["layer", "tokens"])
+@pytest.mark.parametrize("settings", ["layer"])
 def test_saved_tensor_hooks_that_copy(settings, family, how):
     """Queries, keys and values then come back in other places (phi3 and gpt_neox: of one tensor all three)."""
     model, reference = (checkpointed(m, use_reentrant=True) for m in converted(SETTINGS[settings], family))
@@ -132,14 +114,14 @@ def test_a_loss_that_is_given_up_leaves_nothing_behind(settings, monkeypatch):
 
 
 def test_gradients_of_gradients_are_refused():
-    model, _ = converted(TOKENS)
-    loss = model(unmasked(4)["input_ids"]).logits.float().square().mean()
+    model, _ = converted(LAYERS)
+    loss = model(unmasked(23)["input_ids"]).logits.float().square().mean()
     with pytest.raises(RuntimeError, match="create_graph=True"):
         torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
 
 
 def test_backward_twice_through_the_reentrant_kind_of_checkpointing():
-    model, reference = (checkpointed(m, use_reentrant=True) for m in converted(TOKENS))
+    model, reference = (checkpointed(m, use_reentrant=True) for m in converted(LAYERS))
     for m in (model, reference):
         m.enable_input_require_grads()
     _, grads = loss_and_grads(reference, unmasked(23))
@@ -150,15 +132,23 @@ def test_backward_twice_through_the_reentrant_kind_of_checkpointing():
         assert_same_tensors({name: p.grad for name, p in model.named_parameters()}, grads)
 
 
-def test_an_attention_that_writes_into_its_queries(attention, told):
+def whole_layers(model) -> set[str]:
+    report = mini_sequence_report(model)
+    assert not report.layers
+    return {reason for name, reason in report.untiled.values() if name == "LlamaDecoderLayer"}
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_an_attention_that_writes_into_its_queries(attention, keep):
     sdpa = attention.run
     attention.run = lambda module, query, *args, **kwargs: sdpa(module, query.mul_(2), *args, **kwargs)
-    two_steps(*converted(TOKENS, attention=attention.name), unmasked(23))
-    (reason,) = told()
-    assert reason.startswith("its attention cannot be run with a graph of its own (")
+    model, reference = converted({"keep_attention": keep}, attention=attention.name)
+    two_steps(model, reference, unmasked(23))
+    assert whole_layers(model) == {"its attention function writes to its queries, keys or values"}
 
 
-def test_an_attention_that_is_checkpointed_by_itself(attention, told):
+@pytest.mark.parametrize("keep", [True, False])
+def test_an_attention_that_is_checkpointed_by_itself(attention, keep):
     sdpa = attention.run
 
     def checkpointing(module, query, key, value, mask, **kwargs):
@@ -166,8 +156,10 @@ def test_an_attention_that_is_checkpointed_by_itself(attention, told):
         return torch.utils.checkpoint.checkpoint(run, query, key, value, use_reentrant=True), None
 
     attention.run = checkpointing
-    two_steps(*converted(TOKENS, attention=attention.name), unmasked(23))
-    assert told() == ["its attention is checkpointed by itself, in the reentrant way"]
+    model, reference = converted({"keep_attention": keep}, attention=attention.name)
+    two_steps(model, reference, unmasked(23))
+    (reason,) = whole_layers(model)
+    assert reason.startswith("its attention's backward fails where it is run apart from the layer's (RuntimeError")
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -214,22 +206,6 @@ def test_a_mask_is_kept_by_nobody_a_second_time():
         # Inputs and outputs of 64 numbers for each token, a log-sum-exp for each of 4 heads, in blocks of powers of two.
         assert store._store.host_bytes_in_use == 2 * (2**14 + 2**14 + 2**10)
         loss.backward()
-
-
-def test_a_mask_that_a_layer_makes_counts(attention, told):
-    """It would be there for every layer."""
-    model, reference = converted(TOKENS, attention=attention.name)
-    for m in (model, reference):
-        for layer in m.model.layers:
-            layer.self_attn.register_forward_pre_hook(_with_a_mask, with_kwargs=True)
-    two_steps(model, reference, unmasked(200))
-    (reason,) = told()
-    assert "times its output's bytes" in reason
-
-
-def _with_a_mask(module, args, kwargs):
-    length = kwargs["hidden_states"].shape[1]
-    return args, {**kwargs, "attention_mask": torch.zeros(2, 4, length, length)}
 
 
 def test_kept_tensors_are_brought_back_once_each_in_the_order_of_backward(monkeypatch):

@@ -1,4 +1,4 @@
-"""What else a tiled layer can do for memory: head groups, checkpoints in host memory, every k-th checkpoint only."""
+"""What else a tiled layer can do for memory: head groups, and layer inputs in host memory."""
 
 import copy
 import gc
@@ -21,17 +21,13 @@ from ds_minis.tiling.core.linear import is_plain_linear
 from ds_minis.tiling.layer.tiled_layer import TiledLayer
 from ds_minis.tiling.modules.state import Chunking
 from ds_minis.tiling.modules.swap import tile
-from ds_minis.tiling.passes.node import LayerNode
 
 CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
 SETTINGS = {
     "groups": {"head_groups": "auto"},
     "two groups": {"head_groups": 2},
     "offload": {"offload": "cpu"},
-    "every 2nd": {"checkpoint_every": 2},
-    "every 3rd": {"checkpoint_every": 3},
-    "fewer than asked for": {"checkpoint_every": 100},
-    "all": {"head_groups": "auto", "offload": "cpu", "checkpoint_every": 2},
+    "all": {"head_groups": "auto", "offload": "cpu"},
 }
 DEEP = {"num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4}
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma2"]
@@ -63,7 +59,7 @@ def test_same_loss_and_gradients(family, settings):
         assert {finding.groups.count for finding in findings(model)} == {4 if wanted == "auto" else wanted}
 
 
-@pytest.mark.parametrize("settings", ["groups", "offload", "every 2nd", "all"])
+@pytest.mark.parametrize("settings", ["groups", "offload", "all"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_adapters(settings, dropout):
     """With dropout, gradients are compared with those by finite differences along one direction."""
@@ -120,42 +116,19 @@ def test_backward_twice_and_checkpointing_around(settings):
         loss.backward()
 
 
-def count_recomputed(monkeypatch) -> list:
-    runs = []
-    forward_again = LayerNode.forward_again
-
-    def counting(self, x):
-        runs.append(self)
-        return forward_again(self, x)
-
-    monkeypatch.setattr(LayerNode, "forward_again", counting)
-    return runs
-
-
-@pytest.mark.parametrize(("every", "recomputed"), [(1, 0), (2, 2), (3, 3), (5, 4)])
-def test_each_layer_is_computed_once_more_at_most(monkeypatch, every, recomputed):
-    runs = count_recomputed(monkeypatch)
-    model, _ = converted("llama", {"checkpoint_every": every}, **DEEP)
-    loss_and_grads(model, batch(23))
-    assert len(runs) == recomputed
+def test_host_memory_holds_each_input_and_is_used_again():
+    model, _ = converted("llama", {"offload": "cpu"}, **DEEP)
+    store = model.model.layers[0].mini_sequence_chunking.checkpoints
+    for _ in range(3):
+        loss = model(**batch(32)).loss
+        assert store._store.host_bytes_in_use == 5 * 2 * 32 * 32 * 4
+        loss.backward()
+        assert store._store.host_bytes_in_use == 0  # with the loss still there
+    assert store.host_bytes_peak == store._store.host_bytes_allocated == 5 * 2 * 32 * 32 * 4
 
 
-def test_host_memory_holds_every_kth_input_and_is_used_again():
-    for every, kept in ((1, 5), (2, 3), (3, 2)):
-        model, _ = converted("llama", {"offload": "cpu", "checkpoint_every": every}, **DEEP)
-        store = model.model.layers[0].mini_sequence_chunking.checkpoints
-        for _ in range(3):
-            loss = model(**batch(32)).loss
-            assert store._store.host_bytes_in_use == kept * 2 * 32 * 32 * 4
-            loss.backward()
-            assert store._store.host_bytes_in_use == 0  # with the loss still there
-        assert store.host_bytes_peak == store._store.host_bytes_allocated == kept * 2 * 32 * 32 * 4
-
-
-@pytest.mark.parametrize("settings", ["offload", "every 2nd"])
-def test_inputs_are_not_held_on_the_device(settings):
-    """But for those that are kept: of 5 layers and `checkpoint_every` 2, the first, third and fifth."""
-    model, _ = converted("llama", SETTINGS[settings], **DEEP)
+def test_inputs_are_not_held_on_the_device():
+    model, _ = converted("llama", {"offload": "cpu"}, **DEEP)
     loss_and_grads(model, batch(23))  # what is found out at the first call is over
     inputs = []
     for layer in model.model.layers:
@@ -164,7 +137,7 @@ def test_inputs_are_not_held_on_the_device(settings):
     gc.collect()
     alive = [ref() is not None for ref in inputs]
     # The end of a copy is looked for at the next one: the last two may still be there.
-    assert alive[:3] == ([False] * 3 if settings == "offload" else [False, False, False])
+    assert alive[:3] == [False] * 3
     loss.backward()
 
 
@@ -181,11 +154,9 @@ def test_too_little_host_memory_is_an_error_that_says_what_to_do(monkeypatch):
     monkeypatch.setattr(checkpoints, "available_host_bytes", lambda: 100_000)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     model, _ = converted("llama", {"offload": "cpu"}, **DEEP)
-    with pytest.raises(ValueError, match=r'"checkpoint_every" to 2 or more') as error:
+    with pytest.raises(ValueError, match="start fewer processes on it, or train on shorter sequences") as error:
         model(**batch(32))
     assert "in each of 4 processes, for 5 layer inputs of (2, 32, 32)" in str(error.value)
-    model, _ = converted("llama", {"offload": "cpu", "checkpoint_every": 2}, **DEEP)
-    model(**batch(32)).loss.backward()
 
 
 def test_checkpointing_by_somebody_else_is_told(caplog):
@@ -250,7 +221,7 @@ def _with_a_mask_for_each_head(count):
     assert (reference(**inputs).loss - reference(**plain).loss).abs() > 1e-4
 
 
-@pytest.mark.parametrize("settings", [{"head_groups": 2}, {"offload": "cpu"}, {"checkpoint_every": 2}])
+@pytest.mark.parametrize("settings", [{"head_groups": 2}, {"offload": "cpu"}, {"keep_attention": True}])
 def test_other_scopes_refuse_them(settings):
     with pytest.raises(ValueError, match='is for whole layers: it needs scope "layer", not'):
         convert_to_mini_sequence(build("llama"), {"scope": "tokens", **settings})
@@ -319,7 +290,7 @@ def changed_anew(module, args, output):
 
 
 @pytest.mark.parametrize("change", [changed_in_place, changed_anew])
-@pytest.mark.parametrize("settings", ["every 2nd", "every 3rd", "all"])
+@pytest.mark.parametrize("settings", ["offload", "all"])
 def test_hidden_states_that_are_changed_between_layers(settings, change):
     """What is computed once more is the layer's output, not what somebody made of it."""
     model, reference = converted("llama", SETTINGS[settings], **DEEP)

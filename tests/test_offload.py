@@ -408,7 +408,7 @@ def test_no_host_memory_left():
     number, in_use = map(int, counts.split())
     assert number > 1 and in_use == number * 2**25 == int(after)
     assert f"{in_use:,} bytes hold checkpoints" in message and f"needs {2**25:,}" in message
-    assert "checkpoint_every" in message and "pinned" not in message
+    assert "shorter sequences" in message and "pinned" not in message
 
 
 class Streams:

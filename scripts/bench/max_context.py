@@ -34,7 +34,7 @@ from simulate import at_full_depth, longest, predicted
 from variants import ALL, PLAIN, Unavailable, Variant
 
 DEFAULT = [PLAIN, "alst-loss", "mlp", "tokens", "layer", "layer-groups"]
-DEFAULT += ["layer-offload", "layer-groups-offload", "layer-offload-every-2"]
+DEFAULT += ["layer-offload", "layer-groups-offload"]
 WARM_UP_TOKENS = 512
 OUT_OF_MEMORY, OUT_OF_TIME = "out of memory", "the time is over"
 

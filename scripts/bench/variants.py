@@ -201,7 +201,6 @@ VARIANTS = {
     "mini-s": Variant("mini-s MLP loop (stand-in)", _minis),
 }
 KEPT = {
-    "tokens-keep": ours('ds_minis, scope "tokens", attention kept', scope="tokens", keep_attention=True),
     "layer-keep": ours('ds_minis, scope "layer", attention kept', scope="layer", keep_attention=True),
 }
 OFFLOADED = {
@@ -214,9 +213,6 @@ OFFLOADED = {
     ),
     "layer-groups-offload": ours(
         'ds_minis, scope "layer", head groups, checkpoints offloaded', scope="layer", head_groups="auto", offload="cpu"
-    ),
-    "layer-offload-every-2": ours(
-        'ds_minis, scope "layer", every 2nd checkpoint offloaded', scope="layer", offload="cpu", checkpoint_every=2
     ),
 }
 WITH_LOSS = {"alst-loss": Variant("DeepSpeed TiledMLP and TiledFusedLogitsLoss (ALST)", _deepspeed_with_loss)}

@@ -177,9 +177,9 @@ class _Examination:
             return Finding(_MIXES)
         if not watch.makes_indices and PoisonedRows(self._forward, self._call, self._slots, self._x).spread(coarse):
             return Finding(_MIXES)
-        left, asked = self._left_by_attention()
-        if left:
-            return Finding(f"its attention function leaves something behind ({left})")
+        reason, asked = self._why_not_by_itself()
+        if reason:
+            return Finding(reason)
         finding = Finding(rest=rest, unread=self._search().found(actual), attention_asked=asked)
         return finding if self._chunking.config.head_groups == 1 else self._with_groups(finding, actual)
 
@@ -267,25 +267,34 @@ class _Examination:
         unasked = [p for p, asked in zip(self._slots.tensors, self._asked, strict=True) if not asked]
         return UnreadSearch(self._layer, self._forward, self._call, self._x, unasked, self._chunking, self._by_chunks)
 
-    def _left_by_attention(self) -> tuple[str, bool]:
-        """What the attention function itself leaves behind, and whether it could be run at all on a few tokens."""
+    def _why_not_by_itself(self) -> tuple[str, bool]:
+        """Why the real attention cannot be run apart from the layer, and whether it could be run at all on a few tokens."""
         request, heads = self._passes().before(self._x)
         few = narrowed_request(request, self._shape, self._x.shape)
         if few is None:
             return "", False
         state, sentinels = State(request.module, request.function), []
+        result, failed = None, ""
         try:
             with torch.enable_grad():
-                result = few.run([guarded(t.requires_grad_(), sentinels) for t in heads])
-            del result
+                given = [guarded(t.requires_grad_(), sentinels).clone() for t in heads]
+                result = few.run(given)
         except torch.OutOfMemoryError:
             raise
         except Exception:
             return "", False
+        else:
+            written = any(t._version for t in given)
+            failed = _why_no_gradients(result, heads)
         finally:
             changed = state.changed(request.module)
             state.restore(request.module)
-        return changed or ("a part of its graph" if is_held(sentinels) else ""), True
+            result = given = None
+        if written:
+            return "its attention function writes to its queries, keys or values", True
+        if changed or is_held(sentinels):
+            return f"its attention function leaves something behind ({changed or 'a part of its graph'})", True
+        return failed, True
 
     def _with_groups(self, finding: Finding, expected: Sequence[Tensor | None]) -> Finding:
         """The finding, with the groups of heads that were asked for, or the reason why there are none."""
@@ -347,6 +356,20 @@ def _all_close(actual: Sequence[Tensor | None], expected: Sequence[Tensor | None
     pairs = list(zip(actual, expected, strict=True))
     by_tokens = ((None if t is None else t.transpose(0, 1) for t in pair) for pair in pairs[:2])
     return all(are_close(*pair, coarse) for pair in by_tokens) and all(is_close(a, e, coarse) for a, e in pairs[2:])
+
+
+def _why_no_gradients(result: Tensor, heads: Sequence[Tensor]) -> str:
+    """Whether gradients of queries, keys and values alone can be asked for; the reentrant kind of checkpointing refuses."""
+    if not result.requires_grad:
+        return ""
+    try:
+        torch.autograd.grad(result, heads, torch.ones_like(result), allow_unused=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        return f"its attention's backward fails where it is run apart from the layer's ({words[:100]})"
+    return ""
 
 
 def a_few_tokens(forward: Callable[..., Any], call: LayerCall) -> list[Tensor]:

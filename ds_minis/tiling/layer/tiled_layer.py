@@ -202,14 +202,13 @@ def _forward_by_tokens(layer: TiledLayer, forward: Callable[..., Any], call: Lay
     require_weights(layer)
     chunking, x, chunk = layer.mini_sequence_chunking, call.hidden, _chunk_tokens(layer, call)
     bounds = _bounds(x.shape[1], chunk)
-    source, depth = chunking.checkpoints.source(layer, x) if torch.is_grad_enabled() else (None, 0)
+    source = None
     if torch.is_grad_enabled():
+        source = chunking.checkpoints.source()
         call.until_backward()
     passes = LayerPasses(layer, forward, call, bounds, chunking, finding.settings)
     node = LayerNode(layer, passes, finding.unread, finding.groups, source, chunking.config.keep_attention)
     y = run_call(node, [x])
     if node.one_call:
         _attend_in_one_call(layer, finding, node.one_call)
-    if torch.is_grad_enabled():
-        chunking.checkpoints.made(node, y, depth)
     return y

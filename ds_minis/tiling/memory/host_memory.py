@@ -55,8 +55,7 @@ class BlockPool:
             raise RuntimeError(
                 f"no {'pinned ' if self._pinned else ''}host memory left for checkpoints: {self.bytes_in_use:,} bytes hold "
                 f"checkpoints, {self.bytes_allocated - self.bytes_in_use:,} are in free blocks, and the next checkpoint "
-                f'needs {count * size:,}. Use a larger "checkpoint_every" (fewer checkpoints) or shorter sequences in the '
-                "mini-sequence configuration, or let the process have more host memory"
+                f"needs {count * size:,}. Train on shorter sequences, or let the process have more host memory"
             ) from error
         return blocks
 

@@ -47,7 +47,6 @@ class KeptAttention:
 
     Args:
         heads: queries, keys and values, `(B, N, S, D)`, `(B, K, S, D)` and `(B, K, S, E)`; not held after this.
-        others: tensors that are there until backward in any case; None: all that are among the attention's arguments are.
 
     Attributes:
         result: the attention's output, until `let_go` is called.
@@ -55,13 +54,7 @@ class KeptAttention:
         reason: why this call cannot be kept, and has to be run once more; empty if it can.
     """
 
-    def __init__(
-        self,
-        attend: Attend,
-        request: AttentionRequest,
-        heads: Sequence[Tensor],
-        others: Sequence[Tensor] | None = None,
-    ):
+    def __init__(self, attend: Attend, request: AttentionRequest, heads: Sequence[Tensor]):
         self._arguments = request.argument_tensors()
         self._layout = Layout(heads)
         # Nothing that the graph holds may hold the graph: such a cycle is out of the garbage collector's sight.
@@ -80,9 +73,6 @@ class KeptAttention:
         self._edge = get_gradient_edge(out) if out.requires_grad else None
         self.tensors = packing.end()
         num_bytes = sum(t.nbytes for t in self.tensors)
-        if others is not None:
-            there = set(map(storage_key, others))
-            num_bytes += sum(t.nbytes for t in self._arguments if storage_key(t) not in there)
         if self._edge is None:
             self.reason = "its attention gives no graph"
         elif packing.met_weights:  # which an engine may take away after forward

@@ -73,7 +73,6 @@ class LayerNode(Call):
         if not self._keep:
             with self._passes.layer_memory():
                 self.source.keep(tensors[0])
-        self._versions = [t._version for t in self.slots.tensors]
         return tensors[1:]
 
     def forward(self, rows: Sequence[Tensor], *, with_backward: bool) -> Tensor:
@@ -107,21 +106,6 @@ class LayerNode(Call):
         out = self._attend(request, heads)
         self.seen(out)  # a weight that the attention function reads takes part, too
         return out
-
-    def forward_again(self, x: Tensor) -> Tensor:
-        """The result once more, in backward, without a graph.
-
-        Raises:
-            RuntimeError: weights were changed since. Autograd looks at those alone whose own gradients are asked for.
-        """
-        if [t._version for t in self.slots.tensors] != self._versions:
-            raise RuntimeError(
-                f"weights of a {type(self.module).__name__} were changed in place between forward and backward, which "
-                'computes the layer once more ("checkpoint_every" in the mini-sequence configuration). Change them after '
-                "backward"
-            )
-        with torch.no_grad(), self._passes.running(), self._passes.again(), self._untrained.as_in_forward():
-            return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
         return self._after_all(x, self._attended(x))
