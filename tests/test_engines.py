@@ -16,7 +16,7 @@ CELLS = [  # every row and every column of the matrix, and what once was wrong u
     *(("ZeRO-3", column) for column in COLUMNS if not column.startswith("dropout")),
     *(("ZeRO-2", column) for column in ("uneven lengths", "one rank masked", "tied embeddings", "bf16")),
     *(("FSDP2", column) for column in ("LoRA, LM head saved", "tied embeddings", "QLoRA", "no checkpointing")),
-    *(("FSDP1, use_orig_params=True", column) for column in ("LoRA on LM head", "uneven lengths")),
+    *(("FSDP1, use_orig_params=True", column) for column in ("LoRA on LM head", "uneven lengths", "QLoRA")),
     *(("DDP", column) for column in ("reentrant checkpointing", "dropout 0.1")),
     ("FSDP1, use_orig_params=False", "gradient clipping"),
     ("ZeRO-2, optimizer offloaded", "accumulation 4"),

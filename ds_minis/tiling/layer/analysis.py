@@ -257,7 +257,7 @@ class _Examination:
         self, unread: Unread, groups: HeadGroups | None = None, at_once: bool = False
     ) -> list[Tensor | None]:
         """The same, by chunks in reversed order, in the way in which the layer would be run."""
-        node = LayerNode(self._layer, self._passes(at_once), unread, groups, attend=stand_in)
+        node = LayerNode(self._layer, self._passes(at_once), unread, groups, attend=stand_in, slots=self._slots)
         with torch.no_grad():
             y = node.forward([self._x], with_backward=True)
             node.grad_output = self._grad.clone()  # a backward may write over it

@@ -41,6 +41,7 @@ class LayerNode(Call):
         source: where the layer's input is until backward; None for autograd's own.
         keep: keep the attention there too, where it can be.
         attend: stands for the attention while a layer is being verified.
+        slots: of the module; None: as they are now. bitsandbytes replaces a weight in the first forward under FSDP1.
 
     Attributes:
         source: as above.
@@ -58,8 +59,9 @@ class LayerNode(Call):
         source: Source | None = None,
         keep: bool = False,
         attend: Attend = attend_once,
+        slots: ParameterSlots | None = None,
     ):
-        self.module, self.slots = module, ParameterSlots(module)
+        self.module, self.slots = module, slots or ParameterSlots(module)
         self.constants, self.way = passes.constants, passes.way
         self.memory = module.mini_sequence_chunking.memory
         self._untrained = Untrained(module, self.slots, self.memory.copies)

@@ -99,9 +99,9 @@ class State:
         """The name of something that is not what it was; empty if everything is."""
         for m, attributes in self._attributes.items():
             for holder, before in ((m.__dict__, attributes), (m._buffers, self._buffers[m])):
-                name = _difference(holder, before)
-                if name:
-                    return name
+                for name in _differences(holder, before):
+                    if not _is_same_memory(before.get(name), getattr(m, name, None)):
+                        return name
         for name, value, before in self._containers:
             if isinstance(before, dict):
                 if _difference(value, before) is not None or len(value) != len(before):
@@ -145,10 +145,20 @@ def version_of(tensor: Tensor) -> int:
 
 def _difference(now: Any, before: dict) -> Any:
     """The first key whose value is not what it was; None if there is none."""
-    for name in now.keys() | before.keys():
-        if not _alike(now.get(name, _NOTHING), before.get(name, _NOTHING)):
-            return name
-    return None
+    return next(_differences(now, before), None)
+
+
+def _differences(now: Any, before: dict) -> Iterator[Any]:
+    keys = now.keys() | before.keys()
+    return (name for name in keys if not _alike(now.get(name, _NOTHING), before.get(name, _NOTHING)))
+
+
+def _is_same_memory(a: Any, b: Any) -> bool:
+    """Whether two tensors are one but for their class: bitsandbytes wraps a weight of FSDP1's anew in each forward."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.is_meta or b.is_meta:
+        return False
+    places = [(t.untyped_storage().data_ptr(), t.storage_offset(), t.shape, t.stride(), t.dtype) for t in (a, b)]
+    return places[0] == places[1]
 
 
 _NOTHING = object()
