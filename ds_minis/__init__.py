@@ -15,19 +15,29 @@ _PUBLIC = {
     "convert_to_mini_sequence": "ds_minis.convert",
     "revert_mini_sequence": "ds_minis.convert",
     "mini_sequence_report": "ds_minis.convert",
-    "ConversionReport": "ds_minis.convert",
+    "ConversionReport": "ds_minis.report",
     # engines
     "register": "ds_minis.integrations.autoload",
     "MiniSequencePlugin": "ds_minis.integrations.accelerate",
     "MiniSequenceCallback": "ds_minis.integrations.transformers",
 }
 
+_ENGINES = ("accelerate", "transformers")
+
 __all__ = [*_PUBLIC, "__version__"]
 
 
 def __getattr__(name: str):
     if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
+        try:
+            return getattr(importlib.import_module(_PUBLIC[name]), name)
+        except ModuleNotFoundError as error:
+            missing = (error.name or "").partition(".")[0]
+            if missing in _ENGINES:
+                raise ImportError(
+                    f"ds_minis.{name} needs {missing}, which is not installed here: pip install {missing}"
+                ) from None
+            raise
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

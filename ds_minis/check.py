@@ -4,37 +4,48 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import difflib
 import io
 import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from ds_minis.config import AUTO, MiniSequenceConfig
 
 DESCRIPTION = """Says what would be tiled in a model at its full size, what not and why, and trains a tiny random instance
 of it for one step, plain and converted, to see whether loss and gradients are the same. Loads the configuration only,
 never weights. Exit status: 0 exact, 1 not exact, 2 a wrong argument."""
 
 
+_ALLOWED = "allowed: a hub id, a folder with a config.json or an adapter, or a configuration as a JSON file"
+
+
 class WrongArgument(ValueError):
-    """What the user named is no configuration that can be checked."""
+    """What the user named is no configuration that can be checked, or a setting is wrong."""
 
 
-def add_check(commands) -> None:
+def add_check(commands) -> argparse.ArgumentParser:
     """Adds the command to the subparsers of `ds-minis`."""
     parser = commands.add_parser("check", help="is this model exact, and what is tiled?", description=DESCRIPTION)
-    parser.add_argument("model", help="a hub id, a folder with a config.json, or a configuration as a JSON file")
+    parser.add_argument("model", help=_ALLOWED.removeprefix("allowed: "))
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a mini-sequence setting, such as scope=tokens"
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="run the Python code that a repository brings")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=run)
+    return parser
 
 
 def run(args: argparse.Namespace) -> int:
     try:
-        result = check(args.model, trust_remote_code=args.trust_remote_code)
+        settings = read_settings(args.set)
+        result = check(args.model, trust_remote_code=args.trust_remote_code, settings=settings)
     except WrongArgument as error:
         print(f"ds-minis check: {error}", file=sys.stderr)
         return 2
@@ -42,8 +53,33 @@ def run(args: argparse.Namespace) -> int:
     return 0 if result["exact"] else 1
 
 
-def check(model: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
+def read_settings(pairs: list[str]) -> dict[str, Any]:
+    """The settings that `--set KEY=VALUE` gives; a value is JSON, or else a word.
+
+    Raises:
+        WrongArgument: see `MiniSequenceConfig`.
+    """
+    settings = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise WrongArgument(f"--set: KEY=VALUE is allowed, such as scope=tokens, got {pair!r}")
+        try:
+            settings[key] = json.loads(text)
+        except ValueError:
+            settings[key] = text
+    try:
+        MiniSequenceConfig.from_value(settings, door="--set")
+    except ValueError as error:
+        raise WrongArgument(str(error)) from None
+    return settings
+
+
+def check(model: str, *, trust_remote_code: bool = False, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What `ds-minis check` found, as plain JSON types.
+
+    Args:
+        settings: of mini-sequences; the tiny instance has chunks of its own where they say nothing of sizes.
 
     Raises:
         WrongArgument: no such configuration, or none of a language model; the message says what is allowed.
@@ -55,18 +91,24 @@ def check(model: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
     from ds_minis.tiny import tiny_config
 
     transformers.logging.set_verbosity_error()
-    config = load_config(model, trust_remote_code)
+    adapter, settings = load_adapter(model), dict(settings or {})
+    config = load_config(adapter.base_model_name_or_path if adapter else model, trust_remote_code)
     model_class, config = model_class_for(config, trust_remote_code)
     result = {"model": model, "class": getattr(model_class, "__name__", "?"), "exact": False, "notes": []}
+    if adapter:
+        model_class = with_adapter(model_class, adapter)
+        result |= {"adapter": str(adapter.peft_type.value), "base_model": adapter.base_model_name_or_path}
+    if settings:
+        result["settings"] = settings
     try:
-        outcome = compare_with_plain(model_class, tiny_config(config, dropout=0.0))
+        outcome = compare_with_plain(model_class, tiny_config(config, dropout=0.0), settings=_for_tiny(settings))
     except PlainModelFails as error:
         outcome = None
         result["notes"].append(f"a tiny random instance cannot be trained even without ds_minis: {error}")
     except Exception as error:
         outcome = None
         result["notes"].append(f"the converted tiny instance fails: {type(error).__name__}: {error}")
-    report, failure = full_size_report(model_class, config)
+    report, failure = full_size_report(model_class, config, settings)
     result["structure_of"] = "the model at its full size"
     if failure:
         report = outcome and outcome.report
@@ -87,6 +129,37 @@ _FIGURES = (
     *("exact", "loss_error", "grad_error", "grad_name"),
     *("checkpointing_error", "router_error", "logits_held"),
 )
+
+
+def load_adapter(folder: str) -> Any:
+    """PEFT's configuration of an adapter's folder; None for anything else.
+
+    Raises:
+        WrongArgument: it cannot be read, or does not name its base.
+    """
+    path = Path(folder)
+    if not (path / "adapter_config.json").is_file() or (path / "config.json").is_file():
+        return None
+    try:
+        import peft
+
+        adapter = peft.PeftConfig.from_pretrained(folder)
+    except Exception as error:
+        raise WrongArgument(f"no adapter could be read from {folder!r}: {_in_short(error)}; {_ALLOWED}") from None
+    if not adapter.base_model_name_or_path:
+        raise WrongArgument(f"{str(path / 'adapter_config.json')!r} names no base model; check the base itself")
+    adapter.inference_mode = False
+    return adapter
+
+
+def with_adapter(model_class: Callable[[Any], Any], adapter: Any) -> Callable[[Any], Any]:
+    """Makes models with new adapters of that kind."""
+    import peft
+
+    def adapted(config):
+        return peft.get_peft_model(model_class(config), copy.deepcopy(adapter))
+
+    return adapted
 
 
 def load_config(model: str, trust_remote_code: bool) -> Any:
@@ -121,9 +194,6 @@ def load_config(model: str, trust_remote_code: bool) -> Any:
         ) from None
 
 
-_ALLOWED = "allowed: a hub id, a folder with a config.json, or a configuration as a JSON file"
-
-
 def model_class_for(config: Any, trust_remote_code: bool) -> tuple[Callable[[Any], Any], Any]:
     """The class with an LM head for a configuration, and the part of the configuration that it takes."""
     from transformers import AutoModelForCausalLM
@@ -152,26 +222,36 @@ def model_class_for(config: Any, trust_remote_code: bool) -> tuple[Callable[[Any
     return model_class, config
 
 
-def full_size_report(model_class: Callable[[Any], Any], config: Any) -> tuple[Any, str]:
+def full_size_report(model_class: Callable[[Any], Any], config: Any, settings: Mapping[str, Any]) -> tuple[Any, str]:
     """The conversion's report of an instance on the meta device, which has shapes and no memory; or why there is none."""
     import torch
 
     from ds_minis.convert import NothingToTile, convert_to_mini_sequence, mini_sequence_report
+    from ds_minis.tiling.passes.head_groups import WrongGroups
 
     try:
         with torch.device("meta"):
             model = model_class(config)
         with contextlib.redirect_stdout(io.StringIO()):
-            return mini_sequence_report(convert_to_mini_sequence(model)), ""
+            return mini_sequence_report(convert_to_mini_sequence(model, settings or None)), ""
     except NothingToTile as error:
         return None, str(error)
+    except WrongGroups as error:
+        raise WrongArgument(f"--set: {error}") from None
     except Exception as error:
         return None, _in_short(error)
+
+
+def _for_tiny(settings: dict[str, Any]) -> dict[str, Any]:
+    """The tiny instance has fewer KV heads: groups of one each stand for any number of groups."""
+    return {**settings, "head_groups": AUTO} if settings.get("head_groups", 1) != 1 else settings
 
 
 def in_words(result: dict[str, Any]) -> str:
     """The result for people."""
     lines = [f"{result['model']}: {result['class']}"]
+    if "adapter" in result:
+        lines[0] += f" with an adapter ({result['adapter']}; base {result['base_model']})"
     if "tiled" in result:
         lines.append(f"What is tiled in {result['structure_of']}:")
         lines += [f"  tiled as a whole: {count} x {name}" for name, count in result["layers"].items()]

@@ -5,16 +5,39 @@ from __future__ import annotations
 import argparse
 import sys
 
+from ds_minis import __version__
 from ds_minis.check import add_check
+
+FAILED, INTERRUPTED = 3, 130
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns its exit status (0: all is well, 1: it is not, 2: a wrong argument)."""
+    """Runs a command; returns its exit status.
+
+    0: all is well, 1: it is not, 2: a wrong argument, 3: the command itself failed (one line; `--debug` shows where).
+    """
     parser = argparse.ArgumentParser(prog="ds-minis", description=__doc__)
-    commands = parser.add_subparsers(title="commands", metavar="command", required=True)
-    add_check(commands)
+    parser.add_argument("--version", action="version", version=f"ds-minis {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    commands = parser.add_subparsers(title="commands", metavar="command", dest="command", required=True)
+    for command in (add_check(commands),):
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    return args.run(args)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print(f"ds-minis {args.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if args.debug:
+            raise
+        print(f"ds-minis {args.command}: {in_one_line(error)} (--debug shows where)", file=sys.stderr)
+        return FAILED
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error as one line, with its notes."""
+    return " ".join(": ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())]).split())
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,7 +105,10 @@ class MiniSequenceConfig:
             allowed, check = _RULES[spec.metadata["kind"]]
             value = getattr(self, spec.name)
             if not check(value):
-                raise ValueError(f"{spec.name}: {allowed} is allowed, got {value!r} ({type(value).__name__})")
+                raise ValueError(
+                    f"{spec.name}: {allowed} is allowed, got {value!r} ({type(value).__name__})"
+                    + nearest_value(value, spec.metadata["kind"])
+                )
             if spec.metadata["kind"] == "patterns":
                 object.__setattr__(self, spec.name, tuple(value))
         if self.num_mini_sequences is not None and self.chunk_size != AUTO:
@@ -123,6 +127,17 @@ class MiniSequenceConfig:
                 f"keep_attention=True takes memory to save time, and head_groups={self.head_groups!r} takes time to save "
                 "memory: give one of the two (with keep_attention, head_groups must be 1)"
             )
+
+    @classmethod
+    def from_arguments(cls, config: Any, settings: Mapping[str, Any], *, door: str) -> MiniSequenceConfig:
+        """`from_value` of a config, or of the settings that a function was given as keywords.
+
+        Raises:
+            ValueError: both were given; or see `from_value`.
+        """
+        if settings and config is not None:
+            raise ValueError(f"{door}: give a config or settings, not both; got {config!r} and {dict(settings)}")
+        return cls.from_value(settings or config, door=door)
 
     @classmethod
     def from_value(cls, value: Any, *, door: str = "config") -> MiniSequenceConfig:
@@ -186,6 +201,33 @@ _RULES = {
     "offload": ('"cpu" or null', lambda value: value is None or value == "cpu"),
     "patterns": ("a list of name patterns", _is_patterns),
 }
+
+
+_NUMBERS = ("size", "groups", "count")
+_WORDS = {
+    "bool": {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False},
+    "scope": {scope: scope for scope in SCOPES},
+    "size": {AUTO: AUTO},
+    "groups": {AUTO: AUTO},
+    "offload": {"cpu": "cpu", "none": None, "false": None},
+}
+
+
+def nearest_value(value: Any, kind: str) -> str:
+    """`'; did you mean 1?'` for the nearest value that a rule of `_RULES` allows (an empty string when none is near)."""
+    found = []
+    if isinstance(value, str):
+        words = _WORDS.get(kind, {})
+        found = [words[word] for word in difflib.get_close_matches(value.lower(), words, n=1, cutoff=0.5)]
+        if not found and kind in _NUMBERS and value.strip().isdigit():
+            found = [max(1, int(value))]
+        if not found and kind == "patterns" and value:
+            found = [[value]]
+    elif kind == "bool" and isinstance(value, int) and value in (0, 1):
+        found = [bool(value)]
+    elif kind in _NUMBERS and isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15:
+        found = [max(1, round(value))]
+    return f"; did you mean {json.dumps(found[0])}?" if found else ""
 
 
 def nearest(key: Any, allowed: list[str]) -> str:

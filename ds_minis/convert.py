@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -23,6 +22,8 @@ from ds_minis.detect import (
 )
 from ds_minis.doors import BY_RUN, Request, agreed
 from ds_minis.ranks import is_main_process
+from ds_minis.report import ConversionReport
+from ds_minis.sizes import find_sizes
 from ds_minis.tiling.layer.tiled_layer import TiledLayer, why_one_call
 from ds_minis.tiling.loss.forward_hooks import (
     attach_loss_tiling,
@@ -35,6 +36,7 @@ from ds_minis.tiling.modules.cache_rule import attach_cache_rule, detach_cache_r
 from ds_minis.tiling.modules.state import Chunking
 from ds_minis.tiling.modules.swap import Tiled, tile, untile, untiled_class, why_whole
 from ds_minis.tiling.modules.tiled_module import TiledModule
+from ds_minis.tiling.passes.head_groups import WrongGroups, count_groups, num_kv_heads
 from ds_minis.versions import warn_of_old_versions
 
 _STATE = "_mini_sequence"
@@ -44,52 +46,12 @@ class NothingToTile(ValueError):
     """Nothing in a model can be tiled with the settings given."""
 
 
-@dataclass(frozen=True)
-class ConversionReport:
-    """What became of a model's modules.
-
-    Attributes:
-        config: the settings.
-        door: where they came from.
-        layers: qualified name -> class name, of every decoder layer that is tiled as a whole.
-        tiled: qualified name -> class name, of every tiled module; those of a layer are used where that is not tiled.
-        untiled: qualified name -> (class name, reason), of every other part of the decoder stack.
-        one_call: qualified name -> reason, of every such layer that attends to all heads at once in spite of `head_groups`.
-        unkept: (class name, reason) of every kind of tiled layer that computes its attention again in backward in spite of
-            `keep_attention`, as the first step found out.
-        loss: what became of the LM head and the loss, in words.
-    """
-
-    config: MiniSequenceConfig
-    door: str
-    tiled: Mapping[str, str]
-    untiled: Mapping[str, tuple[str, str]]
-    loss: str
-    layers: Mapping[str, str] = field(default_factory=dict)
-    one_call: Mapping[str, str] = field(default_factory=dict)
-    unkept: Sequence[tuple[str, str]] = ()
-
-    def __str__(self) -> str:
-        inside = {fqn for fqn in self.tiled if any(fqn.startswith(f"{layer}.") for layer in self.layers)}
-        outside = Counter(name for fqn, name in self.tiled.items() if fqn not in inside)
-        spare = Counter(name for fqn, name in self.tiled.items() if fqn in inside)
-        lines = [f"ds_minis ({self.door}): {self.config.to_dict(defaults=False) or 'all defaults'}"]
-        lines += [f"  tiled as a whole: {count} x {name}" for name, count in Counter(self.layers.values()).items()]
-        lines += [f"  tiled: {count} x {name}" for name, count in outside.items()]
-        lines += [f"  tiled where their layer is not: {count} x {name}" for name, count in spare.items()]
-        one_call = Counter((self.layers[fqn], reason) for fqn, reason in self.one_call.items() if fqn in self.layers)
-        lines += [f"  attention in one call: {count} x {name} ({reason})" for (name, reason), count in one_call.items()]
-        lines += [f"  attention not kept: {name} ({reason})" for name, reason in self.unkept]
-        for (name, reason), count in Counter(self.untiled.values()).items():
-            lines.append(f"  not tiled: {count} x {name} ({reason})")
-        return "\n".join([*lines, f"  loss: {self.loss}"])
-
-
 def convert_to_mini_sequence(
     model: nn.Module,
     config: MiniSequenceConfig | Mapping[str, Any] | bool | None = None,
     *,
     module_filter: Callable[[nn.Module, str], bool] | None = None,
+    **settings: Any,
 ) -> nn.Module:
     """Makes a decoder run its token-wise modules and its loss over mini-sequences, in place.
 
@@ -101,15 +63,18 @@ def convert_to_mini_sequence(
         model: a causal language model (or a PEFT model, or a bare decoder, which has no loss to tile).
         config: the settings, see `MiniSequenceConfig`; default: all defaults.
         module_filter: called with a module and its qualified name; False leaves the module alone.
+        settings: the fields of `MiniSequenceConfig` as keywords (`chunk_size=4096`), in place of `config`.
 
     Returns:
         `model` itself. `mini_sequence_report(model)` tells what was tiled and what not; it is printed once, on rank 0.
 
     Raises:
-        ValueError: the settings are wrong, nothing in the model can be tiled, or the model was already converted with
-            other settings.
+        ValueError: the settings are wrong, nothing in the model can be tiled, `model` is no module, or it was already
+            converted with other settings.
     """
-    return convert(model, config, door="convert_to_mini_sequence", module_filter=module_filter)
+    door = "convert_to_mini_sequence"
+    config = MiniSequenceConfig.from_arguments(config, settings, door=door)
+    return convert(model, config, door=door, module_filter=module_filter)
 
 
 def convert(
@@ -121,6 +86,7 @@ def convert(
 ) -> nn.Module:
     """`convert_to_mini_sequence` for every door: `door` names where the settings came from."""
     config = MiniSequenceConfig.from_value(config, door=door)
+    _require_model(model, door)
     earlier = mini_sequence_report(model)
     if earlier is not None and door == BY_RUN:
         return model  # which asks for defaults only where nobody asked for anything
@@ -148,27 +114,54 @@ def convert(
     tiled = [c for c in candidates if not c.reason]
     if not tiled and not (config.loss and loss_models):
         raise NothingToTile(_nothing_to_tile(model, candidates, config, door))
+    layers = [c.module for c in tiled if c.role == "layer"]
+    _require_groups(layers, config, door)
     chunking.checkpoints.num_layers = sum(candidate.role == "layer" for candidate in tiled)
     for candidate in tiled:
         tile(candidate.module, TiledLayer if candidate.role == "layer" else TiledModule, chunking, candidate.fqn)
     for loss_model in loss_models:
         attach_loss_tiling(loss_model, chunking)
     _attach_to_wrappers(model, loss_models)
-    layers = [c.module for c in tiled if c.role == "layer"]
     attach_cache_rule(model, layers, chunking, has_loss=bool(loss_models))
 
+    loss = _loss_in_words(model, config, loss_models)
+    feed_forwards = [c.module for c in tiled if c.role == "feed-forward"]
     report = ConversionReport(
         config=config,
         door=door,
         layers={c.fqn: untiled_class(type(c.module)).__name__ for c in tiled if c.role == "layer"},
         tiled={c.fqn: untiled_class(type(c.module)).__name__ for c in tiled if c.role != "layer"},
         untiled={c.fqn: (type(c.module).__name__, c.reason) for c in candidates if c.reason},
-        loss=_loss_in_words(model, config, loss_models),
+        loss=loss,
+        sizes=find_sizes(model, chunking, layers, feed_forwards, has_loss=loss.startswith("tiled")),
     )
     model.__dict__[_STATE] = report
     if is_main_process():
         print(report, flush=True)
     return model
+
+
+def _require_model(model: Any, door: str) -> None:
+    """Raises ValueError for what is no module: a name, a class, a trainer."""
+    if isinstance(model, nn.Module):
+        return
+    way_out = ""
+    if isinstance(model, str):
+        way_out = f"; did you mean AutoModelForCausalLM.from_pretrained({model!r})?"
+    elif isinstance(getattr(model, "model", None), nn.Module):
+        way_out = f"; did you mean the {type(model).__name__}'s .model?"
+    elif isinstance(model, type):
+        way_out = f"; did you mean an instance, such as {model.__name__}.from_pretrained(...)?"
+    raise ValueError(f"{door}: model: a torch.nn.Module is allowed, got {model!r} ({type(model).__name__}){way_out}")
+
+
+def _require_groups(layers: list[nn.Module], config: MiniSequenceConfig, door: str) -> None:
+    """Refuses groups of heads that layers cannot have, as far as their attention tells; else their first call does."""
+    for heads in {num_kv_heads(layer) for layer in layers} - {None} if config.head_groups != 1 else ():
+        try:
+            count_groups(config.head_groups, heads)
+        except WrongGroups as error:
+            raise WrongGroups(f"{door}: {error}") from None
 
 
 def _attach_to_wrappers(model: nn.Module, loss_models: list[nn.Module]) -> None:
@@ -183,8 +176,10 @@ def revert_mini_sequence(model: nn.Module) -> nn.Module:
     """Undoes `convert_to_mini_sequence`, in place; a model that was never converted is returned as it is.
 
     Raises:
+        ValueError: `model` is no module.
         RuntimeError: an engine has wrapped the tiled modules since (FSDP2).
     """
+    _require_model(model, "revert_mini_sequence")
     for module in model.modules():
         if isinstance(module, Tiled):
             untile(module)
@@ -201,7 +196,8 @@ def mini_sequence_report(model: nn.Module) -> ConversionReport | None:
         return None
     bypassed = next(filter(None, map(why_loss_is_bypassed, model.modules())), "")
     if bypassed:
-        report = dataclasses.replace(report, loss=f"not tiled ({bypassed})")
+        sizes = report.sizes and report.sizes.without_loss()
+        report = dataclasses.replace(report, loss=f"not tiled ({bypassed})", sizes=sizes)
     return _with_verdicts(report, model)
 
 

@@ -118,7 +118,7 @@ def compare_with_plain(
     notes = []
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            convert_to_mini_sequence(converted, {**SETTINGS, **(settings or {})})
+            convert_to_mini_sequence(converted, _with_small_chunks(settings or {}))
     except NothingToTile as error:
         notes.append(str(error))
     with LargestLogits(plain) as largest, _warnings_of_ds_minis() as warned:
@@ -152,6 +152,13 @@ def compare_with_plain(
         idle=_idle(converted),
         notes=tuple(notes),
     )
+
+
+def _with_small_chunks(settings: Mapping[str, Any]) -> dict[str, Any]:
+    chunks = dict(SETTINGS)
+    if settings.get("num_mini_sequences") is not None:
+        del chunks["chunk_size"]
+    return {**chunks, **settings}
 
 
 def text_batch(model: nn.Module, *, batch_size: int = BATCH_SIZE, length: int = LENGTH, seed: int = 1) -> Batch:

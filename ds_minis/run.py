@@ -20,15 +20,21 @@ from ds_minis.integrations.autoload import register
 def main(argv: list[str] | None = None) -> None:
     """Runs the script or module that the command line names."""
     parser = argparse.ArgumentParser(
-        prog="python -m ds_minis.run", description=__doc__, usage="%(prog)s [-m] script ..."
+        prog="python -m ds_minis.run", description=__doc__, usage="%(prog)s [--debug] [-m] script ..."
     )
     parser.add_argument("-m", dest="module", action="store_true", help="the script is a module's name")
+    parser.add_argument("--debug", action="store_true", help="show where an error of ds_minis comes from")
     parser.add_argument("script", help="a Python file, or a module with -m")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
     args = parser.parse_args(argv)
     if not args.module and not os.path.isfile(args.script):
         parser.error(f"no such file: {args.script!r} (for a module put -m in front)")
-    requested_by_environment()  # a wrong DS_MINIS_CONFIG is told here, before anything is imported
+    try:
+        requested_by_environment()  # a wrong DS_MINIS_CONFIG is told here, before anything is imported
+    except ValueError as error:
+        if args.debug:
+            raise
+        parser.exit(1, f"python -m ds_minis.run: {error}\n")
     mark_run()
     register()
     sys.argv = [args.script, *args.arguments]

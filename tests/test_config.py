@@ -105,6 +105,34 @@ def test_wrong_value_names_door_key_value_and_what_is_allowed(key, value, allowe
         MiniSequenceConfig(**{key: value})
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "meant"),
+    [
+        ("scope", "layers", '"layer"'),
+        ("scope", "token", '"tokens"'),
+        ("scope", 3, None),
+        ("chunk_size", 0, "1"),
+        ("chunk_size", "4096", "4096"),
+        ("chunk_size", 4096.0, "4096"),
+        ("chunk_size", True, None),
+        ("chunk_size", float("nan"), None),
+        ("num_mini_sequences", -3, "1"),
+        ("head_groups", "Auto", '"auto"'),
+        ("offload", "CPU", '"cpu"'),
+        ("offload", "disk", None),
+        ("loss", "yes", "true"),
+        ("loss", 0, "false"),
+        ("include", "*.mlp", '["*.mlp"]'),
+    ],
+)
+def test_the_nearest_value_that_is_allowed_is_named(key, value, meant):
+    with pytest.raises(ValueError) as error:
+        MiniSequenceConfig(**{key: value})
+    message = str(error.value)
+    assert message.endswith(f"; did you mean {meant}?") if meant else "did you mean" not in message
+    assert "\n" not in message
+
+
 @pytest.mark.parametrize("value", ["true", 1, 0, 1.0, [], [("chunk_size", 4)]])
 def test_neither_a_bool_nor_a_mapping_is_refused(value):
     with pytest.raises(ValueError) as error:

@@ -197,9 +197,13 @@ def test_sinks_one_for_each_head_are_attended_to_at_once(caplog):
     assert "'s_aux' has a part for each head" in caplog.text
 
 
-def test_groups_that_do_not_fit_are_an_error_that_says_what_would():
+def test_groups_that_do_not_fit_are_an_error_that_says_what_would(monkeypatch):
+    words = r'3 groups cannot be made of 4 KV heads; allowed: 1, 2, 4 or "auto"; did you mean 2\?'
+    with pytest.raises(ValueError, match=f'^convert_to_mini_sequence: "head_groups": {words}'):
+        converted("llama", {"head_groups": 3}, **DEEP)
+    monkeypatch.setattr("ds_minis.convert.num_kv_heads", lambda layer: None)  # an attention that does not state them
     model, _ = converted("llama", {"head_groups": 3}, **DEEP)
-    with pytest.raises(ValueError, match=r'3 groups cannot be made of 4 KV heads; allowed: 1, 2, 4 or "auto"'):
+    with pytest.raises(ValueError, match=words):
         model(**batch(23))
 
 

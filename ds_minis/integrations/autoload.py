@@ -13,7 +13,7 @@ import importlib.machinery
 import sys
 import warnings
 
-from ds_minis.environment import autoload_enabled
+from ds_minis.environment import autoload_enabled, config_text
 
 # module of an engine -> the function that attaches ds_minis to it, called with that module right after its import
 _ATTACH = {
@@ -32,6 +32,8 @@ def autoload() -> None:
     try:
         if autoload_enabled():
             register()
+            if config_text()[0]:
+                importlib.import_module("ds_minis.unread_settings").watch()
     except Exception as error:  # `import torch` must work whatever happens here
         warnings.warn(f"ds_minis could not attach itself to the training engines: {error!r}", stacklevel=2)
 

@@ -31,9 +31,7 @@ class MiniSequenceCallback(TrainerCallback):
     """
 
     def __init__(self, config: Any = None, **settings: Any):
-        if settings and config is not None:
-            raise ValueError(f"{_DOOR}: give a config or settings, not both; got {config!r} and {settings}")
-        self.config = MiniSequenceConfig.from_value(settings or config, door=_DOOR)
+        self.config = MiniSequenceConfig.from_arguments(config, settings, door=_DOOR)
         request = Request(self.config, _DOOR)
         agreed(requested_by_environment(request), request)
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ds_minis.config import AUTO
 from ds_minis.tiling.core.linear import is_plain_linear
 from ds_minis.tiling.core.params import ParameterSlots
 from ds_minis.tiling.core.replay import has_values
@@ -25,7 +24,7 @@ from ds_minis.tiling.layer.finding import BATCH, CHUNKS, TOKENS, Finding, follow
 from ds_minis.tiling.layer.poisoned_rows import PoisonedRows, narrowed_request
 from ds_minis.tiling.modules.state import Chunking
 from ds_minis.tiling.passes.attention import AttentionRequest, attention_answered_by, tensors_in
-from ds_minis.tiling.passes.head_groups import HeadGroups
+from ds_minis.tiling.passes.head_groups import HeadGroups, WrongGroups, count_groups
 from ds_minis.tiling.passes.layer_args import LayerCall
 from ds_minis.tiling.passes.layer_passes import NOTHING_UNREAD, LayerPasses, NoAttention, Unread, chunk_of
 from ds_minis.tiling.passes.node import LayerNode
@@ -66,10 +65,6 @@ class _Counting(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         self.seen = self.seen or (func is torch.arange and tuple(result.shape) == self._shape)
         return result
-
-
-class WrongGroups(ValueError):
-    """The groups of heads that were asked for cannot be made."""
 
 
 def examine(
@@ -338,14 +333,7 @@ class _Examination:
         """The groups that were asked for, of the projections as wide as heads; and the shapes of all heads."""
         wanted = self._chunking.config.head_groups
         _, (queries, keys, values) = self._passes().before(self._x)
-        num_kv_heads = keys.shape[1]
-        count = num_kv_heads if wanted == AUTO else wanted
-        if num_kv_heads % count:
-            divisors = [n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0]
-            raise WrongGroups(
-                f'"head_groups": {wanted} groups cannot be made of {num_kv_heads} KV heads; allowed: '
-                f'{", ".join(map(str, divisors))} or "auto"'
-            )
+        count = count_groups(wanted, keys.shape[1])
         widths = {t.shape[1] * t.shape[3] for t in (queries, keys, values)}
         linears = tuple(m for m in self._search().calls()[0] if is_plain_linear(m) and m.out_features in widths)
         return HeadGroups(count, linears), [t.shape for t in (queries, keys, values)]

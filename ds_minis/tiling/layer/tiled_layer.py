@@ -180,11 +180,11 @@ def _runs_whole(layer: TiledLayer, call: LayerCall) -> bool:
 def _chunk_tokens(layer: TiledLayer, call: LayerCall) -> int:
     """Tokens of each sequence in a chunk; two at least, as models take a single one for a step of a generation."""
     batch, num_tokens, width = call.hidden.shape
-    rows = layer.mini_sequence_chunking.module_rows(batch * num_tokens, width, _experts_per_choice(layer))
+    rows = layer.mini_sequence_chunking.module_rows(batch * num_tokens, width, experts_per_choice(layer))
     return max(2, rows // batch)
 
 
-def _experts_per_choice(layer: nn.Module) -> float:
+def experts_per_choice(layer: nn.Module) -> float:
     """How many experts there are for each that a token is sent to, in the layer's mixture of experts; else 1."""
     experts = max((p.shape[0] for p in layer.parameters() if p.dim() == 3), default=0)
     names = ("top_k", "num_experts_per_tok", "num_experts_per_token")

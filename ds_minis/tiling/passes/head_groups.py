@@ -12,7 +12,41 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ds_minis.config import AUTO
 from ds_minis.tiling.core.grad_accum import GradientSums
+
+
+class WrongGroups(ValueError):
+    """The groups of heads that were asked for cannot be made."""
+
+
+def count_groups(wanted: int | str, num_kv_heads: int) -> int:
+    """How many groups of KV heads a setting of `head_groups` means.
+
+    Raises:
+        WrongGroups: the heads cannot be shared out evenly.
+    """
+    count = num_kv_heads if wanted == AUTO else wanted
+    if num_kv_heads % count:
+        divisors = [n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0]
+        raise WrongGroups(
+            f'"head_groups": {wanted} groups cannot be made of {num_kv_heads} KV heads; allowed: '
+            f'{", ".join(map(str, divisors))} or "auto"; did you mean {min(divisors, key=lambda n: abs(n - count))}?'
+        )
+    return count
+
+
+def num_kv_heads(layer: nn.Module) -> int | None:
+    """KV heads of a layer's attention as transformers' modules state them; None where they do not.
+
+    `num_key_value_groups` is what their attention functions repeat keys and values by.
+    """
+    for part in layer.modules():
+        repeats, config = part.__dict__.get("num_key_value_groups"), part.__dict__.get("config")
+        num_heads = getattr(config, "num_attention_heads", None)
+        if isinstance(repeats, int) and isinstance(num_heads, int) and repeats > 0 and num_heads % repeats == 0:
+            return num_heads // repeats
+    return None
 
 
 @dataclass(frozen=True)
