@@ -32,6 +32,7 @@ from ds_minis.tiling.loss.forward_hooks import (
     loss_is_attached,
     why_loss_is_bypassed,
 )
+from ds_minis.tiling.memory.layer_inputs import LayerInputStore
 from ds_minis.tiling.modules.cache_rule import attach_cache_rule, detach_cache_rule
 from ds_minis.tiling.modules.state import Chunking
 from ds_minis.tiling.modules.swap import Tiled, tile, untile, untiled_class, why_whole
@@ -105,7 +106,7 @@ def convert(
         return model
 
     warn_of_old_versions()
-    chunking = Chunking(config, find_hidden_size(model))
+    chunking = Chunking(config, find_hidden_size(model), layer_inputs=LayerInputStore(config))
     candidates = [c for c in find_candidates(model) if config.scope == "layer" or c.role != "layer"]
     loss_models = find_models_with_loss(model)
     if candidates or loss_models:  # else there is nothing for a pattern to match
@@ -116,7 +117,7 @@ def convert(
         raise NothingToTile(_nothing_to_tile(model, candidates, config, door))
     layers = [c.module for c in tiled if c.role == "layer"]
     _require_groups(layers, config, door)
-    chunking.checkpoints.num_layers = sum(candidate.role == "layer" for candidate in tiled)
+    chunking.layer_inputs.num_layers = sum(candidate.role == "layer" for candidate in tiled)
     for candidate in tiled:
         tile(candidate.module, TiledLayer if candidate.role == "layer" else TiledModule, chunking, candidate.fqn)
     for loss_model in loss_models:

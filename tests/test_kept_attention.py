@@ -217,7 +217,7 @@ def test_copies_and_evaluation(settings):
 
 def test_host_memory_holds_outputs_too(caplog, monkeypatch):
     model, _ = converted({"offload": "cpu"})
-    store = model.model.layers[0].mini_sequence_chunking.checkpoints
+    store = model.model.layers[0].mini_sequence_chunking.layer_inputs
     for _ in range(2):
         loss = model(**unmasked(32)).loss
         # Inputs and outputs of 64 numbers for each token, and a log-sum-exp for each of 4 heads.

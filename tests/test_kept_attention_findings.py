@@ -199,7 +199,7 @@ def test_an_attention_that_reads_a_weight_of_its_module(settings, trained, atten
 def test_a_mask_is_kept_by_nobody_a_second_time():
     """Neither as it is given, as numbers, nor made from one of booleans."""
     model, _ = converted({"offload": "cpu"})
-    store = model.model.layers[0].mini_sequence_chunking.checkpoints
+    store = model.model.layers[0].mini_sequence_chunking.layer_inputs
     masks = torch.zeros(2, 1, 23, 23).masked_fill(torch.ones(23, 23).triu(1) > 0, -1e9)
     for inputs in (batch(23, padding=5), unmasked(23) | {"attention_mask": masks}):
         loss = model(**inputs).loss

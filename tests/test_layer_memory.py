@@ -118,7 +118,7 @@ def test_backward_twice_and_checkpointing_around(settings):
 
 def test_host_memory_holds_each_input_and_is_used_again():
     model, _ = converted("llama", {"offload": "cpu"}, **DEEP)
-    store = model.model.layers[0].mini_sequence_chunking.checkpoints
+    store = model.model.layers[0].mini_sequence_chunking.layer_inputs
     for _ in range(3):
         loss = model(**batch(32)).loss
         assert store._store.host_bytes_in_use == 5 * 2 * 32 * 32 * 4
@@ -176,7 +176,7 @@ def test_copies_of_a_model_share_no_host_memory(settings):
     other = copy.deepcopy(model)
     assert_same_training(other, reference, batch(23))
     loss.backward()
-    ours, theirs = (m.model.layers[0].mini_sequence_chunking.checkpoints for m in (model, other))
+    ours, theirs = (m.model.layers[0].mini_sequence_chunking.layer_inputs for m in (model, other))
     assert ours is not theirs and theirs.num_layers == 5 and ours._store is not theirs._store
 
 

@@ -20,6 +20,11 @@ _NOTHING = object()
 Constants = list[tuple[nn.Module, dict[str, object]]]
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often it was written to; inference tensors do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class ParameterSlots:
     """Where a module holds its trainable tensors, and how to put others in their place.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import enum
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -161,3 +161,11 @@ class RowCall:
         """The same call with `function(t)` for each tensor."""
         args = tuple(function(v) if isinstance(v, Tensor) else v for v in self._args)
         return RowCall(args, {k: function(v) if isinstance(v, Tensor) else v for k, v in self._kwargs.items()})
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in nested lists, tuples and mappings."""
+    if isinstance(value, Tensor):
+        return [value]
+    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
+    return [t for v in values for t in tensors_in(v)]

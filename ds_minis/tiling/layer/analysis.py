@@ -13,22 +13,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ds_minis.tiling.core.linear import is_plain_linear
 from ds_minis.tiling.core.params import ParameterSlots
 from ds_minis.tiling.core.replay import has_values
-from ds_minis.tiling.core.row_args import CONSTANTS
 from ds_minis.tiling.layer.dead_value_search import UnreadSearch, stand_in
-from ds_minis.tiling.layer.finding import BATCH, CHUNKS, TOKENS, Finding, followed
+from ds_minis.tiling.layer.finding import Finding, followed
 from ds_minis.tiling.layer.poisoned_rows import PoisonedRows, narrowed_request
+from ds_minis.tiling.layer.probe import (
+    PROBE_BATCH,
+    PROBE_CHUNKS,
+    PROBE_TOKENS,
+    CountsTokens,
+    all_close,
+    why_no_gradients,
+    why_not_whole,
+)
 from ds_minis.tiling.modules.state import Chunking
-from ds_minis.tiling.passes.attention import AttentionRequest, attention_answered_by, tensors_in
+from ds_minis.tiling.passes.attention import (
+    AttentionRequest,
+    attention_answered_by,
+    differing_setting,
+    settings_of,
+)
 from ds_minis.tiling.passes.head_groups import HeadGroups, WrongGroups, count_groups
 from ds_minis.tiling.passes.layer_args import LayerCall
 from ds_minis.tiling.passes.layer_passes import NOTHING_UNREAD, LayerPasses, NoAttention, Unread, chunk_of
 from ds_minis.tiling.passes.node import LayerNode
-from ds_minis.tiling.verify.follow import Reach, differing_setting, settings_of
+from ds_minis.tiling.verify.follow import Reach
 from ds_minis.tiling.verify.op_trace import SHARED_DRAW, Watch, shares_draws
 from ds_minis.tiling.verify.side_effects import guarded, is_held, quietly
 from ds_minis.tiling.verify.snapshot import State
@@ -38,7 +50,6 @@ from ds_minis.tiling.verify.token_wise import (
     LONGEST_PROBE,
     WRITES_GRADIENTS,
     WRITES_INPUT,
-    are_close,
     foreign_weight,
     is_close,
     long_probe,
@@ -49,22 +60,6 @@ from ds_minis.tiling.verify.token_wise import (
 
 _MIXES = "its result or gradients for a token depend on others, other than by way of its attention"
 _HEADS_DIFFER = "its attention function gives something else for a part of the heads"
-
-
-class _Counting(TorchFunctionMode):
-    """Sees whether as many numbers are counted as there are tokens: positions that are no argument of the layer.
-
-    What is made of them may show at thousands of tokens alone: the temperature of Llama 4's attention is 1 below 8,192.
-    """
-
-    def __init__(self, num_tokens: int):
-        super().__init__()
-        self.seen, self._shape = False, (num_tokens,)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.seen = self.seen or (func is torch.arange and tuple(result.shape) == self._shape)
-        return result
 
 
 def examine(
@@ -81,7 +76,7 @@ def examine(
     x = call.hidden
     if not has_values(x):
         return _Examination(
-            layer, forward, call.narrowed(BATCH, TOKENS, torch.empty_like), chunking
+            layer, forward, call.narrowed(PROBE_BATCH, PROBE_TOKENS, torch.empty_like), chunking
         ).finding_by_shapes()
     reach = Reach()
     reason, settings = followed(layer, forward, call, chunk_tokens, reach)
@@ -100,12 +95,12 @@ def _ask(
     layer: nn.Module, forward: Callable[..., Any], call: LayerCall, chunking: Chunking, reach: Reach
 ) -> Finding | None:
     first_state = State(layer)
-    tokens = TOKENS if reach.complete else long_probe(layer, call.hidden) // BATCH
-    if not reach.complete and min(call.hidden.shape[1], LONGEST_PROBE // BATCH) <= tokens:
+    tokens = PROBE_TOKENS if reach.complete else long_probe(layer, call.hidden) // PROBE_BATCH
+    if not reach.complete and min(call.hidden.shape[1], LONGEST_PROBE // PROBE_BATCH) <= tokens:
         reach.without_end()
     shape = call.hidden.shape
     try:
-        few = call.narrowed(BATCH, tokens, real_and_random)
+        few = call.narrowed(PROBE_BATCH, tokens, real_and_random)
         return _Examination(layer, forward, few, chunking, shape).finding()
     except (torch.OutOfMemoryError, WrongGroups):
         raise  # says nothing about the layer
@@ -130,7 +125,7 @@ class _Examination:
     ):
         self._layer, self._forward, self._call, self._chunking = layer, forward, call, chunking
         self._x, self._shape = call.hidden, shape
-        num_tokens, size = self._x.shape[1], -(-self._x.shape[1] // CHUNKS)
+        num_tokens, size = self._x.shape[1], -(-self._x.shape[1] // PROBE_CHUNKS)
         self._bounds = [(i, min(i + size, num_tokens)) for i in reversed(range(0, num_tokens, size))]
         self._slots = ParameterSlots(layer)
         self._params = [p.detach() for p in self._slots.tensors]
@@ -168,7 +163,7 @@ class _Examination:
         if not any(g is not None and g.any() for g in expected[1:]):
             return None
         coarse = tolerance([self._x, *self._params, *actual])
-        if not _all_close(actual, expected, coarse):
+        if not all_close(actual, expected, coarse):
             return Finding(_MIXES)
         if not watch.makes_indices and PoisonedRows(self._forward, self._call, self._slots, self._x).spread(coarse):
             return Finding(_MIXES)
@@ -201,7 +196,7 @@ class _Examination:
             nonlocal reason
             requests.append(dataclasses.replace(request, tensors=()))
             self._settings = settings_of(request)
-            reason = reason or _why_not_whole(request, part.is_argument, leaves, x.shape[1])
+            reason = reason or why_not_whole(request, part.is_argument, leaves, x.shape[1])
             return stand_in(request, request.tensors)
 
         with self._slots.holding(leaves), attention_answered_by(answer):
@@ -235,7 +230,7 @@ class _Examination:
         passes = self._passes()
         with torch.no_grad():
             for i, (start, stop) in enumerate(self._bounds):
-                with _Counting(stop - start) as counting:
+                with CountsTokens(stop - start) as counting:
                     settings = settings_of(passes.reach(chunk_of(self._x, start, stop), i)[0])
                 self._num_counting += counting.seen
                 differing = differing_setting(self._settings, settings)
@@ -280,7 +275,7 @@ class _Examination:
             return "", False
         else:
             written = any(t._version for t in given)
-            failed = _why_no_gradients(result, heads)
+            failed = why_no_gradients(result, heads)
         finally:
             changed = state.changed(request.module)
             state.restore(request.module)
@@ -299,7 +294,7 @@ class _Examination:
         except RuntimeError:
             actual = [None] * len(expected)
         coarse = tolerance([self._x, *self._params, *expected])
-        if not _all_close(actual, expected, coarse):
+        if not all_close(actual, expected, coarse):
             why = "the projections in front of its attention cannot be cut by heads"
         else:
             why = self._why_heads_differ(groups, coarse)
@@ -337,59 +332,3 @@ class _Examination:
         widths = {t.shape[1] * t.shape[3] for t in (queries, keys, values)}
         linears = tuple(m for m in self._search().calls()[0] if is_plain_linear(m) and m.out_features in widths)
         return HeadGroups(count, linears), [t.shape for t in (queries, keys, values)]
-
-
-def _all_close(actual: Sequence[Tensor | None], expected: Sequence[Tensor | None], coarse: float) -> bool:
-    """Result and gradient of the hidden states by tokens, the other gradients as they are."""
-    pairs = list(zip(actual, expected, strict=True))
-    by_tokens = ((None if t is None else t.transpose(0, 1) for t in pair) for pair in pairs[:2])
-    return all(are_close(*pair, coarse) for pair in by_tokens) and all(is_close(a, e, coarse) for a, e in pairs[2:])
-
-
-def _why_no_gradients(result: Tensor, heads: Sequence[Tensor]) -> str:
-    """Whether gradients of queries, keys and values alone can be asked for; the reentrant kind of checkpointing refuses."""
-    if not result.requires_grad:
-        return ""
-    try:
-        torch.autograd.grad(result, heads, torch.ones_like(result), allow_unused=True)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        words = " ".join(f"{type(error).__name__}: {error}".split())
-        return f"its attention's backward fails where it is run apart from the layer's ({words[:100]})"
-    return ""
-
-
-def a_few_tokens(forward: Callable[..., Any], call: LayerCall) -> list[Tensor]:
-    """What the layer makes of a few random tokens, with the stand-in for its attention, and what it gives that."""
-    few = call.narrowed(BATCH, TOKENS, torch.randn_like)
-    part, given = few.with_tokens(few.hidden, 0, few.hidden.shape[1]), []
-
-    def answer(request: AttentionRequest) -> Tensor:
-        given.extend((*request.tensors, *request.argument_tensors()))
-        return stand_in(request, request.tensors)
-
-    with attention_answered_by(answer):
-        y = forward(*part.args, **part.kwargs)
-    return [*given, *tensors_in(y)]
-
-
-def _why_not_whole(
-    request: AttentionRequest, is_argument: Callable[[Tensor], bool], leaves: Sequence[Tensor], num_tokens: int
-) -> str:
-    """Whether a call of the attention for a part of the tokens tells what the call for all of them would be."""
-    if any(t.shape[2] != num_tokens for t in request.tensors):
-        return "its attention is given keys of other tokens too"
-    held = {id(t) for t in (*leaves, *request.module.parameters(), *request.module.buffers())}
-
-    def known(value: Any) -> bool:
-        if isinstance(value, tuple | list):
-            return all(map(known, value))
-        if isinstance(value, Tensor):
-            return is_argument(value) or id(value) in held
-        return isinstance(value, CONSTANTS) or type(value).__name__ == "BlockMask"
-
-    for name, value in (*enumerate(request.args), *request.kwargs.items()):
-        if not known(value):
-            return f"its attention's argument {name!r} is made in the layer, perhaps of all tokens"
-    return ""

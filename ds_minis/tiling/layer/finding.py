@@ -11,16 +11,16 @@ import torch
 from torch import nn
 
 from ds_minis.tiling.layer.dead_value_search import stand_in
-from ds_minis.tiling.passes.attention import attention_answered_by
+from ds_minis.tiling.layer.follow_layer import follow_layer
+from ds_minis.tiling.layer.probe import PROBE_BATCH, PROBE_CHUNKS, PROBE_TOKENS
+from ds_minis.tiling.passes.attention import attention_answered_by, differing_setting
 from ds_minis.tiling.passes.head_groups import HeadGroups
 from ds_minis.tiling.passes.layer_args import LayerCall
 from ds_minis.tiling.passes.layer_passes import NOTHING_UNREAD, Unread
-from ds_minis.tiling.verify.follow import Reach, differing_setting, follow_layer
+from ds_minis.tiling.verify.follow import Reach
 from ds_minis.tiling.verify.side_effects import quietly
 from ds_minis.tiling.verify.signature import Signature, read_by
 from ds_minis.tiling.verify.snapshot import State
-
-BATCH, TOKENS, CHUNKS = 2, 37, 3  # of a probe; a prime, which hardly any width is a multiple of
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def followed(
     state, x = State(layer), call.hidden
     with quietly(layer, x.device, with_dropout=True):
         try:
-            return follow_layer(forward, layer, call, x, chunk_tokens or -(-x.shape[1] // CHUNKS), reach)
+            return follow_layer(forward, layer, call, x, chunk_tokens or -(-x.shape[1] // PROBE_CHUNKS), reach)
         finally:
             state.restore(layer)
 
@@ -79,7 +79,7 @@ def read_attributes(
     layer: nn.Module, forward: Callable[..., Any], call: LayerCall, slots: list[tuple[int, str]], signature: Signature
 ) -> list[str]:
     """Which of some attributes of its parts a layer reads."""
-    state, few = State(layer), call.narrowed(BATCH, TOKENS, torch.randn_like)
+    state, few = State(layer), call.narrowed(PROBE_BATCH, PROBE_TOKENS, torch.randn_like)
     part = few.with_tokens(few.hidden, 0, few.hidden.shape[1])
 
     def run() -> None:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from ds_minis.ranks import has_other_ranks
 from ds_minis.tiling.core.replay import AutocastState, has_values, random_states, set_random_states
 from ds_minis.tiling.core.tiled_op import run_call
-from ds_minis.tiling.layer.analysis import a_few_tokens, examine
+from ds_minis.tiling.layer.analysis import examine
 from ds_minis.tiling.layer.checkpointed_layer import ItsOwnCheckpointing
 from ds_minis.tiling.layer.finding import Finding, follow_again, read_attributes
+from ds_minis.tiling.layer.probe import a_few_tokens
 from ds_minis.tiling.modules.compiling import compiled_inside, outside_of_graphs
 from ds_minis.tiling.modules.gate import run_whole
 from ds_minis.tiling.modules.swap import Tiled, own_forward, tell
@@ -204,7 +205,7 @@ def _forward_by_tokens(layer: TiledLayer, forward: Callable[..., Any], call: Lay
     bounds = _bounds(x.shape[1], chunk)
     source = None
     if torch.is_grad_enabled():
-        source = chunking.checkpoints.source()
+        source = None if chunking.layer_inputs is None else chunking.layer_inputs.source()
         call.until_backward()
     passes = LayerPasses(layer, forward, call, bounds, chunking, finding.settings)
     node = LayerNode(layer, passes, finding.unread, finding.groups, source, chunking.config.keep_attention)

@@ -21,7 +21,6 @@ from ds_minis.tiling.core.replay import AutocastState, forwards_set, has_values
 from ds_minis.tiling.core.row_args import RowCall
 from ds_minis.tiling.core.tiled_op import tile_rows
 from ds_minis.tiling.core.tiled_sum import sum_rows
-from ds_minis.tiling.loss.deferred import DeferredLogits, defer
 from ds_minis.tiling.modules.compiling import outside_of_graphs
 from ds_minis.tiling.modules.state import Chunking
 from ds_minis.tiling.modules.tiled_module import require_weights
@@ -66,9 +65,10 @@ def _deferring_class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 class ChunkedHead:
-    """The output-embedding module of one forward pass (`deferred.Head`).
+    """The output-embedding module of one forward pass.
 
     Args:
+        defer: `defer(head, hidden_LH, sample_0V)` makes what stands for `head.logits(hidden_LH)`.
         sharded: which engine holds the weights in parts once the pass is over, in words; empty if none does.
 
     Attributes:
@@ -79,15 +79,15 @@ class ChunkedHead:
 
     scope: contextlib.ExitStack | None = None
 
-    def __init__(self, module: nn.Module, chunking: Chunking, sharded: str):
+    def __init__(self, module: nn.Module, chunking: Chunking, sharded: str, defer: Callable[..., Tensor]):
         self.deferred, self.reason = False, ""
         self._module = module
         self._own_call = type(module).__call__
         self._chunking = chunking
-        self._made: list[weakref.ref[DeferredLogits]] = []
+        self._made: list[weakref.ref[Tensor]] = []
         self._outputs: list[tuple[weakref.ref, str]] = []
         self._weights_then: list[tuple] | None = None  # after the pass
-        self._sharded = sharded
+        self._sharded, self._defer = sharded, defer
 
     @contextlib.contextmanager
     def deferring(self) -> Iterator[None]:
@@ -110,7 +110,7 @@ class ChunkedHead:
             # The model's output will have deferred logits, on which no tracker can put its hooks.
             self.scope.enter_context(trackers_aside())
         self.deferred = True
-        return defer(self, hidden_LH, hidden_LH.new_empty((0, finding.width), dtype=finding.dtype))
+        return self._defer(self, hidden_LH, hidden_LH.new_empty((0, finding.width), dtype=finding.dtype))
 
     def _known(self, hidden_LH: Tensor) -> HeadFinding:
         """Of a linear layer: no need to gather its weight."""
@@ -154,9 +154,14 @@ class ChunkedHead:
         return finding
 
     def logits(self, hidden_LH: Tensor) -> Tensor:
+        """The logits of all rows, as the model's own head computes them."""
         return self._call(self._module.forward, hidden_LH)
 
     def tile(self, function: Callable[..., Tensor], hidden_LH: Tensor, sample_0V: Tensor, *aligned_R: Tensor) -> Tensor:
+        """`function(logits_CV, *aligned_C)` of each chunk of rows, put together: one result per row.
+
+        `sample_0V` has the dtype and the width of what the logits become before they are used.
+        """
         return self._by_chunks(tile_rows, function, hidden_LH, sample_0V, aligned_R)
 
     def sum(
@@ -167,6 +172,10 @@ class ChunkedHead:
         expected: Tensor,
         *aligned_R: Tensor,
     ) -> Tensor:
+        """The sum of these results over all rows, whose incoming gradient will probably be `expected`.
+
+        `function` is given a keyword `expected` too, where that is the gradient that its results are sure to receive.
+        """
         # float16 gradients need the loss scaler's factor, which comes in backward, or they are rounded to zero.
         if torch.float16 in (hidden_LH.dtype, AutocastState(hidden_LH.device).dtype()):
             return self.tile(function, hidden_LH, sample_0V, *aligned_R).sum(0)
@@ -204,14 +213,15 @@ class ChunkedHead:
 
     # What follows is for logits that are looked at when the pass is over.
 
-    def made(self, logits: DeferredLogits) -> None:
+    def made(self, logits: Tensor) -> None:
+        """Deferred logits of this head came into being."""
         self._made.append(weakref.ref(logits))
 
     def finish(self) -> None:
         """The forward pass is over."""
         self._weights_then = _weights_of(self._module)
 
-    def give(self, logits: DeferredLogits, output: Any, name: str) -> None:
+    def give(self, logits: Tensor, output: Any, name: str) -> None:
         """Has logits be the attribute `name` of a model's output until backward, and no item of it: no engine sees them."""
         if self._sharded:
             output.__dict__[name] = UnreadableLogits(_unreadable(self._sharded))
@@ -228,7 +238,8 @@ class ChunkedHead:
             return
         for reference, name in self._outputs:
             output = reference()
-            if output is not None and isinstance(output.__dict__.get(name), DeferredLogits):
+            made = None if output is None else output.__dict__.get(name)
+            if made is not None and any(ref() is made for ref in self._made):
                 output.__dict__[name] = None
         for reference in self._made:
             logits = reference()

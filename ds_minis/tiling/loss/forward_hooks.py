@@ -21,6 +21,7 @@ from ds_minis.ranks import is_main_process
 from ds_minis.tiling.core.exclusive import is_called_in, several_threads
 from ds_minis.tiling.core.out_of_memory import note_outside
 from ds_minis.tiling.loss.chunked_head import HEAD, ChunkedHead
+from ds_minis.tiling.loss.deferred import defer
 from ds_minis.tiling.loss.output_logits import wanted_logits, without_deferred
 from ds_minis.tiling.modules.arguments import argument, takes
 from ds_minis.tiling.modules.compiling import outside_of_graphs
@@ -100,7 +101,7 @@ class _Arm:
         around = self._around(model, module)
         begun.reason = _why_not_deferred(module, around[1:])
         if not begun.reason:
-            begun.head, begun.is_own = ChunkedHead(module, self.chunking, _sharded(module, around)), True
+            begun.head, begun.is_own = ChunkedHead(module, self.chunking, _sharded(module, around), defer), True
             begun.enter_context(begun.head.deferring())
             begun.head.scope = begun
             begun.callback(setattr, begun.head, "scope", None)

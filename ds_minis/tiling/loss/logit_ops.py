@@ -1,4 +1,6 @@
-"""What makes one result per token of deferred logits, chunk by chunk: cross entropy, and what evaluations ask for.
+"""What is done to deferred logits: recorded (a function of each row), or run chunk by chunk to one result per token.
+
+Cross entropy, and what evaluations ask for, are run; casts, softcaps, scales, shifts and reshapes are recorded.
 
 Shapes: leading dimensions `*L` (R rows when flattened), C rows of one chunk, V vocabulary.
 """
@@ -6,41 +8,201 @@ Shapes: leading dimensions `*L` (R rows when flattened), C rows of one chunk, V 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ds_minis.tiling.core.params import version_of
 from ds_minis.tiling.loss.cross_entropy import DTYPES, token_losses
 
+if TYPE_CHECKING:
+    from ds_minis.tiling.loss.deferred import DeferredLogits
 
-class Deferred(Protocol):
-    """The part of `DeferredLogits` that is needed here."""
+Step = Callable[[Tensor], Tensor]
+# Casts: the same whatever autocast does.
+CASTS = frozenset("float half bfloat16 double to type_as".split())
+# Functions that act on each element alone: they are recorded. Keyed by name, as the function `torch.tanh` and the method
+# `Tensor.tanh` are different objects for one operation.
+ELEMENTWISE = frozenset(
+    "tanh sigmoid neg __neg__ abs exp log square sqrt clamp nan_to_num "
+    "add sub mul div true_divide multiply divide subtract rsub pow __add__ __sub__ __mul__ __truediv__ __radd__ __rsub__ "
+    "__rmul__ __rtruediv__ __pow__".split()
+).union(CASTS)
+# The same, writing into the logits: the tensor itself goes on standing for the result.
+_IN_PLACE = {
+    "add_": "add", "sub_": "sub", "mul_": "mul", "div_": "div", "tanh_": "tanh", "clamp_": "clamp",
+    "__iadd__": "add", "__isub__": "sub", "__imul__": "mul", "__itruediv__": "div",
+}  # fmt: skip
 
-    shape: torch.Size
 
-    dtype: torch.dtype
+def record_or_run(func, name: str, logits: DeferredLogits, args: tuple, kwargs: dict):
+    """The deferred (or, for cross entropy, final) result; NotImplemented where the logits are needed in full."""
+    if name in ("register_hook", "retain_grad"):
+        raise RuntimeError(
+            f'{name} on logits, whose gradient as a whole never exists when the loss is tiled. Set "loss": false in the '
+            "mini-sequence configuration"
+        )
+    if name == "__setitem__" or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")):
+        return _write(name, logits, args, kwargs)
+    if logits._is_known() or not logits._mode.is_on(name):
+        return NotImplemented
+    if name in CONSUMERS:
+        return CONSUMERS[name](logits, *args, **kwargs)
+    if name in CASTS:
+        return _cast(func, logits, args, kwargs)
+    if name in ELEMENTWISE:
+        return _elementwise(func, logits, args, kwargs)
+    if name in ("softmax", "log_softmax"):
+        return _along_vocabulary(func, logits, args, kwargs)
+    if name in _ROW_VIEWS:
+        return _ROW_VIEWS[name](lambda rows: func(rows, *args, **kwargs), logits, args, kwargs)
+    return NotImplemented
 
-    def dim(self) -> int:
-        """Number of dimensions."""
 
-    def before_upcast(self) -> Deferred:
-        """The same without a last cast to float32."""
+def _write(name: str, logits: DeferredLogits, args: tuple, kwargs: dict):
+    """Records an elementwise write; else leaves the writing to torch, on the logits and all their aliases in full."""
+    alone = len(logits._aliases.alive()) == 1
+    if alone and not logits._is_known() and logits._mode.is_on():
+        result = NotImplemented
+        if name in _IN_PLACE:
+            result = _elementwise(getattr(torch, _IN_PLACE[name]), logits, args, kwargs)
+        elif name == "__setitem__":
+            result = _set_items(logits, *args)
+        if result is not NotImplemented and result._sample.dtype == logits._sample.dtype:
+            logits._sample, logits._steps = result._sample, result._steps
+            return logits
+    return NotImplemented
 
-    def by_chunks(self, function: Callable[..., Tensor], *aligned_R: Tensor) -> Tensor:
-        """`function(logits_CV, *aligned_C)` of each chunk of rows, put together."""
 
-    def sum_by_chunks(self, function: Callable[..., Tensor], expected: Tensor, *aligned_R: Tensor) -> Tensor:
-        """The sum of the same, whose incoming gradient will probably be `expected`.
+def _set_items(logits: DeferredLogits, index: Any, value: Any):
+    """Records `logits[..., tokens] = value` (tokens that may not be predicted): the same for every row."""
+    leading, tokens = _split_index(index, logits.dim())
+    if any(i != slice(None) for i in leading if isinstance(i, slice)) or not all(isinstance(i, slice) for i in leading):
+        return NotImplemented
 
-        `function` is given a keyword `expected` too, where that is the gradient that its results are sure to receive.
-        """
+    tokens = list(tokens) if isinstance(tokens, list) else tokens  # as it is now
+
+    def written(rows: Tensor, tokens: Any, value: Any) -> Tensor:
+        rows = rows.clone()
+        rows[..., tokens] = value
+        return rows
+
+    scalar = isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0)
+    return _elementwise(written, logits, (tokens, value), {}) if scalar else NotImplemented
+
+
+def _elementwise(func, logits: DeferredLogits, args: tuple, kwargs: dict):
+    """Records `func`, if its other operands are the same for every row and need no gradient."""
+    operands = [operand for operand in (*args, *kwargs.values()) if isinstance(operand, Tensor)]
+    if any(type(o) is type(logits) or o.dim() > 1 or o.requires_grad for o in operands):
+        return NotImplemented
+    versions = [version_of(operand) for operand in operands]
+
+    def step(rows: Tensor) -> Tensor:
+        if versions != [version_of(operand) for operand in operands]:
+            raise RuntimeError(
+                "a tensor that the model used on its logits was written to before the loss was computed, "
+                'which deferred logits cannot follow. Set "loss": false in the mini-sequence configuration'
+            )
+        return func(rows, *args, **kwargs)
+
+    result = logits._with_step(step)
+    return NotImplemented if result is None else result
+
+
+@dataclass(frozen=True)
+class Upcast:
+    """A step that casts to float32, in a form that `before_upcast` knows."""
+
+    step: Step
+    narrow_dtype: torch.dtype
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return self.step(rows)
+
+
+def _cast(func, logits: DeferredLogits, args: tuple, kwargs: dict):
+    narrow, result = logits._sample.dtype, _elementwise(func, logits, args, kwargs)
+    if result is not NotImplemented and result._sample.dtype == torch.float32 and narrow.itemsize == 2:
+        result._steps = (*result._steps[:-1], Upcast(result._steps[-1], narrow))
+    return result
+
+
+def _along_vocabulary(func, logits: DeferredLogits, args: tuple, kwargs: dict):
+    """Records a softmax: a function of each row, if it runs along the vocabulary."""
+    dim, *args = (kwargs.get("dim"),) if "dim" in kwargs else args
+    if dim not in (-1, logits.dim() - 1):
+        return NotImplemented
+    return _elementwise(func, logits, (-1, *args), {key: value for key, value in kwargs.items() if key != "dim"})
+
+
+def _reshape(view, logits: DeferredLogits, args: tuple, kwargs: dict):
+    sizes = args[0] if len(args) == 1 and isinstance(args[0], list | tuple) else args
+    if kwargs or not sizes or not all(isinstance(size, int) for size in sizes):
+        return NotImplemented
+    shape = list(sizes)
+    if -1 in shape:
+        shape[shape.index(-1)] = logits.numel() // max(1, -math.prod(shape))
+    if shape[-1] != logits.shape[-1]:
+        return NotImplemented
+    return logits._with_rows(view, lambda hidden: hidden.reshape(*shape[:-1], hidden.shape[-1]))
+
+
+def _flatten(view, logits: DeferredLogits, args: tuple, kwargs: dict):
+    start, stop = (*args, 0, -1)[:2] if len(args) != 1 else (args[0], -1)
+    if kwargs or stop % logits.dim() == logits.dim() - 1:
+        return NotImplemented
+    return logits._with_rows(view, lambda hidden: hidden.flatten(start, stop))
+
+
+def _transpose(view, logits: DeferredLogits, args: tuple, kwargs: dict):
+    if kwargs or logits.dim() - 1 in [dim % logits.dim() for dim in args]:
+        return NotImplemented
+    return logits._with_rows(view, lambda hidden: hidden.transpose(*args))
+
+
+def _getitem(view, logits: DeferredLogits, args: tuple, kwargs: dict):
+    """Slices and integers on the leading dimensions, slices of the vocabulary."""
+    index, vocabulary = _split_index(args[0], logits.dim())
+    if not all(isinstance(i, slice | int) for i in index) or not isinstance(vocabulary, slice):
+        return NotImplemented
+    steps = [] if vocabulary == slice(None) else [lambda rows: rows[..., vocabulary]]
+    return logits._with_rows(view, lambda hidden: hidden[index], *steps)
+
+
+def _split_index(index: Any, num_dims: int) -> tuple[tuple, Any]:
+    """An index in square brackets: what it says of the leading dimensions (an ellipsis written out), of the vocabulary."""
+    index = index if isinstance(index, tuple) else (index,)
+    ellipses = [i for i, part in enumerate(index) if part is Ellipsis]
+    at = ellipses[0] if ellipses else len(index)
+    missing = num_dims - len(index) + len(ellipses)
+    whole = (*index[:at], *[slice(None)] * missing, *index[at + 1 :])
+    if len(whole) != num_dims:  # None makes a dimension
+        return (None,), None
+    return whole[:-1], whole[-1]
+
+
+def _contiguous(view, logits: DeferredLogits, args: tuple, kwargs: dict):
+    return logits._with_rows(view, lambda hidden: hidden)
+
+
+_ROW_VIEWS = {
+    "view": _reshape,
+    "reshape": _reshape,
+    "flatten": _flatten,
+    "transpose": _transpose,
+    "__getitem__": _getitem,
+    "contiguous": _contiguous,
+}
 
 
 def _cross_entropy(
-    logits: Deferred,
+    logits: DeferredLogits,
     target: Tensor,
     weight: Tensor | None = None,
     size_average: bool | None = None,
@@ -56,7 +218,7 @@ def _cross_entropy(
 
 
 def _nll_loss(
-    log_probs: Deferred,
+    log_probs: DeferredLogits,
     target: Tensor,
     weight: Tensor | None = None,
     size_average: bool | None = None,
@@ -70,7 +232,7 @@ def _nll_loss(
 
 def _token_losses(
     loss: Callable[..., Tensor],
-    logits: Deferred,
+    logits: DeferredLogits,
     target: Tensor,
     weight: Tensor | None,
     size_average: bool | None,
@@ -125,7 +287,7 @@ def _token_losses(
     return (total if reduction == "sum" else total / total_weight).to(dtype)
 
 
-def _argmax(logits: Deferred, dim: int | None = None, keepdim: bool = False):
+def _argmax(logits: DeferredLogits, dim: int | None = None, keepdim: bool = False):
     """`logits.argmax(-1)`: the predicted tokens."""
     if dim not in (-1, logits.dim() - 1):
         return NotImplemented
@@ -134,14 +296,14 @@ def _argmax(logits: Deferred, dim: int | None = None, keepdim: bool = False):
     return _unflattened(tokens_R, logits, keepdim)
 
 
-def _logsumexp(logits: Deferred, dim: int, keepdim: bool = False):
+def _logsumexp(logits: DeferredLogits, dim: int, keepdim: bool = False):
     """`logits.logsumexp(-1)`: the normalizer of each token, with its gradient (z-loss)."""
     if dim not in (-1, logits.dim() - 1):
         return NotImplemented
     return _unflattened(logits.by_chunks(lambda logits_CV: logits_CV.logsumexp(-1)), logits, keepdim)
 
 
-def _gather(logits: Deferred, dim: int, index: Tensor):
+def _gather(logits: DeferredLogits, dim: int, index: Tensor):
     """`logits.gather(-1, index)`: some tokens' logits, or log-probabilities after `log_softmax`."""
     if dim not in (-1, logits.dim() - 1) or index.shape[:-1] != logits.shape[:-1]:
         return NotImplemented
@@ -149,7 +311,7 @@ def _gather(logits: Deferred, dim: int, index: Tensor):
     return gathered.view(index.shape)
 
 
-def _unflattened(result_R: Tensor, logits: Deferred, keepdim: bool) -> Tensor:
+def _unflattened(result_R: Tensor, logits: DeferredLogits, keepdim: bool) -> Tensor:
     return result_R.view(*logits.shape[:-1], *([1] if keepdim else []))
 
 

@@ -31,7 +31,7 @@ class Source(Protocol):
         """Called after backward; nothing is let go of where the graph is kept for another one."""
 
 
-class Checkpoints:
+class LayerInputStore:
     """The layer inputs of one model. A copy of it has none.
 
     Attributes:
@@ -46,7 +46,7 @@ class Checkpoints:
         self._told_outside = False
 
     def __reduce__(self):
-        return Checkpoints, (self._config, self.num_layers)
+        return LayerInputStore, (self._config, self.num_layers)
 
     @property
     def host_bytes_peak(self) -> int:

@@ -1,4 +1,4 @@
-"""Checkpoints (the inputs of decoder layers) in host memory from forward to backward, copied beside the computation.
+"""LayerInputStore (the inputs of decoder layers) in host memory from forward to backward, copied beside the computation.
 
 A device has one stream for the copies of both directions: forward only copies out and backward only in, and copies that run
 in the order in which they were asked for make it safe to reuse a block while a copy is still to come. Other devices, the CPU

@@ -12,7 +12,6 @@ from ds_minis.config import AUTO, MiniSequenceConfig
 from ds_minis.tiling.core.exclusive import trackers_aside
 from ds_minis.tiling.core.out_of_memory import in_a_chunk, in_a_first_call
 from ds_minis.tiling.core.participation import Memory
-from ds_minis.tiling.memory.layer_inputs import Checkpoints
 from ds_minis.tiling.verify.signature import Verdicts
 
 # A feed-forward module needs about this many rows in one matmul before the weights' own traffic stops to show; beyond
@@ -33,7 +32,7 @@ class Chunking:
     Attributes:
         config: the user's settings.
         hidden_size: width of the model's hidden states, in elements; what one token is for `chunk_size`.
-        checkpoints: the inputs of its tiled layers.
+        layer_inputs: where its tiled layers keep their inputs (`ds_minis.tiling.memory`); None: with autograd.
         unread: what need not be computed in a layer of some make (`ds_minis.tiling.layer.analysis`).
         unkept: where an attention cannot be kept -> (class name of the layer, reason); see
             `ds_minis.tiling.passes.kept_attention`.
@@ -47,7 +46,7 @@ class Chunking:
     config: MiniSequenceConfig
     hidden_size: int
     _suspensions: int = field(default=0, repr=False, compare=False)
-    checkpoints: Checkpoints = field(default=None, repr=False, compare=False)
+    layer_inputs: Any = field(default=None, repr=False, compare=False)
     unread: dict[tuple, Any] = field(default_factory=dict, repr=False, compare=False)
     unkept: dict[tuple, tuple[str, str]] = field(default_factory=dict, repr=False, compare=False)
     heads: Verdicts = field(default_factory=Verdicts, repr=False, compare=False)
@@ -55,10 +54,6 @@ class Chunking:
     loss_reasons: set[str] = field(default_factory=set, repr=False, compare=False)
     memory: Memory = field(default_factory=Memory, repr=False, compare=False)
     passes: list[contextlib.ExitStack] = field(default_factory=list, repr=False, compare=False)
-
-    def __post_init__(self):
-        if self.checkpoints is None:
-            self.checkpoints = Checkpoints(self.config)
 
     @contextlib.contextmanager
     def guarded(self, setting: str = "", chunk_rows: int = 0, num_rows: int = 0) -> Iterator[None]:

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ds_minis.tiling.core.replay import AutocastState, has_values
-from ds_minis.tiling.core.row_args import RowCall
+from ds_minis.tiling.core.row_args import RowCall, tensors_in
 from ds_minis.tiling.core.tiled_op import runs_whole, tile_rows
 from ds_minis.tiling.modules.compiling import outside_of_graphs
 from ds_minis.tiling.modules.gate import run_whole
 from ds_minis.tiling.modules.hooks import ALL, engine_of, foreign_global_hook, foreign_hook
 from ds_minis.tiling.modules.swap import Tiled, own_forward, tell
-from ds_minis.tiling.passes.attention import tensors_in
 from ds_minis.tiling.verify.follow import Reach
 from ds_minis.tiling.verify.signature import STALE, Ask, Signature, signature_of
 from ds_minis.tiling.verify.token_wise import read_attributes, why_not_token_wise

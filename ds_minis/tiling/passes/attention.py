@@ -19,6 +19,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ds_minis.tiling.core.row_args import CONSTANTS, tensors_in
+
 _REGISTRY, _REPLACED = "ALL_ATTENTION_FUNCTIONS", "_mini_sequence_replaced"
 
 
@@ -82,12 +84,20 @@ class AttentionRequest:
         return self.call(tensors)[0]
 
 
-def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors in nested lists, tuples and mappings."""
-    if isinstance(value, Tensor):
-        return [value]
-    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
-    return [t for v in values for t in tensors_in(v)]
+_ABSENT = object()
+
+
+def settings_of(request: AttentionRequest) -> dict[int | str, Any]:
+    """The arguments of an attention's call but for tensors and lists of them, which the layer was given."""
+    arguments = (*enumerate(request.args), *request.kwargs.items())
+    return {name: value if isinstance(value, CONSTANTS) else isinstance(value, Tensor) for name, value in arguments}
+
+
+def differing_setting(a: dict, b: dict) -> str:
+    """The name of an argument that is another one in two calls of the attention; empty if none is."""
+    if a == b:
+        return ""
+    return next((repr(n) for n in {**a, **b} if a.get(n, _ABSENT) != b.get(n, _ABSENT)), "")
 
 
 class AttentionReached(Exception):

@@ -19,9 +19,14 @@ from ds_minis.tiling.core.params import constants_of, set_to
 from ds_minis.tiling.core.replay import AutocastState, Seeds, has_values
 from ds_minis.tiling.modules.state import Chunking
 from ds_minis.tiling.modules.swap import untiled_class
-from ds_minis.tiling.passes.attention import AttentionReached, AttentionRequest, attention_answered_by
+from ds_minis.tiling.passes.attention import (
+    AttentionReached,
+    AttentionRequest,
+    attention_answered_by,
+    differing_setting,
+    settings_of,
+)
 from ds_minis.tiling.passes.layer_args import LayerCall, TokensOfCall
-from ds_minis.tiling.verify.follow import differing_setting, settings_of
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_minis.tiling.core.row_args import CONSTANTS, RowCall
-from ds_minis.tiling.passes.attention import AttentionRequest, attention_answered_by
-from ds_minis.tiling.passes.layer_args import LayerCall, TokensOfCall
+from ds_minis.tiling.core.row_args import RowCall
 from ds_minis.tiling.verify.op_trace import SHARED_DRAW, Step, Watch, difference, versions_matter
 
 
@@ -63,12 +61,12 @@ class Reach:
 def follow_module(module: nn.Module, forward: Callable[..., Any], call: RowCall, chunk_rows: int, reach: Reach) -> str:
     """Why a module is not token-wise, as far as its operations show; empty: nothing was seen. `reach` is told the lengths."""
     num_rows = call.num_rows
-    parts = _parts(num_rows, chunk_rows)
+    parts = chunk_lengths(num_rows, chunk_rows)
     reach.set(num_rows, chunk_rows, parts)
     if call.input.is_meta or num_rows < 4:
         return ""
     try:
-        bare = call.mapped(_to_meta)
+        bare = call.mapped(to_meta)
         rows = bare.rows()
     except Exception:
         return ""
@@ -77,68 +75,12 @@ def follow_module(module: nn.Module, forward: Callable[..., Any], call: RowCall,
         forward(*arguments[0], **arguments[1])
 
     with on_meta(module):
-        own = _followed(run, bare.whole(rows))
-        whole = _followed(run, bare.with_rows(rows))
-        runs = [(_followed(run, bare.with_rows([row[:size] for row in rows])), size) for size in parts]
+        own = record_run(run, bare.whole(rows))
+        whole = record_run(run, bare.with_rows(rows))
+        runs = [(record_run(run, bare.with_rows([row[:size] for row in rows])), size) for size in parts]
     reason = "" if own.python == whole.python else SHARED_DRAW
     reason = reason or _other_numbers(own, whole)
-    return _compared(whole, runs, num_rows, reach, reason)
-
-
-def follow_layer(
-    forward: Callable[..., Any], layer: nn.Module, call: LayerCall, x: Tensor, chunk_tokens: int, reach: Reach
-) -> tuple[str, dict | None]:
-    """The same for a layer without its attention, and the attention's arguments that are no tensors."""
-    num_tokens = x.shape[1]
-    parts = _parts(num_tokens, chunk_tokens)
-    reach.set(num_tokens, chunk_tokens, parts)
-    settings = []
-    if x.is_meta or num_tokens < 4:
-        return "", None
-    try:
-        args, kwargs = call.arguments(_to_meta(x), lambda _, value: _mapped(value, _to_meta))
-        bare = LayerCall(tuple(args), kwargs)
-    except Exception:
-        return "", None
-
-    def answer(request: AttentionRequest) -> Tensor:
-        settings.append(settings_of(request))
-        q, _, v = request.tensors
-        return v.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
-
-    def run(part: TokensOfCall) -> None:
-        with attention_answered_by(answer):
-            forward(*part.args, **part.kwargs)
-
-    found, followed = [], []
-    with on_meta(layer):
-        for size in (num_tokens, *parts):
-            settings.clear()
-            followed.append(_followed(run, bare.with_tokens(bare.hidden[:, :size].contiguous(), 0, size)))
-            found.append(settings[0] if len(settings) == 1 else None)
-    reason = ""
-    for given in found[1:]:
-        if found[0] is not None and given is not None and not reason:
-            name = differing_setting(found[0], given)
-            reason = f"its attention's argument {name} depends on the number of tokens" if name else ""
-    reason = _compared(followed[0], list(zip(followed[1:], parts, strict=True)), num_tokens, reach, reason)
-    return reason, found[0]
-
-
-_ABSENT = object()
-
-
-def settings_of(request: AttentionRequest) -> dict[int | str, Any]:
-    """The arguments of an attention's call but for tensors and lists of them, which the layer was given."""
-    arguments = (*enumerate(request.args), *request.kwargs.items())
-    return {name: value if isinstance(value, CONSTANTS) else isinstance(value, Tensor) for name, value in arguments}
-
-
-def differing_setting(a: dict, b: dict) -> str:
-    """The name of an argument that is another one in two calls of the attention; empty if none is."""
-    if a == b:
-        return ""
-    return next((repr(n) for n in {**a, **b} if a.get(n, _ABSENT) != b.get(n, _ABSENT)), "")
+    return compare_runs(whole, runs, num_rows, reach, reason)
 
 
 @dataclass
@@ -148,7 +90,7 @@ class _Followed:
     python: bool
 
 
-def _followed(run: Callable[[Any], None], argument: Any) -> _Followed:
+def record_run(run: Callable[[Any], None], argument: Any) -> _Followed:
     torch.manual_seed(0)
     watch, ended = Watch(), True
     try:
@@ -163,7 +105,9 @@ def _followed(run: Callable[[Any], None], argument: Any) -> _Followed:
     return _Followed(watch.steps, ended, watch.drew_in_python)
 
 
-def _compared(whole: _Followed, runs: Sequence[tuple[_Followed, int]], length: int, reach: Reach, reason: str) -> str:
+def compare_runs(
+    whole: _Followed, runs: Sequence[tuple[_Followed, int]], length: int, reach: Reach, reason: str
+) -> str:
     if whole.python:
         reason = reason or SHARED_DRAW
     ended = whole.ended and all(part.ended for part, _ in runs)
@@ -198,20 +142,20 @@ def _computes(step: Step) -> bool:
     return name not in _LAYOUT and name not in ("mm", "bmm", "addmm", "baddbmm", "matmul", "linear", "mul", "add")
 
 
-def _parts(length: int, chunk: int) -> list[int]:
+def chunk_lengths(length: int, chunk: int) -> list[int]:
     """Sizes of chunks to follow: of a full one, and of the last."""
     chunk = chunk if chunk < length else max(2, length // 2)
     last = length % chunk
     return [chunk, last] if last > 1 else [chunk]
 
 
-def _to_meta(t: Tensor) -> Tensor:
+def to_meta(t: Tensor) -> Tensor:
     return torch.empty_like(t, device="meta")
 
 
-def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, tuple | list):
-        return type(value)(_mapped(v, function) for v in value)
+        return type(value)(map_tensors(v, function) for v in value)
     return function(value) if isinstance(value, Tensor) else value
 
 
@@ -225,7 +169,7 @@ def on_meta(module: nn.Module) -> Iterator[None]:
                 for name, value in list(holder.items()):
                     if isinstance(value, Tensor):
                         try:
-                            substitute = made[id(value)] if id(value) in made else _to_meta(value.detach())
+                            substitute = made[id(value)] if id(value) in made else to_meta(value.detach())
                         except Exception:  # some packed tensor: whoever uses it cannot be followed
                             continue
                         made[id(value)] = substitute

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_minis.tiling.core.params import version_of
+
 _CONTAINERS = frozenset((list, dict, set, deque, OrderedDict, defaultdict))
 _OPAQUE = (nn.Module, type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
 # Packages whose classes keep caches and loggers of their own, which are no state of a model.
@@ -137,10 +139,6 @@ class State:
 
 
 _CONSTANTS = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
-
-
-def version_of(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _difference(now: Any, before: dict) -> Any:
