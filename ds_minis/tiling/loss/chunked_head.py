@@ -238,14 +238,16 @@ class ChunkedHead:
             return
         for reference, name in self._outputs:
             output = reference()
-            made = None if output is None else output.__dict__.get(name)
-            if made is not None and any(ref() is made for ref in self._made):
+            if output is not None and self._is_mine(output.__dict__.get(name)):
                 output.__dict__[name] = None
         for reference in self._made:
             logits = reference()
             if logits is not None:
                 logits.settle(self._why_unreadable())
         self._outputs, self._made = [], []
+
+    def _is_mine(self, value: Any) -> bool:
+        return value is not None and any(ref() is value for ref in self._made)
 
     def _why_unreadable(self) -> str:
         """Why logits of a pass that is over cannot be computed; empty if they can."""
