@@ -208,6 +208,8 @@ def _with_verdicts(report: ConversionReport, model: nn.Module) -> ConversionRepo
     wrong = {m.mini_sequence_name: why_whole(m) for m in modules if why_whole(m)}
     one_call = {m.mini_sequence_name: why_one_call(m) for m in modules if why_one_call(m)}
     unkept = [pair for m in modules for pair in m.mini_sequence_chunking.unkept.values()]
+    last_steps = (m.mini_sequence_chunking.last_step() for m in modules)
+    report = dataclasses.replace(report, last_step=next(filter(None, last_steps), ""))
     if one_call or unkept:
         report = dataclasses.replace(report, one_call=one_call, unkept=tuple(dict.fromkeys(unkept)))
     if not wrong:

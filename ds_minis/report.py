@@ -25,6 +25,7 @@ class ConversionReport:
             `keep_attention`, as the first step found out.
         loss: what became of the LM head and the loss, in words.
         sizes: of the chunks; None where nothing is tiled.
+        last_step: how many chunks the last forward pass in training had, in words; empty before the first.
     """
 
     config: MiniSequenceConfig
@@ -36,6 +37,7 @@ class ConversionReport:
     one_call: Mapping[str, str] = field(default_factory=dict)
     unkept: Sequence[tuple[str, str]] = ()
     sizes: Sizes | None = None
+    last_step: str = ""
 
     def __str__(self) -> str:
         inside = {fqn for fqn in self.tiled if any(fqn.startswith(f"{layer}.") for layer in self.layers)}
@@ -53,4 +55,5 @@ class ConversionReport:
         lines += [f"  attention not kept: {name} ({reason})" for name, reason in self.unkept]
         for (name, reason), count in Counter(self.untiled.values()).items():
             lines.append(f"  not tiled: {count} x {name} ({reason})")
-        return "\n".join([*lines, f"  loss: {self.loss}"])
+        lines.append(f"  loss: {self.loss}")
+        return "\n".join([*lines, f"  the last step: {self.last_step}"] if self.last_step else lines)

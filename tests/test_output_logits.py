@@ -142,3 +142,46 @@ def test_accelerators_collectives_are_given_them_in_full(method):
         logits, labels = getattr(accelerator, method)((model(**INPUTS).logits, INPUTS["labels"]))
         assert type(logits) is torch.Tensor and labels.shape == (2, 23)
         torch.testing.assert_close(logits, reference(**INPUTS).logits)
+
+
+@pytest.fixture
+def one_process():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def wrapped(model, **settings):
+    return torch.nn.parallel.DistributedDataParallel(model, **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"find_unused_parameters": True}, {"static_graph": True}], ids=str)
+def test_logits_are_read_through_ddp_which_rebuilds_outputs(one_process, settings):
+    """The accuracy that a trainer (ms-swift) takes from `outputs.logits`, where HF Trainer has DDP find unused parameters."""
+    model, reference = twins("llama")
+    own_class = type(reference(**INPUTS))
+    plain = wrapped(reference, **settings)
+    converted = wrapped(convert_to_mini_sequence(model, CHUNKS), **settings)
+    for _ in range(2):
+        found, expected = converted(**INPUTS), plain(**INPUTS)
+        assert "logits" not in found and isinstance(found, own_class) and isinstance(found.logits, DeferredLogits)
+        with LargestTensor(131) as largest:
+            predicted = found.logits.argmax(-1)
+        assert largest.rows < 46 and torch.equal(predicted, expected.logits.argmax(-1))
+        assert_same_tensors(trained(converted, found.loss), trained(plain, expected.loss))
+        assert found.logits is None  # from backward on
+
+
+def trained(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def test_a_gradient_of_logits_that_ddp_has_rebuilt_is_refused(one_process):
+    model = wrapped(convert_to_mini_sequence(build("llama"), CHUNKS), find_unused_parameters=True)
+    for loss_of in LOSSES.values():
+        with pytest.raises(RuntimeError, match="only the output's own loss has gradients.*return_logits"):
+            loss_of(model(**INPUTS), INPUTS["labels"]).backward()
+    output = model(**INPUTS)
+    assert output.logits.shape == (2, 23, 131) and pickle.loads(pickle.dumps(output)).loss == output.loss

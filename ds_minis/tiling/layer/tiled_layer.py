@@ -42,6 +42,8 @@ class TiledLayer(ItsOwnCheckpointing, Tiled):
             return self._as_it_is(forward, args, kwargs)
         call = LayerCall(args, kwargs)
         if not call.reason and _runs_whole(self, call):
+            num_tokens = call.hidden.shape[:2].numel()
+            chunking.note("layer", num_tokens, _chunk_tokens(self, call) * call.hidden.shape[0], as_it_is=True)
             return self._as_it_is(forward, args, kwargs)
         hidden = call.hidden  # which a tiled call lets go of
         finding = _found_out(self, forward, call)
@@ -64,6 +66,7 @@ class TiledLayer(ItsOwnCheckpointing, Tiled):
     @outside_of_graphs
     def _run_whole(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any], call: LayerCall) -> Any:
         own = forward
+        self.mini_sequence_chunking.last_calls.pop("layer", None)  # its parts tell
 
         def run(forward: Callable[..., Any]) -> Any:
             return self._as_it_is(forward, args, kwargs, gated=forward is not own)
@@ -203,6 +206,7 @@ def _forward_by_tokens(layer: TiledLayer, forward: Callable[..., Any], call: Lay
     require_weights(layer)
     chunking, x, chunk = layer.mini_sequence_chunking, call.hidden, _chunk_tokens(layer, call)
     bounds = _bounds(x.shape[1], chunk)
+    chunking.note("layer", x.shape[:2].numel(), chunk * x.shape[0])
     source = None
     if torch.is_grad_enabled():
         source = None if chunking.layer_inputs is None else chunking.layer_inputs.source()

@@ -10,6 +10,7 @@ Shapes: leading dimensions `*L` (batch, sequence; R rows when flattened), H hidd
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import logging
 import weakref
@@ -74,6 +75,7 @@ class DeferredLogits(torch.Tensor):
                     self._value = view(base.materialize())
                 else:
                     self._value = _run_steps(self._steps, self._head.logits(self.hidden()))
+            self._mode.watch(self._value)
         return self._value
 
     def settle(self, unreadable: str) -> None:
@@ -102,6 +104,19 @@ class DeferredLogits(torch.Tensor):
             )
         return self._hidden
 
+    def is_readable(self) -> bool:
+        """Whether nobody has looked at these logits, and backward has not begun."""
+        return self._hidden is not None and not self._is_known()
+
+    def give_to_be_read(self, output: Any, name: str) -> None:
+        """Has the same logits be an attribute of another output, for reading: a gradient of them is refused.
+
+        It would not come by what the engine that rebuilt the output has put behind its tensors (DDP's static graph).
+        """
+        mode = copy.copy(self._mode)
+        mode.read_only = True
+        self._head.give(DeferredLogits(self._head, self._hidden, self._sample, self._steps, mode), output, name)
+
     def _is_known(self) -> bool:
         """Whether these logits, or others that stand for the same memory, were computed in full."""
         return any(alias._value is not None for alias in self._aliases.alive())
@@ -117,6 +132,7 @@ class DeferredLogits(torch.Tensor):
 
     def _watched(self, result: Tensor) -> Tensor:
         """The result, whose backward tells the head."""
+        self._mode.watch(result)
         if result.requires_grad:
             result.register_hook(functools.partial(_release, self._head))
         return result
@@ -212,8 +228,23 @@ def _refuse_gradient(_):
     )
 
 
+def _refuse_read_only(_):
+    raise RuntimeError(
+        "a loss of one's own from the logits of a model that DistributedDataParallel wraps with find_unused_parameters=True "
+        "or static_graph=True, which rebuilds the model's output: only the output's own loss has gradients then. Set "
+        '"return_logits": true in the mini-sequence configuration, or leave these arguments out (HF Trainer: '
+        "ddp_find_unused_parameters=False)"
+    )
+
+
 class _Mode:
-    """Gradient mode and autocast state under which the model called its head."""
+    """Gradient mode and autocast state under which the model called its head.
+
+    Attributes:
+        read_only: whether a gradient of the logits is refused.
+    """
+
+    read_only = False
 
     def __init__(self, device: torch.device):
         self.grad = torch.is_grad_enabled()
@@ -224,6 +255,11 @@ class _Mode:
         """Whether the function of that name would do now what it does in this mode."""
         same_autocast = name in CASTS or self._autocast == AutocastState(self._device)
         return self.grad == torch.is_grad_enabled() and same_autocast
+
+    def watch(self, result: Tensor) -> None:
+        """Has a gradient of what was made of the logits be refused, where it must be."""
+        if self.read_only and result.requires_grad:
+            result.register_hook(_refuse_read_only)
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:

@@ -49,11 +49,12 @@ class _Pass(contextlib.ExitStack):
         is_own: whether this pass made it, or a pass around this one.
         reason: why they are not, where they might have been.
         tiled: whether a pass inside of this one has deferred them.
+        with_labels: whether it was given labels.
         only_logits: whether it computes logits alone, without gradients.
     """
 
     head: ChunkedHead | None = None
-    is_own = tiled = only_logits = False
+    is_own = tiled = with_labels = only_logits = False
     reason = ""
 
 
@@ -73,7 +74,7 @@ class _Arm:
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         with_labels = argument(model, "labels", args, kwargs) is not None
         config, begun = self.chunking.config, _Pass()
-        begun.only_logits = not with_labels and not torch.is_grad_enabled()
+        begun.with_labels, begun.only_logits = with_labels, not with_labels and not torch.is_grad_enabled()
         _require_one_thread(model, begun)
         thread = threading.get_ident()
         begun.callback(_forget, model, thread)

@@ -6,9 +6,12 @@ import contextlib
 import contextvars
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
+import torch.distributed
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from ds_minis.tiling.core.replay import AutocastState
@@ -93,7 +96,9 @@ def _dict_without_deferred(output: dict, head: ChunkedHead) -> dict:
     if all(kept.get(key) is value for key, value in output.items()):
         return output
     if dataclasses.is_dataclass(output):  # transformers' ModelOutput, which refuses to have a field deleted
-        same_kind = type(output)(**kept)
+        # DDP takes an output apart and puts it together from its items, to find parameters without use.
+        rebuilt = torch.distributed.is_available() and torch.distributed.is_initialized()
+        same_kind = (_with_logits if rebuilt else _as_it_is)(type(output))(**kept)
         for name in output.keys() - kept.keys():
             head.give(output[name], same_kind, name)
         return same_kind
@@ -101,6 +106,52 @@ def _dict_without_deferred(output: dict, head: ChunkedHead) -> dict:
     same_kind.clear()
     same_kind.update(kept)
     return same_kind
+
+
+def _as_it_is(cls: type) -> type:
+    return cls
+
+
+class _KeepsLogits:
+    """Mixed into the class of an output with logits in an attribute: they are there in what is rebuilt from its items."""
+
+    def __init_subclass__(cls):  # in the place of ModelOutput's
+        pytree.register_pytree_node(cls, _flattened, functools.partial(_rebuilt, cls))
+
+    def __post_init__(self):  # as the class below, or ModelOutput's own registers the items alone
+        cls = type(self)
+        self.__class__ = _base(cls)
+        self.__post_init__()
+        self.__class__ = cls
+
+    def __reduce__(self):
+        return _base(type(self))(**self).__reduce__()  # the class is made at run time
+
+
+def _base(cls: type) -> type:
+    return cls.__mro__[cls.__mro__.index(_KeepsLogits) + 1]
+
+
+@functools.cache
+def _with_logits(cls: type) -> type:
+    """The same class, whose instances `pytree` rebuilds with their logits; the same one each time."""
+    if issubclass(cls, _KeepsLogits):
+        return cls
+    return type(cls.__name__, (_KeepsLogits, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+
+
+def _flattened(output: dict) -> tuple[list[Any], tuple[list[str], dict[str, DeferredLogits]]]:
+    deferred = {name: value for name, value in vars(output).items() if isinstance(value, DeferredLogits)}
+    return list(output.values()), (list(output), deferred)
+
+
+def _rebuilt(cls: type, values: list[Any], context: tuple[list[str], dict[str, DeferredLogits]]) -> Any:
+    names, deferred = context
+    output = cls(**dict(zip(names, values, strict=True)))
+    for name, logits in deferred.items():
+        if logits.is_readable():
+            logits.give_to_be_read(output, name)
+    return output
 
 
 def _value(value: Any, head: ChunkedHead) -> Any:

@@ -1,4 +1,4 @@
-"""No cache of all keys and values in training where nobody asked for one.
+"""No cache of all keys and values in training, or in an evaluation with labels, where nobody asked for one.
 
 transformers makes none under activation checkpointing, in whose place tiled layers are; a layer that is given one cannot be
 tiled as a whole.
@@ -19,7 +19,7 @@ _BESIDE_THE_MODEL = (
 )
 
 
-class NoCacheInTraining:
+class NoCacheUnasked:
     """Forward pre-hook of a decoder, and of what is built around one, that may make a cache.
 
     Where the cache would change the result it is made, and the layers run as a whole: positions that tell packed sequences
@@ -31,11 +31,15 @@ class NoCacheInTraining:
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         # Without a break in a compiled graph where a model around this one has decided, or nothing is trained.
-        if not model.training or kwargs.get("use_cache") is not None:
+        if kwargs.get("use_cache") is not None or not (model.training or self._evaluates()):
             return None
         if torch.compiler.is_compiling() and not torch.is_grad_enabled():
             return None
         return self._decided(model, args, kwargs)
+
+    def _evaluates(self) -> bool:
+        """Whether a loss is computed of this pass: it is no step of a generation, whose keys and values are read again."""
+        return not torch.compiler.is_compiling() and any(begun.with_labels for begun in self._chunking.passes)
 
     @outside_of_graphs
     def _decided(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -68,11 +72,11 @@ def attach_cache_rule(model: nn.Module, layers: list[nn.Module], chunking: Chunk
     for module in model.modules():
         makes = takes(module, "use_cache") and takes(module, "past_key_values")
         if module not in held and makes and any(part in held for part in module.modules()):
-            module.register_forward_pre_hook(NoCacheInTraining(chunking, has_loss), with_kwargs=True)
+            module.register_forward_pre_hook(NoCacheUnasked(chunking, has_loss), with_kwargs=True)
 
 
 def detach_cache_rule(module: nn.Module) -> None:
     """Undoes `attach_cache_rule` for one module."""
-    for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, NoCacheInTraining)]:
+    for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, NoCacheUnasked)]:
         module._forward_pre_hooks.pop(key)
         module._forward_pre_hooks_with_kwargs.pop(key, None)

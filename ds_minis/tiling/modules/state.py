@@ -41,6 +41,7 @@ class Chunking:
         loss_reasons: those that were logged.
         memory: what is known of its modules from earlier calls.
         passes: what the end of each forward pass in progress must undo (`ds_minis.tiling.loss.forward_hooks`).
+        last_calls: "layer" or "module" -> (tokens, tokens of a chunk, whether it ran as it is) of the last one in training.
     """
 
     config: MiniSequenceConfig
@@ -54,6 +55,7 @@ class Chunking:
     loss_reasons: set[str] = field(default_factory=set, repr=False, compare=False)
     memory: Memory = field(default_factory=Memory, repr=False, compare=False)
     passes: list[contextlib.ExitStack] = field(default_factory=list, repr=False, compare=False)
+    last_calls: dict[str, tuple[int, int, bool]] = field(default_factory=dict, repr=False, compare=False)
 
     @contextlib.contextmanager
     def guarded(self, setting: str = "", chunk_rows: int = 0, num_rows: int = 0) -> Iterator[None]:
@@ -82,6 +84,25 @@ class Chunking:
             yield
         finally:
             self.suspend(-1)
+
+    def note(self, role: str, num_tokens: int, chunk_tokens: int, *, as_it_is: bool = False) -> None:
+        """Takes down a call with gradients, for the report; not in a compiled graph."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.last_calls[role] = num_tokens, chunk_tokens, as_it_is
+
+    def last_step(self) -> str:
+        """What the last forward pass in training was cut into: its layers, or, where none was tiled, the modules in them."""
+        call = self.last_calls.get("layer") or self.last_calls.get("module")
+        if call is None:
+            return ""
+        num_tokens, chunk_tokens, as_it_is = call
+        if as_it_is:
+            return (
+                f"nothing was cut: {num_tokens:,} tokens fit into one chunk of {chunk_tokens:,}, so the layers ran as "
+                'they do without ds_minis (a smaller "chunk_size" cuts them, for less memory)'
+            )
+        num_chunks = -(-num_tokens // chunk_tokens)
+        return f"{num_tokens:,} tokens in {num_chunks:,} chunk{'s'[: num_chunks > 1]} of at most {chunk_tokens:,}"
 
     @property
     def suspended(self) -> bool:

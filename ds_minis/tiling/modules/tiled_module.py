@@ -33,6 +33,7 @@ class TiledModule(Tiled):
             return _run_whole(self, forward, call)
         chunk_rows = chunking.module_rows(call.num_rows, call.width, _experts_per_choice(self, call))
         if runs_whole(call.num_rows, chunk_rows):
+            chunking.note("module", call.num_rows, chunk_rows, as_it_is=True)
             return forward(*args, **kwargs)
         return _forward_by_rows(self, forward, call, chunk_rows)
 
@@ -50,6 +51,7 @@ def _forward_by_rows(module: TiledModule, forward: Callable[..., Any], call: Row
         args, kwargs = bare.with_rows(rows)
         return forward(*args, **kwargs).flatten(0, -2)
 
+    module.mini_sequence_chunking.note("module", call.num_rows, chunk_rows)
     guard = functools.partial(module.mini_sequence_chunking.guarded, "chunk_size", chunk_rows, call.num_rows)
     memory = module.mini_sequence_chunking.memory
     y = tile_rows(run, module, call.rows(), chunk_rows, guard, memory, way=call.flags)
