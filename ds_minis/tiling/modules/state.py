@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from ds_minis.config import AUTO, MiniSequenceConfig
 from ds_minis.tiling.core.exclusive import trackers_aside
 from ds_minis.tiling.core.out_of_memory import in_a_chunk, in_a_first_call
