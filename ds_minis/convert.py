@@ -24,18 +24,18 @@ from ds_minis.doors import BY_RUN, Request, agreed
 from ds_minis.ranks import is_main_process
 from ds_minis.report import ConversionReport
 from ds_minis.sizes import find_sizes
-from ds_minis.tiling.layer.tiled_layer import TiledLayer, why_one_call
+from ds_minis.tiling.layer.tiled_layer import TiledLayer, one_call_fallback_reason
 from ds_minis.tiling.loss.forward_hooks import (
     attach_loss_tiling,
     attached_chunking,
     detach_loss_tiling,
+    loss_fallback_reason,
     loss_is_attached,
-    why_loss_is_bypassed,
 )
 from ds_minis.tiling.memory.layer_inputs import LayerInputStore
 from ds_minis.tiling.modules.cache_rule import attach_cache_rule, detach_cache_rule
 from ds_minis.tiling.modules.state import Chunking
-from ds_minis.tiling.modules.swap import Tiled, tile, untile, untiled_class, why_whole
+from ds_minis.tiling.modules.swap import Tiled, tile, untile, untiled_class, whole_fallback_reason
 from ds_minis.tiling.modules.tiled_module import TiledModule
 from ds_minis.tiling.passes.head_groups import WrongGroups, count_groups, num_kv_heads
 from ds_minis.versions import warn_of_old_versions
@@ -195,7 +195,7 @@ def mini_sequence_report(model: nn.Module) -> ConversionReport | None:
     report = next((module.__dict__[_STATE] for module in model.modules() if _STATE in module.__dict__), None)
     if report is None:
         return None
-    bypassed = next(filter(None, map(why_loss_is_bypassed, model.modules())), "")
+    bypassed = next(filter(None, map(loss_fallback_reason, model.modules())), "")
     if bypassed:
         sizes = report.sizes and report.sizes.without_loss()
         report = dataclasses.replace(report, loss=f"not tiled ({bypassed})", sizes=sizes)
@@ -205,8 +205,8 @@ def mini_sequence_report(model: nn.Module) -> ConversionReport | None:
 def _with_verdicts(report: ConversionReport, model: nn.Module) -> ConversionReport:
     """The report, with what was found out about modules at their first calls."""
     modules = [m for m in model.modules() if isinstance(m, Tiled) and m.mini_sequence_chunking is not None]
-    wrong = {m.mini_sequence_name: why_whole(m) for m in modules if why_whole(m)}
-    one_call = {m.mini_sequence_name: why_one_call(m) for m in modules if why_one_call(m)}
+    wrong = {m.mini_sequence_name: whole_fallback_reason(m) for m in modules if whole_fallback_reason(m)}
+    one_call = {m.mini_sequence_name: one_call_fallback_reason(m) for m in modules if one_call_fallback_reason(m)}
     unkept = [pair for m in modules for pair in m.mini_sequence_chunking.unkept.values()]
     last_steps = (m.mini_sequence_chunking.last_step() for m in modules)
     report = dataclasses.replace(report, last_step=next(filter(None, last_steps), ""))

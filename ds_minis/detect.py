@@ -66,7 +66,7 @@ def _all_candidates(model: nn.Module) -> Iterator[Candidate]:
         stacks = [(name, child) for name, child in owner.named_children() if _is_layer_list(child)]
         for stack_name, stack in stacks:
             for i, layer in enumerate(stack):
-                yield Candidate(_join(owner_fqn, stack_name, str(i)), layer, "layer", _why_no_layer(layer))
+                yield Candidate(_join(owner_fqn, stack_name, str(i)), layer, "layer", _layer_fallback_reason(layer))
                 for name, child in layer.named_children():
                     yield from _part_candidates(_join(owner_fqn, stack_name, str(i), name), name, child)
         columns = _columns(owner)
@@ -101,11 +101,11 @@ def _matrix_candidates(fqn: str, name: str, module: nn.Module) -> Iterator[Candi
     if _is_mixer(name, module):
         yield Candidate(fqn, module, "mixer", "mixes tokens")
     elif _has_feed_forward_shape(module):
-        yield Candidate(fqn, module, "feed-forward", _why_replaced(module))
+        yield Candidate(fqn, module, "feed-forward", _replaced_fallback_reason(module))
     elif _has_experts(name, module):
         yield from _expert_candidates(fqn, name, module)
     elif _is_named(_FEED_FORWARD, name, module):
-        yield Candidate(fqn, module, "feed-forward", _why_replaced(module))
+        yield Candidate(fqn, module, "feed-forward", _replaced_fallback_reason(module))
     elif isinstance(module, nn.Linear):
         yield Candidate(fqn, module, "other", "a projection in the layer's own forward, in no module of its own")
     else:
@@ -118,7 +118,7 @@ def _expert_candidates(fqn: str, name: str, module: nn.Module) -> Iterator[Candi
     A router's outputs for all tokens are what a load-balancing loss is made of, and it may look at all tokens at once.
     """
     if _is_fused(module) or _is_named(_EXPERTS, name, module):
-        yield Candidate(fqn, module, "experts", _why_replaced(module))
+        yield Candidate(fqn, module, "experts", _replaced_fallback_reason(module))
         return
     parts: list[Candidate] = []
     for child_name, child in module.named_children():
@@ -135,10 +135,10 @@ def _is_layer_list(module: nn.Module) -> bool:
     return isinstance(module, nn.ModuleList) and any(map(_is_layer, module))
 
 
-def _why_no_layer(layer: nn.Module) -> str:
+def _layer_fallback_reason(layer: nn.Module) -> str:
     count = num_attentions(layer)
     if count == 1:
-        return _why_replaced(layer)
+        return _replaced_fallback_reason(layer)
     if not count:
         return f"as a whole: {_NO_INTERFACE}"
     return f"as a whole: it has {count} attentions"
@@ -218,7 +218,7 @@ def _norm_candidates(fqn: str, module: nn.Module) -> Iterator[Candidate]:
     """The norms inside of a part of a stack, by name; the part itself also by its shape, the weight of a norm."""
     for inner_fqn, norm in module.named_modules(prefix=fqn):
         if _is_norm(norm) or (norm is module and _has_norm_shape(norm)):
-            reason = _why_replaced(norm)
+            reason = _replaced_fallback_reason(norm)
             if any(len(_shape(p)) != 1 for p in norm.parameters()):
                 reason = "its weight has more than one dimension"
             yield Candidate(inner_fqn, norm, "norm", reason)
@@ -237,7 +237,7 @@ def _shape(param: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(param, "ds_shape", param.shape))
 
 
-def _why_replaced(module: nn.Module) -> str:
+def _replaced_fallback_reason(module: nn.Module) -> str:
     replaced = replaced_forward(module)
     return f"{REPLACED}, by {replaced}" if replaced else ""
 

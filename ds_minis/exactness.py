@@ -26,7 +26,7 @@ from ds_minis.convert import (
     modules_with_chunks,
 )
 from ds_minis.tiling.layer.tiled_layer import TiledLayer
-from ds_minis.tiling.modules.swap import why_whole
+from ds_minis.tiling.modules.swap import whole_fallback_reason
 from ds_minis.tiny import FIRST_SPECIAL_ID, FIRST_TEXT_ID, tiny_model, without_dropout
 
 LIMIT = 1e-5  # of a parameter's largest gradient, or of FLOOR times the model's where that is more
@@ -173,9 +173,11 @@ def text_batch(model: nn.Module, *, batch_size: int = BATCH_SIZE, length: int = 
 def _idle(model: nn.Module) -> tuple[str, ...]:
     """Modules without a verdict: they were never called with more rows than a chunk has."""
     tiled = modules_with_chunks(model)
-    layers = [m for m in tiled if isinstance(m, TiledLayer) and m.mini_sequence_verdicts and not why_whole(m)]
+    layers = [
+        m for m in tiled if isinstance(m, TiledLayer) and m.mini_sequence_analyses and not whole_fallback_reason(m)
+    ]
     inside = {part for layer in layers for part in layer.modules()}
-    return tuple(m.mini_sequence_name for m in tiled if not m.mini_sequence_verdicts and m not in inside)
+    return tuple(m.mini_sequence_name for m in tiled if not m.mini_sequence_analyses and m not in inside)
 
 
 def gives_router_outputs(model: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from models import count_layers
 
 from ds_minis import convert_to_mini_sequence
 from ds_minis.tiling.layer.tiled_layer import TiledLayer
-from ds_minis.tiling.loss.forward_hooks import why_loss_is_bypassed
+from ds_minis.tiling.loss.forward_hooks import loss_fallback_reason
 from ds_minis.tiling.modules.tiled_module import TiledModule
 from ds_minis.tiling.passes.kept_attention import KeptAttention
 
@@ -68,7 +68,7 @@ def train_deepspeed(case: Case, *, converted: bool, seed: int | None = None) -> 
         "hooked_inside": hooked,
         "tiled": count_tiled(model),
         "layers": count_layers(model),
-        "loss": why_loss_is_bypassed(model),
+        "loss": loss_fallback_reason(model),
         "losses": losses,
         "params": params,
     }
@@ -143,7 +143,7 @@ def steps_torch(case: Case, model, engine) -> dict:
         "offload": False,
         "tiled": count_tiled(model),
         "layers": count_layers(model),
-        "loss": why_loss_is_bypassed(model),
+        "loss": loss_fallback_reason(model),
         "losses": losses,
         "params": params,
     }
@@ -183,7 +183,7 @@ def steps_alone(case: Case, model, engine=None) -> dict:
         "offload": False,
         "tiled": count_tiled(model),
         "layers": count_layers(model),
-        "loss": why_loss_is_bypassed(model),
+        "loss": loss_fallback_reason(model),
         "losses": losses,
         "norms": norms,
         "params": {n: p.detach().float() for n, p in model.named_parameters() if p.requires_grad},

@@ -28,7 +28,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from ds_minis.tiling.layer.tiled_layer import TiledLayer
-from ds_minis.tiling.modules.swap import why_whole
+from ds_minis.tiling.modules.swap import whole_fallback_reason
 
 VOCAB_SIZE = 131
 _SIZES = {
@@ -176,7 +176,7 @@ def loss_and_grads(model, inputs: dict, **kwargs) -> tuple[torch.Tensor, dict[st
 def count_layers(model) -> int:
     """Decoder layers that ran as a whole over chunks, in every call."""
     layers = [m for m in model.modules() if isinstance(m, TiledLayer)]
-    return sum(bool(m.mini_sequence_verdicts) and not why_whole(m) for m in layers)
+    return sum(bool(m.mini_sequence_analyses) and not whole_fallback_reason(m) for m in layers)
 
 
 def assert_same_training(model, reference, inputs: dict, *, rtol: float = 1e-5, **kwargs) -> None:

@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ds_minis import mini_sequence_report
-from ds_minis.tiling.memory.offload import Kept
+from ds_minis.tiling.memory.offload import OffloadedTensor
 from ds_minis.tiling.passes.kept_attention import KeptAttention
 from ds_minis.tiling.passes.rematerialize import Layout, View, copy_of
 
@@ -211,9 +211,9 @@ def test_a_mask_is_kept_by_nobody_a_second_time():
 def test_kept_tensors_are_brought_back_once_each_in_the_order_of_backward(monkeypatch):
     model, _ = converted({"offload": "cpu"}, num_hidden_layers=4)
     loss_and_grads(model, unmasked(23))
-    loss, brought, kept, init, bring = None, [], [], Kept.__init__, Kept._bring
-    monkeypatch.setattr(Kept, "__init__", lambda self, *args: kept.append(self) or init(self, *args))
-    monkeypatch.setattr(Kept, "_bring", lambda self: brought.append(kept.index(self)) or bring(self))
+    loss, brought, kept, init, bring = None, [], [], OffloadedTensor.__init__, OffloadedTensor._bring
+    monkeypatch.setattr(OffloadedTensor, "__init__", lambda self, *args: kept.append(self) or init(self, *args))
+    monkeypatch.setattr(OffloadedTensor, "_bring", lambda self: brought.append(kept.index(self)) or bring(self))
     loss = model(**unmasked(23)).loss
     loss.backward()
     assert len(kept) == 12

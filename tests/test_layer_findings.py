@@ -206,7 +206,7 @@ def test_an_argument_that_has_as_many_positions_as_tokens_by_chance():
             m.model.layers[0](inputs, numbers=numbers, position_embeddings=rotation).square().sum().backward()
             results.append(inputs.grad)
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
-    assert len(model.model.layers[0].mini_sequence_verdicts) == 2
+    assert len(model.model.layers[0].mini_sequence_analyses) == 2
 
 
 class TimesOneNumber(LlamaDecoderLayer):

@@ -38,10 +38,10 @@ def converted(family="llama", settings=None, **kwargs):
     return convert_to_mini_sequence(model, CHUNKS | (settings or {})), reference
 
 
-def findings(model) -> list:
+def analyses(model) -> list:
     """What was found out about each layer."""
     layers = [m for m in model.modules() if isinstance(m, TiledLayer)]
-    return [finding for layer in layers for finding in layer.mini_sequence_verdicts.values()]
+    return [analysis for layer in layers for analysis in layer.mini_sequence_analyses.values()]
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -56,7 +56,7 @@ def test_same_loss_and_gradients(family, settings):
     assert count_layers(model) == sizes["num_hidden_layers"], mini_sequence_report(model)
     if "head_groups" in SETTINGS[settings]:
         wanted = SETTINGS[settings]["head_groups"]
-        assert {finding.groups.count for finding in findings(model)} == {4 if wanted == "auto" else wanted}
+        assert {analysis.groups.count for analysis in analyses(model)} == {4 if wanted == "auto" else wanted}
 
 
 @pytest.mark.parametrize("settings", ["groups", "offload", "all"])
@@ -184,7 +184,7 @@ def test_heads_that_cannot_be_cut_are_attended_to_at_once():
     """Queries, keys and values are made in one projection."""
     model, reference = converted("phi3", {"head_groups": "auto"})
     assert_same_training(model, reference, batch(23))
-    assert all(finding.groups is None and finding.one_call for finding in findings(model))
+    assert all(analysis.groups is None and analysis.one_call for analysis in analyses(model))
     text = (
         "attention in one call: 2 x Phi3DecoderLayer (the projections in front of its attention cannot be cut by heads)"
     )

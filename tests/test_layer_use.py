@@ -127,8 +127,8 @@ def test_arguments_with_a_position_for_each_token(shape):
         return layer(x, scale=scale, **kwargs)
 
     assert_same_tensors(grads_of(layer, x, use), grads_of(plain, x, use))
-    (finding,) = layer.mini_sequence_verdicts.values()
-    assert finding.reason == ""
+    (analysis,) = layer.mini_sequence_analyses.values()
+    assert analysis.reason == ""
 
 
 def test_an_argument_that_requires_a_gradient():
@@ -140,8 +140,8 @@ def test_an_argument_that_requires_a_gradient():
         grads = grads_of(m, x, lambda m, x, scale=scale: m(x, scale=scale, **kwargs))
         found.append(grads | {"scale": scale.grad})
     assert_same_tensors(*found)
-    (finding,) = layer.mini_sequence_verdicts.values()
-    assert finding.reason == "its argument 'scale' requires a gradient"
+    (analysis,) = layer.mini_sequence_analyses.values()
+    assert analysis.reason == "its argument 'scale' requires a gradient"
 
 
 class GivesTuple(LlamaDecoderLayer):
@@ -183,11 +183,11 @@ def test_layers_that_give_tuples(cls, tiled):
         return y
 
     assert_same_tensors(grads_of(layer, x, use), grads_of(plain, x, use))
-    (finding,) = layer.mini_sequence_verdicts.values()
-    assert finding.reason == ("" if tiled else "it gives more than hidden states")
+    (analysis,) = layer.mini_sequence_analyses.values()
+    assert analysis.reason == ("" if tiled else "it gives more than hidden states")
 
 
-class Kept:
+class OffloadedTensor:
     """Uses of a layer in which somebody else holds the gradient that comes in, or its memory."""
 
     def __init__(self):
@@ -240,7 +240,7 @@ class Kept:
         return y * 1
 
 
-USES = [name for name in vars(Kept) if not name.startswith("_") and name != "keep"]
+USES = [name for name in vars(OffloadedTensor) if not name.startswith("_") and name != "keep"]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -249,7 +249,7 @@ def test_a_gradient_that_somebody_holds_is_not_written_over(name, batch_size):
     layer, plain, x, kwargs = layers_alone(batch_size=batch_size)
     found = []
     for m in (layer, plain):
-        kept = Kept()
+        kept = OffloadedTensor()
         grads = grads_of(m, x, lambda m, x, kept=kept: getattr(kept, name)(m, x, kwargs))
         seen = [t.grad if t.requires_grad else t for t in kept.seen]
         found.append(grads | {f"kept {i}": t.detach().clone() for i, t in enumerate(seen)})
@@ -421,14 +421,14 @@ def test_a_copy_made_after_the_first_step(duplicate, wrap):
     assert_same_training(model, reference, batch(23))
     twin = duplicate(model)
     own = set(twin.modules())
-    assert not any(m.mini_sequence_verdicts for m in twin.modules() if isinstance(m, TiledLayer))
+    assert not any(m.mini_sequence_analyses for m in twin.modules() if isinstance(m, TiledLayer))
     with torch.no_grad():
         for param in model.parameters():
             param.zero_()
     assert_same_training(twin, reference, batch(23))
-    findings = [f for m in twin.modules() if isinstance(m, TiledLayer) for f in m.mini_sequence_verdicts.values()]
-    unread = [f.unread for f in findings]
-    assert findings and all(u.outputs and {m for m, *_ in u.outputs} | {*u.values_before} <= own for u in unread)
+    analyses = [f for m in twin.modules() if isinstance(m, TiledLayer) for f in m.mini_sequence_analyses.values()]
+    unread = [f.dead_values for f in analyses]
+    assert analyses and all(u.outputs and {m for m, *_ in u.outputs} | {*u.values_pre_attention} <= own for u in unread)
     assert count_layers(twin) == 2
 
 
@@ -444,9 +444,9 @@ def class_with(activation):
 
 def test_what_is_not_read_is_asked_again_of_each_layer(monkeypatch):
     """The second layer is made as the first, the third only seems to be: it reads its MLP's result for a gradient."""
-    asked, run = [], layer_verify._Examination._by_chunks
+    asked, run = [], layer_verify.LayerProbe._by_chunks
     monkeypatch.setattr(
-        layer_verify._Examination, "_by_chunks", lambda self, *args: asked.append(self._layer) or run(self, *args)
+        layer_verify.LayerProbe, "_by_chunks", lambda self, *args: asked.append(self._layer) or run(self, *args)
     )
     model, reference = twins("llama", num_hidden_layers=3)
     for m in (model, reference):
@@ -455,15 +455,15 @@ def test_what_is_not_read_is_asked_again_of_each_layer(monkeypatch):
     convert_to_mini_sequence(model, CHUNKS)
     assert_same_training(model, reference, batch(23))
     layers = list(model.model.layers)
-    (first, second, third), findings = map(asked.count, layers), [findings_of(layer)[0] for layer in layers]
-    read = [m.mlp.down_proj not in f.unread.values_after for m, f in zip(layers, findings, strict=True)]
+    (first, second, third), analyses = map(asked.count, layers), [findings_of(layer)[0] for layer in layers]
+    read = [m.mlp.down_proj not in f.dead_values.values_post_attention for m, f in zip(layers, analyses, strict=True)]
     assert read == [False, False, True]
     assert first > 10 and second == 3, "as it is, without outputs and without values"
     assert third == first + 1, "one question more: the one that told"
 
 
 def findings_of(layer) -> list:
-    return list(layer.mini_sequence_verdicts.values())
+    return list(layer.mini_sequence_analyses.values())
 
 
 def test_a_projection_that_draws_random_numbers_in_one_layer_alone():
@@ -474,7 +474,8 @@ def test_a_projection_that_draws_random_numbers_in_one_layer_alone():
     convert_to_mini_sequence(model, CHUNKS)
     loss_and_grads(model, batch(23))
     left_out = [
-        layer.self_attn.q_proj in {m for m, *_ in findings_of(layer)[0].unread.outputs} for layer in model.model.layers
+        layer.self_attn.q_proj in {m for m, *_ in findings_of(layer)[0].dead_values.outputs}
+        for layer in model.model.layers
     ]
     assert left_out == [True, False]
 

@@ -455,14 +455,14 @@ def lane(monkeypatch):
 
 
 def test_copies_wait_for_what_they_read(lane):
-    kept = offload.Kept(lane, torch.randn(40))
+    kept = offload.OffloadedTensor(lane, torch.randn(40))
     assert lane.in_flight[-1].tensor is not None
     kept.fetch()
     kept.fetch()  # brought back, by a second copy
 
 
 def test_memory_goes_back_behind_the_copy_that_reads_it(lane):
-    kept = offload.Kept(lane, torch.randn(40))
+    kept = offload.OffloadedTensor(lane, torch.randn(40))
     on_device = lane.in_flight[-1]
     event = on_device._event
     assert event not in lane.streams.now.waited_for
@@ -473,7 +473,7 @@ def test_memory_goes_back_behind_the_copy_that_reads_it(lane):
 
 def test_a_stream_waits_for_what_it_is_given(lane):
     """Where it is another than the one that the memory goes back to, that must know of it."""
-    kept = offload.Kept(lane, torch.randn(40))
+    kept = offload.OffloadedTensor(lane, torch.randn(40))
     on_device, event = lane.in_flight[-1], lane.in_flight[-1]._event
     other, recorded = Streams.Stream(), []
     on_device._asynchronous = True
@@ -492,7 +492,7 @@ def test_a_stream_waits_for_what_it_is_given(lane):
 def test_no_more_than_two_layers_copies_are_under_way(lane, at_once):
     kept = []
     for _ in range(5 * at_once):
-        kept.append(offload.Kept(lane, torch.randn(40), at_once))
+        kept.append(offload.OffloadedTensor(lane, torch.randn(40), at_once))
         assert len(lane.in_flight) <= 2 * at_once
     assert len(lane.in_flight) == 2 * at_once
 

@@ -14,7 +14,7 @@ from ds_minis.config import MiniSequenceConfig
 from ds_minis.tiling.layer import tiled_layer as tiled_layer
 from ds_minis.tiling.modules import tiled_module as tiled_module
 from ds_minis.tiling.modules.state import Chunking
-from ds_minis.tiling.modules.swap import tile, untile, why_whole
+from ds_minis.tiling.modules.swap import tile, untile, whole_fallback_reason
 from ds_minis.tiling.modules.tiled_module import TiledModule
 
 H = 8
@@ -122,7 +122,7 @@ def test_a_module_that_mixes_tokens_where_few_would_not_show_it_runs_as_a_whole(
     x[1, 100] *= 1000
     torch.manual_seed(3)
     y = module(x)
-    assert why_whole(module)
+    assert whole_fallback_reason(module)
     untile(module)
     torch.manual_seed(3)
     assert torch.equal(module(x), y)
@@ -135,7 +135,7 @@ def test_a_first_call_of_one_token_decides_nothing():
 
     module = tiled(Shifts(), chunk_size=1)
     module(inputs(1, 1))
-    answer = tiled_module.why_not_token_wise(module, lambda x: Shifts.forward(module, x), _call(inputs(1, 1)))
+    answer = tiled_module.token_wise_fallback_reason(module, lambda x: Shifts.forward(module, x), _call(inputs(1, 1)))
     assert answer == "its result for a token depends on others"
     y = module(inputs(2, 60))
     untile(module)
@@ -143,7 +143,7 @@ def test_a_first_call_of_one_token_decides_nothing():
 
 
 def _call(x):
-    return tiled_module.RowCall((x,), {})
+    return tiled_module.RowArgs((x,), {})
 
 
 class Scheduled(Up):
@@ -166,27 +166,27 @@ class Scheduled(Up):
 def test_a_verdict_is_asked_again_when_what_it_rests_on_changes(start):
     module, x = tiled(Scheduled()), inputs(2, 60)
     module(x)
-    assert not why_whole(module)
+    assert not whole_fallback_reason(module)
     start(module)
     y = module(x)
-    assert why_whole(module)
+    assert whole_fallback_reason(module)
     untile(module)
     assert torch.equal(module(x), y)
 
 
 def test_what_changes_at_every_call_costs_few_verifications(monkeypatch):
-    asked, own = [], tiled_module.why_not_token_wise
-    monkeypatch.setattr(tiled_module, "why_not_token_wise", lambda *a, **k: asked.append(1) or own(*a, **k))
+    asked, own = [], tiled_module.token_wise_fallback_reason
+    monkeypatch.setattr(tiled_module, "token_wise_fallback_reason", lambda *a, **k: asked.append(1) or own(*a, **k))
     module, x = tiled(Scheduled()), inputs(2, 60)
     for step in range(20):
         module.step = step  # which it does not read
         module.ds_step = step
         module(x)
-    assert len(asked) < 8 and not why_whole(module)
+    assert len(asked) < 8 and not whole_fallback_reason(module)
     for share in range(1, 20):
         module.share = share / 100
         module(x)
-    assert len(asked) < 16 and why_whole(module)
+    assert len(asked) < 16 and whole_fallback_reason(module)
 
 
 def with_class(model, cls):
@@ -236,7 +236,7 @@ def test_a_part_of_the_graph_that_outlives_the_call():
     model, reference = (with_class(m, AuxiliaryUnseen) for m in twins("llama"))
     convert_to_mini_sequence(model, {"chunk_size": 10, "loss_chunk_size": 7})
     assert_same_training(model, reference, batch(23))
-    assert "keeps what it computed beyond the call" in why_whole(model.model.layers[0])
+    assert "keeps what it computed beyond the call" in whole_fallback_reason(model.model.layers[0])
 
 
 @pytest.mark.parametrize("cls", [LogScale, Reaches])
@@ -282,6 +282,6 @@ def test_an_attention_argument_that_differs_at_a_real_call(monkeypatch):
     """Where no probe shows it, the chunks' own calls are compared."""
     model, reference = (with_class(m, LogScale) for m in twins("llama"))
     convert_to_mini_sequence(model, {"chunk_size": 130, "loss_chunk_size": 50})
-    monkeypatch.setattr(tiled_layer, "examine", lambda *_: tiled_layer.Finding())
+    monkeypatch.setattr(tiled_layer, "examine", lambda *_: tiled_layer.LayerAnalysis())
     assert_same_training(model, reference, batch(80))
-    assert "'scaling' depends on the number of tokens" in why_whole(model.model.layers[0])
+    assert "'scaling' depends on the number of tokens" in whole_fallback_reason(model.model.layers[0])

@@ -14,11 +14,11 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import ds_minis.tiling.modules.tiled_module as tiling
 from ds_minis.config import MiniSequenceConfig
 from ds_minis.tiling.core.replay import has_values
-from ds_minis.tiling.core.row_args import RowCall
+from ds_minis.tiling.core.row_args import RowArgs
 from ds_minis.tiling.modules.state import Chunking
-from ds_minis.tiling.modules.swap import tile, untile, why_whole
+from ds_minis.tiling.modules.swap import tile, untile, whole_fallback_reason
 from ds_minis.tiling.modules.tiled_module import TiledModule
-from ds_minis.tiling.verify.token_wise import why_not_token_wise
+from ds_minis.tiling.verify.token_wise import token_wise_fallback_reason
 
 H = 8
 
@@ -116,7 +116,7 @@ WRONG = {
 
 
 def ask(module, *args, **kwargs):
-    return why_not_token_wise(module, module.forward, RowCall(args, kwargs))
+    return token_wise_fallback_reason(module, module.forward, RowArgs(args, kwargs))
 
 
 def inputs(*shape):
@@ -252,7 +252,7 @@ def test_weights_that_are_parametrized_for_one_call():
     register_parametrization(module.up, "weight", Doubled())
     y = module(x)
     remove_parametrizations(module.up, "weight", leave_parametrized=False)
-    assert "parametrized" in why_whole(module) and y.requires_grad
+    assert "parametrized" in whole_fallback_reason(module) and y.requires_grad
     assert module.up.weight.grad is None
     y.sum().backward()
     assert module.up.weight.grad.abs().max() > 0
@@ -265,9 +265,9 @@ def test_flags_are_asked_for_each_value():
 
     module, x = tiled(MayShift()).eval(), inputs(2, 23)
     module(x, shifts=False)
-    assert not why_whole(module)
+    assert not whole_fallback_reason(module)
     module(x, shifts=True)
-    assert "depends on others" in why_whole(module)
+    assert "depends on others" in whole_fallback_reason(module)
 
 
 def test_without_values_nothing_can_be_asked():
@@ -290,12 +290,14 @@ def test_a_module_that_is_not_token_wise_runs_as_a_whole_and_says_so_once(caplog
     assert [r.message for r in caplog.records] == [
         "TokenShift is run as a whole: its result for a token depends on others"
     ]
-    assert why_whole(module) == "its result for a token depends on others"
+    assert whole_fallback_reason(module) == "its result for a token depends on others"
 
 
 def test_a_module_is_asked_once_for_each_way_of_calling_it(monkeypatch):
     asked = []
-    monkeypatch.setattr(tiling, "why_not_token_wise", lambda module, forward, call, **_: asked.append(call.keys) or "")
+    monkeypatch.setattr(
+        tiling, "token_wise_fallback_reason", lambda module, forward, call, **_: asked.append(call.keys) or ""
+    )
     module = tiled(MLP())
     module(inputs(2, 23)), module(inputs(2, 23))
     module(inputs(2, 23), residual=1.0)  # a number is no row
@@ -323,7 +325,7 @@ def test_every_module_is_asked_for_itself():
         reference = copy.deepcopy(module)
         untile(reference)
         torch.testing.assert_close(module(x), reference(x))
-    assert [bool(why_whole(module)) for module in modules] == [False, True, False, True]
+    assert [bool(whole_fallback_reason(module)) for module in modules] == [False, True, False, True]
 
 
 def test_a_hook_on_a_part_makes_a_module_run_as_a_whole_as_long_as_it_is_there():
@@ -331,10 +333,10 @@ def test_a_hook_on_a_part_makes_a_module_run_as_a_whole_as_long_as_it_is_there()
     module, x, lengths = tiled(MLP()).eval(), inputs(2, 23), []
     module.up.register_forward_pre_hook(_engines_hook)
     module(x)
-    assert not why_whole(module)
+    assert not whole_fallback_reason(module)
     handle = module.up.register_forward_pre_hook(lambda m, args: lengths.append(args[0].shape))
     module(x)
-    assert lengths == [(2, 23, H)] and "has the hook test_a_hook_on_a_part" in why_whole(module)
+    assert lengths == [(2, 23, H)] and "has the hook test_a_hook_on_a_part" in whole_fallback_reason(module)
     handle.remove()
     calls = []
     module.up.forward = lambda rows: calls.append(len(rows.flatten(0, -2))) or nn.Linear.forward(module.up, rows)
@@ -361,7 +363,7 @@ def test_dispatch_modes_do_not_see_the_asking():
     untile(reference[0])
     reference(y).sum().backward()
     torch.testing.assert_close(x.grad, y.grad)
-    assert not why_whole(module)
+    assert not whole_fallback_reason(module)
 
 
 def test_other_tensors_with_a_row_for_each_token_are_cut_too():
@@ -370,7 +372,7 @@ def test_other_tensors_with_a_row_for_each_token_are_cut_too():
     expected = module(x, residual)
     torch.testing.assert_close(tiled(module)(x, residual), expected)
     torch.testing.assert_close(module(x, residual=residual.view(46, H).view(2, 23, H)), expected)
-    assert not why_whole(module)
+    assert not whole_fallback_reason(module)
 
 
 @pytest.mark.parametrize(
@@ -382,12 +384,12 @@ def test_other_tensors_with_a_row_for_each_token_are_cut_too():
     ],
 )
 def test_calls_that_cannot_be_cut(arguments, words):
-    assert words in RowCall(arguments, {}).reason
+    assert words in RowArgs(arguments, {}).reason
 
 
 def test_rows_of_a_call():
     x, ids, flat = inputs(2, 3), torch.arange(6).view(2, 3), torch.arange(12.0).view(6, 2)
-    call = RowCall((x, 0.5), {"ids": ids, "flat": flat, "mode": "sum", "scale": torch.tensor(2.0)})
+    call = RowArgs((x, 0.5), {"ids": ids, "flat": flat, "mode": "sum", "scale": torch.tensor(2.0)})
     assert (call.keys, call.num_rows, call.width, call.reason) == ((0, "ids", "flat"), 6, H, "")
     args, kwargs = call.with_rows([row[1:3] for row in call.rows()])
     assert args[0].shape == (1, 2, H) and args[1] == 0.5 and torch.equal(kwargs["ids"], torch.tensor([[1, 2]]))
@@ -399,8 +401,8 @@ def test_rows_of_a_call():
 
 def test_experts_chosen_per_token():
     rows, chosen, weights = inputs(6), torch.zeros(6, 4, dtype=torch.long), torch.zeros(6, 4)
-    assert RowCall((rows, chosen, weights), {}).choices == 4
-    assert RowCall((rows, weights), {}).choices == 0
+    assert RowArgs((rows, chosen, weights), {}).choices == 4
+    assert RowArgs((rows, weights), {}).choices == 0
 
 
 class WeakShift(MLP):
@@ -427,7 +429,7 @@ def test_rows_that_are_all_alike_hide_nothing():
 
 def test_a_number_that_needs_a_gradient_is_not_cut():
     scale = torch.ones((), requires_grad=True)
-    assert "its argument 'scale' does not have one row" in RowCall((inputs(2, 3),), {"scale": scale}).reason
+    assert "its argument 'scale' does not have one row" in RowArgs((inputs(2, 3),), {"scale": scale}).reason
 
 
 def test_a_module_that_told_nothing_is_asked_again():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ds_minis.tiling.core.out_of_memory import for_weight_gradients
 
 
-def let_go(tensors: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
+def drain(tensors: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
     """Gives one after the other and holds none that it gave: a layer's gradients together are as large as its weights."""
     waiting = list(reversed(tensors))
     del tensors
@@ -84,7 +84,7 @@ class GradientSums:
         self._sums[index] = torch.zeros_like(leaf, dtype=wide) if before is None else before.to(wide)
         self._sums[index][rows].add_(grad)
 
-    def settle(self) -> None:
+    def round_to_param_dtype(self) -> None:
         """Rounds the sums that are there to their parameters' dtypes, when it is known that hardly any is added to again."""
         self.result()
 

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ds_minis.tiling.core.grad_accum import GradientSums
-from ds_minis.tiling.core.replay import AutocastState, forwards_set
+from ds_minis.tiling.core.replay import AutocastState, patched_forwards
 
 Forwards = dict[nn.Module, Callable]
 
@@ -168,7 +168,7 @@ class LastLinear:
                 if is_result and calls.count(linear) == 1:
                     self._found = linear
 
-        with forwards_set({linear: watch(linear) for linear in self._linears}):
+        with patched_forwards({linear: watch(linear) for linear in self._linears}):
             yield decide
 
     def found(self) -> tuple[nn.Linear, ...]:

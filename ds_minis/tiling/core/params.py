@@ -71,7 +71,7 @@ class ParameterSlots:
         self._slots = [(part, name, new_index[index]) for part, name, index in self._slots if index in new_index]
 
     @contextlib.contextmanager
-    def holding(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+    def reparametrized(self, tensors: Sequence[Tensor]) -> Iterator[None]:
         """Puts `tensors` (one for each of `self.tensors`) in place, and what was there back at the end."""
         before = []
         try:
@@ -203,7 +203,7 @@ def _is_constant(value: object) -> bool:
 
 
 @contextlib.contextmanager
-def set_to(constants: Constants) -> Iterator[None]:
+def restored_flags(constants: Constants) -> Iterator[None]:
     """Parts are set as they were in forward; an evaluation or another use of the module may have come in between."""
     now = [
         (part, k, part.__dict__[k], v) for part, values in constants for k, v in values.items() if k in part.__dict__

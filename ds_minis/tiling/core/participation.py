@@ -27,7 +27,7 @@ class Walk:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        with torch.enable_grad(), unseen_graph(), self._slots.holding(self._leaves):
+        with torch.enable_grad(), unseen_graph(), self._slots.reparametrized(self._leaves):
             yield
 
     def seen(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

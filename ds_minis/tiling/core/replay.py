@@ -154,7 +154,7 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def forwards_set(forwards: dict[nn.Module, Callable | None]) -> Iterator[None]:
+def patched_forwards(forwards: dict[nn.Module, Callable | None]) -> Iterator[None]:
     """Each module runs the given forward (None: its class's) in the place of its own; hooks around it run as ever."""
     before = {module: module.__dict__.get("forward") for module in forwards}
     _set_forwards(forwards)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ds_minis.tiling.core.replay import has_values
 
 
-def is_ours_alone(grad: Tensor) -> bool:
+def can_overwrite(grad: Tensor) -> bool:
     """Whether nobody else holds an incoming gradient or its memory, so that it may be written over.
 
     Others do where a gradient goes two ways (a residual around the layer), or where a hook has kept it.

@@ -29,7 +29,7 @@ def spread(index: Tensor, size: int) -> Tensor:
     return torch.cat([index[:rest], torch.arange(middle, middle + third), torch.arange(size - third, size)])
 
 
-class RowCall:
+class RowArgs:
     """The arguments of a call, seen as rows.
 
     The first tensor decides: `(*L, H)` has one row for each index of its leading dimensions `*L`. Other tensors must have
@@ -101,7 +101,7 @@ class RowCall:
         """The arguments that have rows, each `(R, ...)`."""
         return [v.reshape(self.num_rows, *v.shape[self._num_leading(v) :]) for v in map(self._argument, self.keys)]
 
-    def without_rows(self) -> RowCall:
+    def without_rows(self) -> RowArgs:
         """The same call, good for `with_rows` alone: it keeps no tensor that has rows alive."""
         # A single number beside the rows stays what it is, whoever writes to it before backward.
         args = [untouched(v) if isinstance(v, Tensor) else v for v in self._args]
@@ -127,7 +127,7 @@ class RowCall:
             (args if isinstance(key, int) else kwargs)[key] = value.view(self._argument(key).shape)
         return args, kwargs
 
-    def narrowed(self, batch: int, tokens: int, replace: Callable[[Tensor], Tensor]) -> RowCall:
+    def narrowed(self, batch: int, tokens: int, replace: Callable[[Tensor], Tensor]) -> RowArgs:
         """The same call for the first `tokens` of the last leading dimension, and the first `batch` of those before.
 
         A call of fewer rows than `FEW` is made longer: its rows are repeated. `replace` gives other values for the first
@@ -146,7 +146,7 @@ class RowCall:
             value = value if count == len(self._leading) else value.flatten(0, len(before))
             value = replace(value) if random else value.clone()  # the module may write to it
             (args if isinstance(key, int) else kwargs)[key] = value
-        return RowCall(tuple(args), kwargs)
+        return RowArgs(tuple(args), kwargs)
 
     def _num_leading(self, value: Tensor) -> int:
         """How many of an argument's dimensions count its rows: all leading ones of the first tensor, or one for all."""
@@ -157,10 +157,10 @@ class RowCall:
         """`forward` with these arguments."""
         return forward(*self._args, **self._kwargs)
 
-    def mapped(self, function: Callable[[Tensor], Tensor]) -> RowCall:
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> RowArgs:
         """The same call with `function(t)` for each tensor."""
         args = tuple(function(v) if isinstance(v, Tensor) else v for v in self._args)
-        return RowCall(args, {k: function(v) if isinstance(v, Tensor) else v for k, v in self._kwargs.items()})
+        return RowArgs(args, {k: function(v) if isinstance(v, Tensor) else v for k, v in self._kwargs.items()})
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -23,17 +23,17 @@ from torch import Tensor, nn
 
 from ds_minis.ranks import has_other_ranks
 from ds_minis.tiling.core.exclusive import alone
-from ds_minis.tiling.core.grad_accum import GradientSums, let_go
+from ds_minis.tiling.core.grad_accum import GradientSums, drain
 from ds_minis.tiling.core.linear import LastLinear, chunk_forwards
-from ds_minis.tiling.core.params import Constants, ParameterSlots, Untrained, constants_of, set_to
+from ds_minis.tiling.core.params import Constants, ParameterSlots, Untrained, constants_of, restored_flags
 from ds_minis.tiling.core.participation import Memory, Walk, signature_of
-from ds_minis.tiling.core.replay import Replay, forwards_set, refuse_gradients_of_gradients
-from ds_minis.tiling.core.reuse import is_ours_alone
+from ds_minis.tiling.core.replay import Replay, patched_forwards, refuse_gradients_of_gradients
+from ds_minis.tiling.core.reuse import can_overwrite
 
 Guard = Callable[[], contextlib.AbstractContextManager]
 
 
-class Call(abc.ABC):
+class TiledOp(abc.ABC):
     """One call of something tiled: what its forward and its backward share.
 
     Attributes:
@@ -97,7 +97,7 @@ class Call(abc.ABC):
         return tensors if self.walk is None else self.walk.seen(tensors)
 
 
-class _TiledCall(Call):
+class TiledRows(TiledOp):
     """A row function over chunks."""
 
     def __init__(
@@ -150,7 +150,7 @@ class _TiledCall(Call):
 
     def _backward(self, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
         grad_output, self.grad_output = self.grad_output, None
-        reuse = is_ours_alone(grad_output)
+        reuse = can_overwrite(grad_output)
         num_rows = len(tensors) - len(self.slots.tensors)
         rows, params = tensors[:num_rows], tensors[num_rows:]
         reuse = reuse and needs_grad[0] and grad_output.dtype == rows[0].dtype and grad_output.shape == rows[0].shape
@@ -162,36 +162,36 @@ class _TiledCall(Call):
         with contextlib.ExitStack() as stack:
             for context in (
                 self._replay.active(),
-                set_to(self.constants),
+                restored_flags(self.constants),
                 self._untrained.as_in_forward(),
                 torch.enable_grad(),
             ):
                 stack.enter_context(context)
-            stack.enter_context(self.slots.holding(leaves))
-            stack.enter_context(forwards_set(chunk_forwards(self.module, [sums], self._last_linear.found())))
+            stack.enter_context(self.slots.reparametrized(leaves))
+            stack.enter_context(patched_forwards(chunk_forwards(self.module, [sums], self._last_linear.found())))
             for start, stop in self._bounds:
                 chunk = [x[start:stop].detach().requires_grad_(need) for x, need in zip(rows, needs_grad, strict=False)]
                 inputs = [x for x in (*chunk, *leaves) if x.requires_grad]
                 y = self._function(*chunk)
                 if y.requires_grad:
-                    grads = let_go(torch.autograd.grad(y, inputs, grad_output[start:stop], allow_unused=True))
+                    grads = drain(torch.autograd.grad(y, inputs, grad_output[start:stop], allow_unused=True))
                 else:  # trainable tensors that took no part, such as a disabled adapter's
                     grads = iter([None] * len(inputs))
                 del y
                 first = next(grads) if needs_grad[0] else None
                 for total in row_grads[1:]:
                     if total is not None:
-                        put(total[start:stop], next(grads))
+                        copy_or_zero_(total[start:stop], next(grads))
                 sums.add(grads)
                 if needs_grad[
                     0
                 ]:  # at last: the others may be parts of the incoming gradient, which this may be written over
-                    put(row_grads[0][start:stop], first)
+                    copy_or_zero_(row_grads[0][start:stop], first)
                 del grads, first  # or they would be there beside the next chunk's
         return [*row_grads, *sums.result()]
 
 
-def put(place: Tensor, grad: Tensor | None) -> None:
+def copy_or_zero_(place: Tensor, grad: Tensor | None) -> None:
     """Writes a gradient to its place; zeros for none."""
     if grad is None:
         place.zero_()
@@ -203,7 +203,7 @@ class _Record(torch.autograd.Function):
     """Saves the inputs; gives a token that carries the graph; its backward does all the work."""
 
     @staticmethod
-    def forward(ctx, call: Call, *tensors: Tensor):
+    def forward(ctx, call: TiledOp, *tensors: Tensor):
         ctx.call = call
         ctx.save_for_backward(*call.saved(tensors))
         return tensors[0].new_zeros(())
@@ -217,7 +217,7 @@ class _Compute(torch.autograd.Function):
     """Computes the result and saves nothing; hands its gradient to `_Record` beside the graph (shapes may differ)."""
 
     @staticmethod
-    def forward(ctx, call: Call, token: Tensor, *rows: Tensor):
+    def forward(ctx, call: TiledOp, token: Tensor, *rows: Tensor):
         ctx.call = call
         return call.result(rows)
 
@@ -264,11 +264,11 @@ def tile_rows(
     num_rows = rows[0].shape[0]
     if runs_whole(num_rows, chunk_rows):
         return function(*rows)
-    call = _TiledCall(function, module, chunk_rows, num_rows, guard, memory or Memory(), way)
+    call = TiledRows(function, module, chunk_rows, num_rows, guard, memory or Memory(), way)
     return run_call(call, rows)
 
 
-def run_call(call: Call, rows: Sequence[Tensor]) -> Tensor:
+def run_call(call: TiledOp, rows: Sequence[Tensor]) -> Tensor:
     """The result of a call, with one autograd node for the gradients of all rows and parameters."""
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in (*rows, *call.slots.tensors)):
         with torch.no_grad():

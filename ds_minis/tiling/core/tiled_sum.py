@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ds_minis.tiling.core.exclusive import alone
-from ds_minis.tiling.core.grad_accum import GradientSums, let_go
+from ds_minis.tiling.core.grad_accum import GradientSums, drain
 from ds_minis.tiling.core.linear import chunk_forwards
-from ds_minis.tiling.core.params import ParameterSlots, constants_of, set_to
-from ds_minis.tiling.core.replay import Replay, forwards_set, refuse_gradients_of_gradients, unseen_graph
+from ds_minis.tiling.core.params import ParameterSlots, constants_of, restored_flags
+from ds_minis.tiling.core.replay import Replay, patched_forwards, refuse_gradients_of_gradients, unseen_graph
 from ds_minis.tiling.core.tiled_op import Guard
 
 
-class _SumCall:
+class TiledSum:
     """One call: what its forward and its backward share."""
 
     def __init__(
@@ -56,9 +56,9 @@ class _SumCall:
         leaves = [p.detach().requires_grad_(need) for p, need in zip(params, needs_grad[num_rows:], strict=True)]
         sums, total = GradientSums(leaves, single=len(self._bounds) == 1), None
         with contextlib.ExitStack() as stack:
-            for context in (self._running(), torch.enable_grad(), self.slots.holding(leaves)):
+            for context in (self._running(), torch.enable_grad(), self.slots.reparametrized(leaves)):
                 stack.enter_context(context)
-            stack.enter_context(forwards_set(chunk_forwards(self._module, [sums])))
+            stack.enter_context(patched_forwards(chunk_forwards(self._module, [sums])))
             for start, stop in self._bounds:
                 chunk = [x[start:stop].detach().requires_grad_(need) for x, need in zip(rows, needs_grad, strict=False)]
                 inputs = [x for x in (*chunk, *leaves) if x.requires_grad]
@@ -66,7 +66,7 @@ class _SumCall:
                 total = y.detach() if total is None else total + y.detach()
                 if not y.requires_grad:  # trainable tensors that took no part, such as a disabled adapter's
                     continue
-                grads = let_go(torch.autograd.grad(y, inputs, self.expected.to(y.dtype), allow_unused=True))
+                grads = drain(torch.autograd.grad(y, inputs, self.expected.to(y.dtype), allow_unused=True))
                 del y
                 for row_grad in row_grads:
                     grad = next(grads) if row_grad is not None else None
@@ -86,13 +86,13 @@ class _SumCall:
             torch.clear_autocast_cache()
 
     def grads_again(self, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
-        with self._replay.active(), set_to(self._constants):
+        with self._replay.active(), restored_flags(self._constants):
             return self.value_and_grads(tensors, needs_grad)[1]
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call: _SumCall, *tensors: Tensor):
+    def forward(ctx, call: TiledSum, *tensors: Tensor):
         ctx.call = call
         ctx.save_for_backward(*tensors)
         total, ctx.grads = call.value_and_grads(tensors, ctx.needs_input_grad[1:])
@@ -131,7 +131,7 @@ def sum_rows(
     Returns:
         The sum. A gradient of its gradient is refused (`create_graph=True`).
     """
-    call = _SumCall(function, module, rows, chunk_rows, expected, guard)
+    call = TiledSum(function, module, rows, chunk_rows, expected, guard)
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in (*rows, *call.slots.tensors)):
         return call.value(rows)
     return _Sum.apply(call, *rows, *call.slots.tensors)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ds_minis.tiling.core.linear import is_plain_linear
 from ds_minis.tiling.core.params import ParameterSlots
 from ds_minis.tiling.core.replay import has_values
-from ds_minis.tiling.layer.dead_value_search import UnreadSearch, stand_in
-from ds_minis.tiling.layer.finding import Finding, followed
+from ds_minis.tiling.layer.dead_value_search import DeadValueSearch, stand_in
+from ds_minis.tiling.layer.layer_analysis import LayerAnalysis, followed
 from ds_minis.tiling.layer.poisoned_rows import PoisonedRows, narrowed_request
 from ds_minis.tiling.layer.probe import (
     PROBE_BATCH,
@@ -26,8 +26,8 @@ from ds_minis.tiling.layer.probe import (
     PROBE_TOKENS,
     CountsTokens,
     all_close,
-    why_no_gradients,
-    why_not_whole,
+    gradients_fallback_reason,
+    layer_fallback_reason,
 )
 from ds_minis.tiling.modules.state import Chunking
 from ds_minis.tiling.passes.attention import (
@@ -37,8 +37,8 @@ from ds_minis.tiling.passes.attention import (
     settings_of,
 )
 from ds_minis.tiling.passes.head_groups import HeadGroups, WrongGroups, count_groups
-from ds_minis.tiling.passes.layer_args import LayerCall
-from ds_minis.tiling.passes.layer_passes import NOTHING_UNREAD, LayerPasses, NoAttention, Unread, chunk_of
+from ds_minis.tiling.passes.layer_args import LayerArgs
+from ds_minis.tiling.passes.layer_passes import NO_DEAD_VALUES, DeadValues, LayerPasses, NoAttention, chunk_of
 from ds_minis.tiling.passes.node import LayerNode
 from ds_minis.tiling.verify.follow import Reach
 from ds_minis.tiling.verify.op_trace import SHARED_DRAW, Watch, shares_draws
@@ -62,9 +62,9 @@ _MIXES = "its result or gradients for a token depend on others, other than by wa
 _HEADS_DIFFER = "its attention function gives something else for a part of the heads"
 
 
-def examine(
-    layer: nn.Module, forward: Callable[..., Any], call: LayerCall, chunking: Chunking, chunk_tokens: int = 0
-) -> Finding | None:
+def analyze_layer(
+    layer: nn.Module, forward: Callable[..., Any], call: LayerArgs, chunking: Chunking, chunk_tokens: int = 0
+) -> LayerAnalysis | None:
     """Follows a call without values, and runs a few tokens of it on detached weights, forward and backward.
 
     Args:
@@ -75,25 +75,25 @@ def examine(
     """
     x = call.hidden
     if not has_values(x):
-        return _Examination(
+        return LayerProbe(
             layer, forward, call.narrowed(PROBE_BATCH, PROBE_TOKENS, torch.empty_like), chunking
         ).finding_by_shapes()
     reach = Reach()
     reason, settings = followed(layer, forward, call, chunk_tokens, reach)
     with quietly(layer, x.device):
-        finding = _ask(layer, forward, call, chunking, reach)
-        if finding is not None and finding.reason == _MIXES:
+        analysis = _ask(layer, forward, call, chunking, reach)
+        if analysis is not None and analysis.reason == _MIXES:
             # Once more, with other random numbers: the gradient of a single number may happen to be next to nothing, and all
             # rounding in bfloat16.
-            finding = _ask(layer, forward, call, chunking, reach)
-        if finding is None:
+            analysis = _ask(layer, forward, call, chunking, reach)
+        if analysis is None:
             return None
-        return dataclasses.replace(finding, reason=finding.reason or reason, reach=reach, settings=settings)
+        return dataclasses.replace(analysis, reason=analysis.reason or reason, reach=reach, settings=settings)
 
 
 def _ask(
-    layer: nn.Module, forward: Callable[..., Any], call: LayerCall, chunking: Chunking, reach: Reach
-) -> Finding | None:
+    layer: nn.Module, forward: Callable[..., Any], call: LayerArgs, chunking: Chunking, reach: Reach
+) -> LayerAnalysis | None:
     first_state = State(layer)
     tokens = PROBE_TOKENS if reach.complete else long_probe(layer, call.hidden) // PROBE_BATCH
     if not reach.complete and min(call.hidden.shape[1], LONGEST_PROBE // PROBE_BATCH) <= tokens:
@@ -101,25 +101,25 @@ def _ask(
     shape = call.hidden.shape
     try:
         few = call.narrowed(PROBE_BATCH, tokens, real_and_random)
-        return _Examination(layer, forward, few, chunking, shape).finding()
+        return LayerProbe(layer, forward, few, chunking, shape).analysis()
     except (torch.OutOfMemoryError, WrongGroups):
         raise  # says nothing about the layer
     except NoAttention:
-        return Finding("it does not call the attention interface")
+        return LayerAnalysis("it does not call the attention interface")
     except Exception as error:
-        return Finding(f"it fails on a part of the tokens ({type(error).__name__}: {str(error)[:100]})")
+        return LayerAnalysis(f"it fails on a part of the tokens ({type(error).__name__}: {str(error)[:100]})")
     finally:
         first_state.restore(layer)
 
 
-class _Examination:
+class LayerProbe:
     """Runs of a few tokens of a call; `shape` is that of the hidden states of the call itself."""
 
     def __init__(
         self,
         layer: nn.Module,
         forward: Callable[..., Any],
-        call: LayerCall,
+        call: LayerArgs,
         chunking: Chunking,
         shape: Sequence[int] = (),
     ):
@@ -135,7 +135,7 @@ class _Examination:
         self._num_counting = 0  # of the chunks
         self._sentinels: list = []
 
-    def finding(self) -> Finding | None:
+    def analysis(self) -> LayerAnalysis | None:
         watch = Watch([self._x, *self._params])
         try:
             with torch.enable_grad(), watch:
@@ -143,45 +143,45 @@ class _Examination:
         finally:
             written = watch.undo_writes()
         if reason or written:
-            return Finding(reason or f"it keeps state from one call to the next ({written})")
+            return LayerAnalysis(reason or f"it keeps state from one call to the next ({written})")
         if watch.drew_in_python or shares_draws(watch.steps, self._x.shape[1]):
-            return Finding(SHARED_DRAW)
+            return LayerAnalysis(SHARED_DRAW)
         if is_held(self._sentinels):
-            return Finding(HELD)
+            return LayerAnalysis(HELD)
         state = State(self._layer)
         differing = self._differing_setting()
         if self._num_counting == len(self._bounds):
-            return Finding(
+            return LayerAnalysis(
                 "it counts the positions of its tokens itself (torch.arange), from the first that it is given"
             )
         if differing:
-            return Finding(f"its attention's argument {differing} depends on the number of tokens")
-        actual = self._by_chunks(NOTHING_UNREAD)
+            return LayerAnalysis(f"its attention's argument {differing} depends on the number of tokens")
+        actual = self._by_chunks(NO_DEAD_VALUES)
         changed = state.changed(self._layer)
         if changed:
-            return Finding(f"it keeps state from one call to the next ({changed})")
+            return LayerAnalysis(f"it keeps state from one call to the next ({changed})")
         if not any(g is not None and g.any() for g in expected[1:]):
             return None
         coarse = tolerance([self._x, *self._params, *actual])
         if not all_close(actual, expected, coarse):
-            return Finding(_MIXES)
+            return LayerAnalysis(_MIXES)
         if not watch.makes_indices and PoisonedRows(self._forward, self._call, self._slots, self._x).spread(coarse):
-            return Finding(_MIXES)
-        reason, asked = self._why_not_by_itself()
+            return LayerAnalysis(_MIXES)
+        reason, asked = self._attention_fallback_reason()
         if reason:
-            return Finding(reason)
-        finding = Finding(rest=rest, unread=self._search().found(actual), attention_asked=asked)
-        return finding if self._chunking.config.head_groups == 1 else self._with_groups(finding, actual)
+            return LayerAnalysis(reason)
+        analysis = LayerAnalysis(rest=rest, dead_values=self._search().found(actual), attention_asked=asked)
+        return analysis if self._chunking.config.head_groups == 1 else self._with_groups(analysis, actual)
 
-    def finding_by_shapes(self) -> Finding:
+    def finding_by_shapes(self) -> LayerAnalysis:
         """Without values there is nothing to compare; that heads can be cut shows in their number."""
         if self._chunking.config.head_groups == 1:
-            return Finding()
+            return LayerAnalysis()
         groups, shapes = self._groups()
         with torch.no_grad(), groups.cut(0):
-            _, heads = self._passes().before(self._x)
-        cut = [t.shape[1] * groups.count for t in heads] == [shape[1] for shape in shapes]
-        return Finding(groups=groups if cut else None)
+            _, qkv = self._passes().pre_attention(self._x)
+        cut = [t.shape[1] * groups.count for t in qkv] == [shape[1] for shape in shapes]
+        return LayerAnalysis(groups=groups if cut else None)
 
     def _whole(self) -> tuple[list[Tensor | None], tuple | None, str]:
         """Result and gradients of the layer in one run; what it gives beside; why it cannot be tiled."""
@@ -196,10 +196,10 @@ class _Examination:
             nonlocal reason
             requests.append(dataclasses.replace(request, tensors=()))
             self._settings = settings_of(request)
-            reason = reason or why_not_whole(request, part.is_argument, leaves, x.shape[1])
+            reason = reason or layer_fallback_reason(request, part.is_argument, leaves, x.shape[1])
             return stand_in(request, request.tensors)
 
-        with self._slots.holding(leaves), attention_answered_by(answer):
+        with self._slots.reparametrized(leaves), attention_answered_by(answer):
             y = self._forward(*part.args, **part.kwargs)
         if given._version != version:
             return [], None, WRITES_INPUT
@@ -216,7 +216,7 @@ class _Examination:
             return [], None, reason
         self._grad = torch.randn_like(y)
         inputs = [t for t in (x, *leaves) if t.requires_grad]
-        with self._slots.holding(leaves):  # a backward may run the module again
+        with self._slots.reparametrized(leaves):  # a backward may run the module again
             grads = iter(torch.autograd.grad(y, inputs, self._grad.clone(), allow_unused=True))
         if writes_gradients(leaves):
             return [], None, WRITES_GRADIENTS
@@ -244,22 +244,24 @@ class _Examination:
         return LayerPasses(self._layer, self._forward, self._call, bounds, self._chunking)
 
     def _by_chunks(
-        self, unread: Unread, groups: HeadGroups | None = None, at_once: bool = False
+        self, dead_values: DeadValues, groups: HeadGroups | None = None, at_once: bool = False
     ) -> list[Tensor | None]:
         """The same, by chunks in reversed order, in the way in which the layer would be run."""
-        node = LayerNode(self._layer, self._passes(at_once), unread, groups, attend=stand_in, slots=self._slots)
+        node = LayerNode(self._layer, self._passes(at_once), dead_values, groups, attend=stand_in, slots=self._slots)
         with torch.no_grad():
             y = node.forward([self._x], with_backward=True)
             node.grad_output = self._grad.clone()  # a backward may write over it
             return [y, *node.backward([self._x, *self._params], [True, *self._asked])]
 
-    def _search(self) -> UnreadSearch:
+    def _search(self) -> DeadValueSearch:
         unasked = [p for p, asked in zip(self._slots.tensors, self._asked, strict=True) if not asked]
-        return UnreadSearch(self._layer, self._forward, self._call, self._x, unasked, self._chunking, self._by_chunks)
+        return DeadValueSearch(
+            self._layer, self._forward, self._call, self._x, unasked, self._chunking, self._by_chunks
+        )
 
-    def _why_not_by_itself(self) -> tuple[str, bool]:
+    def _attention_fallback_reason(self) -> tuple[str, bool]:
         """Why the real attention cannot be run apart from the layer, and whether it could be run at all on a few tokens."""
-        request, heads = self._passes().before(self._x)
+        request, qkv = self._passes().pre_attention(self._x)
         few = narrowed_request(request, self._shape, self._x.shape)
         if few is None:
             return "", False
@@ -267,7 +269,7 @@ class _Examination:
         result, failed = None, ""
         try:
             with torch.enable_grad():
-                given = [guarded(t.requires_grad_(), sentinels).clone() for t in heads]
+                given = [guarded(t.requires_grad_(), sentinels).clone() for t in qkv]
                 result = few.run(given)
         except torch.OutOfMemoryError:
             raise
@@ -275,7 +277,7 @@ class _Examination:
             return "", False
         else:
             written = any(t._version for t in given)
-            failed = why_no_gradients(result, heads)
+            failed = gradients_fallback_reason(result, qkv)
         finally:
             changed = state.changed(request.module)
             state.restore(request.module)
@@ -286,36 +288,36 @@ class _Examination:
             return f"its attention function leaves something behind ({changed or 'a part of its graph'})", True
         return failed, True
 
-    def _with_groups(self, finding: Finding, expected: Sequence[Tensor | None]) -> Finding:
+    def _with_groups(self, analysis: LayerAnalysis, expected: Sequence[Tensor | None]) -> LayerAnalysis:
         """The finding, with the groups of heads that were asked for, or the reason why there are none."""
         groups, _ = self._groups()
         try:
-            actual = self._by_chunks(finding.unread, groups)
+            actual = self._by_chunks(analysis.dead_values, groups)
         except RuntimeError:
             actual = [None] * len(expected)
         coarse = tolerance([self._x, *self._params, *expected])
         if not all_close(actual, expected, coarse):
             why = "the projections in front of its attention cannot be cut by heads"
         else:
-            why = self._why_heads_differ(groups, coarse)
-        return dataclasses.replace(finding, one_call=why) if why else dataclasses.replace(finding, groups=groups)
+            why = self._head_groups_fallback_reason(groups, coarse)
+        return dataclasses.replace(analysis, one_call=why) if why else dataclasses.replace(analysis, groups=groups)
 
-    def _why_heads_differ(self, groups: HeadGroups, coarse: float) -> str:
+    def _head_groups_fallback_reason(self, groups: HeadGroups, coarse: float) -> str:
         """Whether the attention function itself gives the same for some of the heads as for all of them."""
         with torch.no_grad():
-            request, heads = self._passes().before(self._x)
-            name = request.per_head(heads[0].shape[1])
+            request, qkv = self._passes().pre_attention(self._x)
+            name = request.per_head(qkv[0].shape[1])
             if name:
                 return f"its attention's argument {name} has a part for each head"
             few = narrowed_request(request, self._shape, self._x.shape)
             if few is None:
                 return ""
             try:
-                whole = few.run(heads)
+                whole = few.run(qkv)
                 for group in range(groups.count):
                     with groups.cut(group):
-                        request, heads = self._passes().before(self._x)
-                    part = narrowed_request(request, self._shape, self._x.shape).run(heads)
+                        request, qkv = self._passes().pre_attention(self._x)
+                    part = narrowed_request(request, self._shape, self._x.shape).run(qkv)
                     if part.dim() == 4 and not is_close(part, groups.of_output(whole, group), coarse):
                         return _HEADS_DIFFER
             except torch.OutOfMemoryError:
@@ -327,7 +329,7 @@ class _Examination:
     def _groups(self) -> tuple[HeadGroups, list[torch.Size]]:
         """The groups that were asked for, of the projections as wide as heads; and the shapes of all heads."""
         wanted = self._chunking.config.head_groups
-        _, (queries, keys, values) = self._passes().before(self._x)
+        _, (queries, keys, values) = self._passes().pre_attention(self._x)
         count = count_groups(wanted, keys.shape[1])
         widths = {t.shape[1] * t.shape[3] for t in (queries, keys, values)}
         linears = tuple(m for m in self._search().calls()[0] if is_plain_linear(m) and m.out_features in widths)

@@ -14,14 +14,14 @@ from ds_minis.tiling.core.linear import is_plain_linear
 from ds_minis.tiling.core.replay import AutocastState
 from ds_minis.tiling.modules.state import Chunking
 from ds_minis.tiling.passes.attention import AttentionRequest, attention_answered_by
-from ds_minis.tiling.passes.layer_args import LayerCall
-from ds_minis.tiling.passes.layer_passes import NOTHING_UNREAD, Unread
+from ds_minis.tiling.passes.layer_args import LayerArgs
+from ds_minis.tiling.passes.layer_passes import NO_DEAD_VALUES, DeadValues
 from ds_minis.tiling.verify.token_wise import is_close
 
 _MOST_LINEARS = 32  # of those asked behind the attention; a mixture of experts may have hundreds
 
 
-class UnreadSearch:
+class DeadValueSearch:
     """The search in one layer.
 
     Args:
@@ -35,7 +35,7 @@ class UnreadSearch:
         self,
         layer: nn.Module,
         forward: Callable[..., Any],
-        call: LayerCall,
+        call: LayerArgs,
         x: Tensor,
         unasked: Sequence[Tensor],
         chunking: Chunking,
@@ -44,48 +44,53 @@ class UnreadSearch:
         self._layer, self._forward, self._call, self._x = layer, forward, call, x
         self._unasked, self._chunking, self._by_chunks = unasked, chunking, by_chunks
 
-    def found(self, expected: Sequence[Tensor | None]) -> Unread:
+    def found(self, expected: Sequence[Tensor | None]) -> DeadValues:
         """Linear layers are asked by halves, and all at last; first, what held for a layer of the same make."""
 
-        def matters(unread: Unread, at_once: list[Tensor | None] | None = None) -> bool:
+        def matters(dead_values: DeadValues, at_once: list[Tensor | None] | None = None) -> bool:
             wanted = expected if at_once is None else at_once
             try:
                 with self._large_weights_watched() as reached:
-                    actual = self._by_chunks(unread) if at_once is None else self._by_chunks(unread, None, True)
+                    actual = (
+                        self._by_chunks(dead_values) if at_once is None else self._by_chunks(dead_values, None, True)
+                    )
             except RuntimeError:  # what stands for an output cannot be written to, say
                 return True
-            if reached and not unread.outputs:
+            if reached and not dead_values.outputs:
                 return True
             pairs = zip(actual, wanted, strict=True)
             return not all(a is e or (a is not None and e is not None and is_close(a, e, 1e-6)) for a, e in pairs)
 
-        nan, known, parts = float("nan"), self._chunking.unread, dict(self._layer.named_modules())
-        make = self._make(parts)
+        nan, known, parts = float("nan"), self._chunking.dead_values, dict(self._layer.named_modules())
+        make = self._layer_signature(parts)
         if make in known:
-            found = known[make].renamed(parts.__getitem__)
+            found = known[make].map_modules(parts.__getitem__)
             values = dataclasses.replace(found, outputs=(), value=nan)
             if not matters(values) and not matters(dataclasses.replace(found, value=nan)):
                 return found
         before, after = self.calls()
         # Candidates are asked of all tokens in one chunk, as that is quicker; what is found is asked of several.
-        whole = self._by_chunks(NOTHING_UNREAD, None, True)
+        whole = self._by_chunks(NO_DEAD_VALUES, None, True)
         outputs = tuple(
-            _unread_outputs(self._layer, before, lambda o: not matters(Unread(outputs=(o,), value=nan), whole))
+            _dead_outputs(self._layer, before, lambda o: not matters(DeadValues(outputs=(o,), value=nan), whole))
         )
         linears_before = [m for m in before if is_plain_linear(m)]
         linears_after = [m for m in after if is_plain_linear(m) and m not in before]
-        values_before = _which(linears_before, lambda some: not matters(Unread(values_before=some, value=nan), whole))
-        values_after = _which(
-            linears_after[-_MOST_LINEARS:], lambda some: not matters(Unread(values_after=some, value=nan), whole)
+        values_pre_attention = _which(
+            linears_before, lambda some: not matters(DeadValues(values_pre_attention=some, value=nan), whole)
         )
-        everything = Unread(outputs, values_before, values_after, value=nan)
+        values_post_attention = _which(
+            linears_after[-_MOST_LINEARS:],
+            lambda some: not matters(DeadValues(values_post_attention=some, value=nan), whole),
+        )
+        everything = DeadValues(outputs, values_pre_attention, values_post_attention, value=nan)
         if matters(everything):
-            return NOTHING_UNREAD
-        found = Unread(outputs, values_before, values_after)
-        known[make] = found.renamed({part: name for name, part in parts.items()}.__getitem__)
+            return NO_DEAD_VALUES
+        found = DeadValues(outputs, values_pre_attention, values_post_attention)
+        known[make] = found.map_modules({part: name for name, part in parts.items()}.__getitem__)
         return found
 
-    def _make(self, layer_parts: dict[str, nn.Module]) -> tuple:
+    def _layer_signature(self, layer_parts: dict[str, nn.Module]) -> tuple:
         """Names and classes of a layer's parts, which of them draw random numbers (not asked), weights' shapes, all dtypes.
 
         By name: a tiled class is made at run time, and could not be pickled with the model.
@@ -152,14 +157,14 @@ class UnreadSearch:
         return {m: v for m, v in once.items() if m in before}, {m: v for m, v in once.items() if m not in before}
 
 
-def _which(linears: Sequence[nn.Module], unread: Callable[[tuple], bool]) -> tuple:
+def _which(linears: Sequence[nn.Module], dead_values: Callable[[tuple], bool]) -> tuple:
     """Those of some layers that nobody reads; what is not read together is not read alone."""
-    if not linears or unread(tuple(linears)):
+    if not linears or dead_values(tuple(linears)):
         return tuple(linears)
     if len(linears) == 1:
         return ()
     half = len(linears) // 2
-    return _which(linears[:half], unread) + _which(linears[half:], unread)
+    return _which(linears[:half], dead_values) + _which(linears[half:], dead_values)
 
 
 def _draws(part: nn.Module) -> bool:
@@ -170,7 +175,7 @@ def _shapes(part: nn.Module) -> tuple:
     return tuple((name, p.shape, p.dtype) for name, p in part._parameters.items() if p is not None)
 
 
-def _unread_outputs(
+def _dead_outputs(
     module: nn.Module, before: dict[nn.Module, tuple[int, torch.dtype]], is_unread: Callable[[tuple], bool]
 ) -> Iterator[tuple[nn.Module, int, torch.dtype]]:
     """The outermost parts, called in front of the attention, that may be left out behind it.
@@ -182,7 +187,7 @@ def _unread_outputs(
         if output is not None and is_unread(output):
             yield output
         else:
-            yield from _unread_outputs(child, before, is_unread)
+            yield from _dead_outputs(child, before, is_unread)
 
 
 def stand_in(request: AttentionRequest, tensors: Sequence[Tensor]) -> Tensor:

@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ds_minis.tiling.passes.attention import AttentionRequest, attention_answered_by, differing_setting, settings_of
-from ds_minis.tiling.passes.layer_args import LayerCall, TokensOfCall
+from ds_minis.tiling.passes.layer_args import ChunkArgs, LayerArgs
 from ds_minis.tiling.verify.follow import Reach, chunk_lengths, compare_runs, map_tensors, on_meta, record_run, to_meta
 
 
 def follow_layer(
-    forward: Callable[..., Any], layer: nn.Module, call: LayerCall, x: Tensor, chunk_tokens: int, reach: Reach
+    forward: Callable[..., Any], layer: nn.Module, call: LayerArgs, x: Tensor, chunk_tokens: int, reach: Reach
 ) -> tuple[str, dict | None]:
     """`follow_module` for a layer without its attention; and the arguments of the attention that are no tensors."""
     num_tokens = x.shape[1]
@@ -24,7 +24,7 @@ def follow_layer(
         return "", None
     try:
         args, kwargs = call.arguments(to_meta(x), lambda _, value: map_tensors(value, to_meta))
-        bare = LayerCall(tuple(args), kwargs)
+        bare = LayerArgs(tuple(args), kwargs)
     except Exception:
         return "", None
 
@@ -33,7 +33,7 @@ def follow_layer(
         q, _, v = request.tensors
         return v.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
-    def run(part: TokensOfCall) -> None:
+    def run(part: ChunkArgs) -> None:
         with attention_answered_by(answer):
             forward(*part.args, **part.kwargs)
 

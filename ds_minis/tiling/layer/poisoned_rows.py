@@ -17,14 +17,14 @@ from torch import Tensor
 
 from ds_minis.tiling.core.params import ParameterSlots
 from ds_minis.tiling.passes.attention import AttentionRequest, attention_answered_by
-from ds_minis.tiling.passes.layer_args import LayerCall
+from ds_minis.tiling.passes.layer_args import LayerArgs
 from ds_minis.tiling.verify.token_wise import LARGE, is_close
 
 
 class PoisonedRows:
     """Runs of a call of a layer, whose weights get no gradients."""
 
-    def __init__(self, forward: Callable[..., Any], call: LayerCall, slots: ParameterSlots, x: Tensor):
+    def __init__(self, forward: Callable[..., Any], call: LayerArgs, slots: ParameterSlots, x: Tensor):
         self._forward, self._call, self._slots, self._x = forward, call, slots, x
         self._out: Tensor | None = None
         self._grads: list[Tensor] | None = None
@@ -66,7 +66,7 @@ class PoisonedRows:
 
         part = self._call.with_tokens(x * 1, 0, x.shape[1])
         detached = [t.detach() for t in self._slots.tensors]
-        with torch.enable_grad(), self._slots.holding(detached), attention_answered_by(answer):
+        with torch.enable_grad(), self._slots.reparametrized(detached), attention_answered_by(answer):
             y = self._forward(*part.args, **part.kwargs)
             made.append(y[0] if isinstance(y, tuple) else y)
             self._grads = self._grads or [torch.randn_like(t) for t in made]

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from ds_minis.tiling.core.row_args import CONSTANTS, tensors_in
 from ds_minis.tiling.layer.dead_value_search import stand_in
 from ds_minis.tiling.passes.attention import AttentionRequest, attention_answered_by
-from ds_minis.tiling.passes.layer_args import LayerCall
+from ds_minis.tiling.passes.layer_args import LayerArgs
 from ds_minis.tiling.verify.token_wise import are_close, is_close
 
 PROBE_BATCH, PROBE_TOKENS, PROBE_CHUNKS = 2, 37, 3  # a prime, which hardly any width is a multiple of
@@ -41,7 +41,7 @@ def all_close(actual: Sequence[Tensor | None], expected: Sequence[Tensor | None]
     return all(are_close(*pair, coarse) for pair in by_tokens) and all(is_close(a, e, coarse) for a, e in pairs[2:])
 
 
-def why_no_gradients(result: Tensor, heads: Sequence[Tensor]) -> str:
+def gradients_fallback_reason(result: Tensor, heads: Sequence[Tensor]) -> str:
     """Whether gradients of queries, keys and values alone can be asked for; the reentrant kind of checkpointing refuses."""
     if not result.requires_grad:
         return ""
@@ -55,7 +55,7 @@ def why_no_gradients(result: Tensor, heads: Sequence[Tensor]) -> str:
     return ""
 
 
-def a_few_tokens(forward: Callable[..., Any], call: LayerCall) -> list[Tensor]:
+def a_few_tokens(forward: Callable[..., Any], call: LayerArgs) -> list[Tensor]:
     """What the layer makes of a few random tokens, with the stand-in for its attention, and what it gives that."""
     few = call.narrowed(PROBE_BATCH, PROBE_TOKENS, torch.randn_like)
     part, given = few.with_tokens(few.hidden, 0, few.hidden.shape[1]), []
@@ -69,7 +69,7 @@ def a_few_tokens(forward: Callable[..., Any], call: LayerCall) -> list[Tensor]:
     return [*given, *tensors_in(y)]
 
 
-def why_not_whole(
+def layer_fallback_reason(
     request: AttentionRequest, is_argument: Callable[[Tensor], bool], leaves: Sequence[Tensor], num_tokens: int
 ) -> str:
     """Whether a call of the attention for a part of the tokens tells what the call for all of them would be."""

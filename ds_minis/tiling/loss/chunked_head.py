@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ds_minis.tiling.core.exclusive import trackers_aside
-from ds_minis.tiling.core.replay import AutocastState, forwards_set, has_values
-from ds_minis.tiling.core.row_args import RowCall
+from ds_minis.tiling.core.replay import AutocastState, has_values, patched_forwards
+from ds_minis.tiling.core.row_args import RowArgs
 from ds_minis.tiling.core.tiled_op import tile_rows
 from ds_minis.tiling.core.tiled_sum import sum_rows
 from ds_minis.tiling.modules.compiling import outside_of_graphs
@@ -26,14 +26,14 @@ from ds_minis.tiling.modules.state import Chunking
 from ds_minis.tiling.modules.tiled_module import require_weights
 from ds_minis.tiling.verify.follow import Reach
 from ds_minis.tiling.verify.signature import STALE, signature_of
-from ds_minis.tiling.verify.token_wise import why_not_token_wise
+from ds_minis.tiling.verify.token_wise import token_wise_fallback_reason
 
 HEAD = "_mini_sequence_head"
 _PROBE_ROWS = 2048  # the same on all ranks; a few of them are run with values
 
 
 @dataclass(frozen=True)
-class HeadFinding:
+class HeadAnalysis:
     """What was found out about an LM head: why it must see all tokens (empty: it need not), and what it gives for a row."""
 
     reason: str = ""
@@ -102,24 +102,24 @@ class ChunkedHead:
 
     def deferred_logits(self, hidden_LH: Tensor) -> Tensor | None:
         """What stands for the logits; None if the module must be called as ever."""
-        finding = self._known(hidden_LH) if _is_plain(self._module) else self._found_out(hidden_LH)
-        if finding.reason:
-            self.reason = f"the LM head, a {type(self._module).__name__}, is run as a whole: {finding.reason}"
+        analysis = self._known(hidden_LH) if _is_plain(self._module) else self._found_out(hidden_LH)
+        if analysis.reason:
+            self.reason = f"the LM head, a {type(self._module).__name__}, is run as a whole: {analysis.reason}"
             return None
         if not self.deferred and self.scope is not None:
             # The model's output will have deferred logits, on which no tracker can put its hooks.
             self.scope.enter_context(trackers_aside())
         self.deferred = True
-        return self._defer(self, hidden_LH, hidden_LH.new_empty((0, finding.width), dtype=finding.dtype))
+        return self._defer(self, hidden_LH, hidden_LH.new_empty((0, analysis.width), dtype=analysis.dtype))
 
-    def _known(self, hidden_LH: Tensor) -> HeadFinding:
+    def _known(self, hidden_LH: Tensor) -> HeadAnalysis:
         """Of a linear layer: no need to gather its weight."""
         weight = self._module.weight
         shape = getattr(weight, "ds_shape", weight.shape)
         width = shape[0] if len(shape) == 2 else self._module.out_features  # FSDP1's weights may be flat
-        return HeadFinding(width=width, dtype=AutocastState(hidden_LH.device).dtype_of(hidden_LH))
+        return HeadAnalysis(width=width, dtype=AutocastState(hidden_LH.device).dtype_of(hidden_LH))
 
-    def _found_out(self, hidden_LH: Tensor) -> HeadFinding:
+    def _found_out(self, hidden_LH: Tensor) -> HeadAnalysis:
         """Of any other module: asked as any tiled module is, once for each way of calling it and for what it is made of.
 
         By calling it, so that engines gather its weights: nothing here may differ from rank to rank.
@@ -128,7 +128,7 @@ class ChunkedHead:
         key = _mode(self._module, hidden_LH), signature.stable
         known = heads.get(key)
         if known is not None and (not heads.is_stale(known, signature.versions) or heads.often_stale):
-            return known if known.versions in (None, signature.versions) else HeadFinding(STALE)
+            return known if known.versions in (None, signature.versions) else HeadAnalysis(STALE)
         rows_RH = hidden_LH.detach().reshape(-1, hidden_LH.shape[-1])
         index = torch.arange(_PROBE_ROWS, device=rows_RH.device)
         few = (
@@ -136,22 +136,22 @@ class ChunkedHead:
         )
         if hidden_LH.dim() > 2:
             few = few.view(*[1] * (hidden_LH.dim() - 3), 2, _PROBE_ROWS // 2, -1)
-        finding, with_grads = None, torch.is_grad_enabled()
+        analysis, with_grads = None, torch.is_grad_enabled()
         own_forward = self._module.__dict__.get("forward")
 
         def examine(few_LH: Tensor) -> Tensor:
-            nonlocal finding
+            nonlocal analysis
             require_weights(self._module)
-            with forwards_set({self._module: own_forward}):
-                finding = _examined(self._module, few_LH, with_grads, signature.versions)
+            with patched_forwards({self._module: own_forward}):
+                analysis = _examined(self._module, few_LH, with_grads, signature.versions)
             return few_LH
 
         with torch.no_grad():
             self._call(examine, few)
-        if finding is None:  # cannot be told from these weights
-            return HeadFinding("its weights are such that nothing shows")
-        heads[key] = finding
-        return finding
+        if analysis is None:  # cannot be told from these weights
+            return HeadAnalysis("its weights are such that nothing shows")
+        heads[key] = analysis
+        return analysis
 
     def logits(self, hidden_LH: Tensor) -> Tensor:
         """The logits of all rows, as the model's own head computes them."""
@@ -198,22 +198,22 @@ class ChunkedHead:
                 hidden_RH.numel() * hidden_RH.element_size(), sample_0V.shape[-1] * sample_0V.element_size()
             )
             guard = functools.partial(self._chunking.guarded, "loss_chunk_size", chunk_rows, num_rows)
-            with forwards_set({module: own_forward}):
+            with patched_forwards({module: own_forward}):
                 return run(losses, module, [hidden_RH, *aligned_R], chunk_rows, guard=guard)
 
         return self._call(all_losses, hidden_LH.reshape(-1, hidden_LH.shape[-1]))
 
     def _call(self, forward: Callable[..., Tensor], hidden: Tensor) -> Tensor:
         """Calls the module with `forward` in the place of its own, so that its hooks run once around all chunks."""
-        unreadable = self._why_unreadable() if self._weights_then is not None else ""
+        unreadable = self._unreadable_reason() if self._weights_then is not None else ""
         if unreadable:
             raise RuntimeError(unreadable)
-        with forwards_set({self._module: forward}):
+        with patched_forwards({self._module: forward}):
             return self._own_call(self._module, hidden)
 
     # What follows is for logits that are looked at when the pass is over.
 
-    def made(self, logits: Tensor) -> None:
+    def record_output(self, logits: Tensor) -> None:
         """Deferred logits of this head came into being."""
         self._made.append(weakref.ref(logits))
 
@@ -243,13 +243,13 @@ class ChunkedHead:
         for reference in self._made:
             logits = reference()
             if logits is not None:
-                logits.settle(self._why_unreadable())
+                logits.settle(self._unreadable_reason())
         self._outputs, self._made = [], []
 
     def _is_mine(self, value: Any) -> bool:
         return value is not None and any(ref() is value for ref in self._made)
 
-    def _why_unreadable(self) -> str:
+    def _unreadable_reason(self) -> str:
         """Why logits of a pass that is over cannot be computed; empty if they can."""
         if self._sharded:
             return _unreadable(self._sharded)
@@ -308,13 +308,13 @@ def _mode(module: nn.Module, hidden_LH: Tensor) -> tuple:
     return module.training, torch.is_grad_enabled(), hidden_LH.dtype, hidden_LH.dim() > 2, hidden_LH.shape[-1], autocast
 
 
-def _examined(module: nn.Module, few_LH: Tensor, with_grads: bool, versions: tuple) -> HeadFinding | None:
+def _examined(module: nn.Module, few_LH: Tensor, with_grads: bool, versions: tuple) -> HeadAnalysis | None:
     """Runs a few rows; None if nothing can be told from them."""
     reach = Reach()
     if has_values(few_LH):
-        call = RowCall((few_LH,), {})
-        reason = why_not_token_wise(module, module.forward, call, with_grads=with_grads, reach=reach)
+        call = RowArgs((few_LH,), {})
+        reason = token_wise_fallback_reason(module, module.forward, call, with_grads=with_grads, reach=reach)
         if reason != "":
-            return None if reason is None else HeadFinding(reason, versions=versions if reach.versions else None)
+            return None if reason is None else HeadAnalysis(reason, versions=versions if reach.versions else None)
     logits_LV = module.forward(few_LH[..., :1, :])
-    return HeadFinding("", logits_LV.shape[-1], logits_LV.dtype, versions if reach.versions else None)
+    return HeadAnalysis("", logits_LV.shape[-1], logits_LV.dtype, versions if reach.versions else None)

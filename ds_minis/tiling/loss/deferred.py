@@ -59,7 +59,7 @@ class DeferredLogits(torch.Tensor):
         logits._aliases = _Aliases()
         logits._aliases.add(logits)
         logits._unreadable = ""  # why the logits cannot be computed any more
-        head.made(logits)
+        head.record_output(logits)
         return logits
 
     def __repr__(self, **_) -> str:

@@ -25,12 +25,12 @@ from ds_minis.tiling.loss.deferred import defer
 from ds_minis.tiling.loss.output_logits import wanted_logits, without_deferred
 from ds_minis.tiling.modules.arguments import argument, takes
 from ds_minis.tiling.modules.compiling import outside_of_graphs
-from ds_minis.tiling.modules.hooks import ALL, engine_forward_hook, engine_of, foreign_global_hook, foreign_hook
+from ds_minis.tiling.modules.hooks import ALL, engine_forward_hook, engine_of, global_user_hook, user_hook
 from ds_minis.tiling.modules.state import Chunking
 
 logger = logging.getLogger("ds_minis")
 
-_ARMED = "_mini_sequence_armed"
+_BEGUN = "_mini_sequence_armed"
 BYPASSED = (
     "forward was given labels and did not call the LM head. A trainer with a fused LM head of its own, such as TRL's "
     "SFTTrainer, computes the loss itself; ds_minis steps aside"
@@ -58,7 +58,7 @@ class _Pass(contextlib.ExitStack):
     reason = ""
 
 
-class _Arm:
+class BeginForward:
     """Forward pre-hook of a model with an LM head: decides what the forward pass that begins here may do.
 
     Args:
@@ -85,7 +85,7 @@ class _Arm:
             self.chunking.suspend(1)
             begun.callback(self.chunking.suspend, -1)
         self.chunking.passes.append(begun)
-        model.__dict__.setdefault(_ARMED, {})[thread] = begun
+        model.__dict__.setdefault(_BEGUN, {})[thread] = begun
 
     def _begin(self, model: nn.Module, begun: _Pass) -> None:
         module, config, wanted = (self._owner or model).get_output_embeddings(), self.chunking.config, wanted_logits()
@@ -100,7 +100,7 @@ class _Arm:
         if begun.head is not None:
             return
         around = self._around(model, module)
-        begun.reason = _why_not_deferred(module, around[1:])
+        begun.reason = _deferral_fallback_reason(module, around[1:])
         if not begun.reason:
             begun.head, begun.is_own = ChunkedHead(module, self.chunking, _sharded(module, around), defer), True
             begun.enter_context(begun.head.deferring())
@@ -136,14 +136,14 @@ def _path(model: nn.Module, name: str) -> list[nn.Module]:
     return path
 
 
-def _why_not_deferred(head: nn.Module, around: list[nn.Module]) -> str:
+def _deferral_fallback_reason(head: nn.Module, around: list[nn.Module]) -> str:
     """Which hook must see the logits; empty if none must.
 
     An engine's hooks on the head itself run around all chunks. On a module between the head and the loss they would put
     autograd nodes on the logits. A part of the head has forward hooks at most.
     """
     parts = (part for part in head.modules() if part is not head)
-    hook = foreign_hook([head], ALL) or foreign_hook(parts) or foreign_global_hook()
+    hook = user_hook([head], ALL) or user_hook(parts) or global_user_hook()
     if hook:
         return f"the LM head has a hook that must see the logits: {hook}"
     for module in around:
@@ -169,38 +169,38 @@ def _weights(module: nn.Module) -> Iterator[Tensor]:
             yield from (value for value in holder.values() if isinstance(value, Tensor))
 
 
-def _disarm(model: nn.Module) -> _Pass:
-    begun = model.__dict__.get(_ARMED, {}).get(threading.get_ident(), _Pass())
+def _end(model: nn.Module) -> _Pass:
+    begun = model.__dict__.get(_BEGUN, {}).get(threading.get_ident(), _Pass())
     begun.close()
     return begun
 
 
 def _forget(model: nn.Module, thread: int) -> None:
     """A pass has ended: of its own accord, or with an interrupt, for which torch calls no hook."""
-    armed = model.__dict__.get(_ARMED, {})
+    armed = model.__dict__.get(_BEGUN, {})
     armed.pop(thread, None)
     if not armed:
-        model.__dict__.pop(_ARMED, None)
+        model.__dict__.pop(_BEGUN, None)
 
 
 def _require_one_thread(model: nn.Module, begun: _Pass) -> None:
     """Passes that only compute logits may run side by side; others swap classes and tensors in the model."""
-    for thread, other in list(model.__dict__.get(_ARMED, {}).items()):
+    for thread, other in list(model.__dict__.get(_BEGUN, {}).items()):
         if thread == threading.get_ident() or not is_called_in(thread, model):
             other.close()  # a forward pass that Ctrl-C ended outside of any chunk has run no hook
         elif not (begun.only_logits and other.only_logits):
             raise RuntimeError(several_threads(model))
 
 
-class _Disarm:
-    """Forward hook, run also when forward failed: ends what `_Arm` began and takes deferred logits out of the output."""
+class EndForward:
+    """Forward hook, run also when forward failed: ends what `BeginForward` began, and takes deferred logits out."""
 
     def __init__(self, chunking: Chunking):
         self._chunking = chunking
 
     @outside_of_graphs
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        begun = _disarm(model)
+        begun = _end(model)
         if output is None:
             note_outside(self._chunking.config)
             return output
@@ -253,26 +253,26 @@ def attach_loss_tiling(model: nn.Module, chunking: Chunking, owner: nn.Module | 
         chunking: the chunk sizes. With `config.loss` off, only the choice between tiled and untiled forward is made.
         owner: the module that has `get_output_embeddings()`, where `model` is a wrapper around it.
     """
-    model.register_forward_pre_hook(_Arm(chunking, owner), with_kwargs=True)
+    model.register_forward_pre_hook(BeginForward(chunking, owner), with_kwargs=True)
     # First of all hooks, so that no engine's hook sees deferred logits.
-    model.register_forward_hook(_Disarm(chunking), with_kwargs=True, always_call=True, prepend=True)
+    model.register_forward_hook(EndForward(chunking), with_kwargs=True, always_call=True, prepend=True)
 
 
 def detach_loss_tiling(model: nn.Module) -> None:
     """Undoes `attach_loss_tiling`."""
     for hooks, kind, companions in (
-        (model._forward_pre_hooks, _Arm, [model._forward_pre_hooks_with_kwargs]),
-        (model._forward_hooks, _Disarm, [model._forward_hooks_with_kwargs, model._forward_hooks_always_called]),
+        (model._forward_pre_hooks, BeginForward, [model._forward_pre_hooks_with_kwargs]),
+        (model._forward_hooks, EndForward, [model._forward_hooks_with_kwargs, model._forward_hooks_always_called]),
     ):
         for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
             for holder in (hooks, *companions):
                 holder.pop(key, None)
-    _disarm(model)
+    _end(model)
 
 
 def attached_chunking(model: nn.Module) -> Chunking | None:
     """The chunk sizes that `attach_loss_tiling` was called with for the model; None if it was not."""
-    return next((hook.chunking for hook in model._forward_pre_hooks.values() if isinstance(hook, _Arm)), None)
+    return next((hook.chunking for hook in model._forward_pre_hooks.values() if isinstance(hook, BeginForward)), None)
 
 
 def loss_is_attached(model: nn.Module) -> bool:
@@ -280,7 +280,7 @@ def loss_is_attached(model: nn.Module) -> bool:
     return attached_chunking(model) is not None
 
 
-def why_loss_is_bypassed(model: nn.Module) -> str:
+def loss_fallback_reason(model: nn.Module) -> str:
     """Why the last forward pass in training had a loss that could not be tiled; empty if it was, or there was none."""
     chunking = attached_chunking(model)
     return "" if chunking is None else chunking.bypassed

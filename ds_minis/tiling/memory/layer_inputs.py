@@ -18,7 +18,7 @@ from ds_minis.tiling.memory.offload import HostStore
 logger = logging.getLogger("ds_minis")
 
 
-class Source(Protocol):
+class LayerInput(Protocol):
     """The input of one call of a layer, from its forward to its backward, with what is kept of its attention."""
 
     def keep(self, *tensors: Tensor) -> None:
@@ -53,7 +53,7 @@ class LayerInputStore:
         """Bytes of host memory that layer inputs took at most."""
         return self._store.host_bytes_peak if self._store is not None else 0
 
-    def source(self) -> Source | None:
+    def new_input(self) -> LayerInput | None:
         """For a call of a layer: where its input is kept; None for autograd's own place."""
         if self._store is None:
             return InMemory() if self._config.keep_attention else None

@@ -43,7 +43,7 @@ class HostStore:
         """Bytes of all blocks, those that are free included."""
         return sum(lane.pool.bytes_allocated for lane in list(self._lanes.values()))
 
-    def keep(self, x: Tensor, at_once: int = 1) -> Kept:
+    def keep(self, x: Tensor, at_once: int = 1) -> OffloadedTensor:
         """Starts to copy `x` to host memory. Its device memory is free once the caller and the copy are done with it.
 
         The caller may read `x` and drop it, but must not write into it: the copy runs beside what the current stream does
@@ -54,12 +54,12 @@ class HostStore:
             at_once: as many copies are asked for in a row, by one layer; twice as many may be under way then.
         """
         lane = self._lanes.get(x.device) or self._lanes.setdefault(x.device, _Lane(x.device))
-        kept = Kept(lane, x, at_once)
+        kept = OffloadedTensor(lane, x, at_once)
         self.host_bytes_peak = max(self.host_bytes_peak, self.host_bytes_in_use)
         return kept
 
 
-class Kept:
+class OffloadedTensor:
     """One checkpoint. Made by `HostStore.keep`; given up with `release`, or when nothing holds it any more."""
 
     def __init__(self, lane: _Lane, x: Tensor, at_once: int = 1):

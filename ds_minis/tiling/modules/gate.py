@@ -84,7 +84,7 @@ def run_whole(
         args = list(args)
         for place, tensor in zip(places, tensors, strict=False):
             (args if isinstance(place, int) else kwargs)[place] = tensor
-        with inside.holding(tensors[len(inputs) :]):
+        with inside.reparametrized(tensors[len(inputs) :]):
             return forward(*args, **kwargs)
 
     return run(gated)

@@ -17,7 +17,7 @@ FORWARD = ("forward_hooks", "forward_pre_hooks")
 ALL = (*FORWARD, "backward_hooks", "backward_pre_hooks")
 
 
-def foreign_hook(modules: Iterable[nn.Module], kinds: tuple[str, ...] = FORWARD) -> str:
+def user_hook(modules: Iterable[nn.Module], kinds: tuple[str, ...] = FORWARD) -> str:
     """The name of a hook on one of the modules that is no engine's; empty if there is none."""
     for module in modules:
         for kind in kinds:
@@ -28,7 +28,7 @@ def foreign_hook(modules: Iterable[nn.Module], kinds: tuple[str, ...] = FORWARD)
     return ""
 
 
-def foreign_global_hook(kinds: tuple[str, ...] = ALL) -> str:
+def global_user_hook(kinds: tuple[str, ...] = ALL) -> str:
     """The same for the hooks that torch runs for every module."""
     return next(filter(None, (_foreign(getattr(nn.modules.module, f"_global_{kind}").values()) for kind in kinds)), "")
 

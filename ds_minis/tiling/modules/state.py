@@ -14,7 +14,7 @@ from ds_minis.config import AUTO, MiniSequenceConfig
 from ds_minis.tiling.core.exclusive import trackers_aside
 from ds_minis.tiling.core.out_of_memory import in_a_chunk, in_a_first_call
 from ds_minis.tiling.core.participation import Memory
-from ds_minis.tiling.verify.signature import Verdicts
+from ds_minis.tiling.verify.signature import AnalysisCache
 
 # A feed-forward module needs about this many rows in one matmul before the weights' own traffic stops to show; beyond
 # it a larger chunk only costs memory.
@@ -50,9 +50,9 @@ class Chunking:
     hidden_size: int
     _suspensions: int = field(default=0, repr=False, compare=False)
     layer_inputs: Any = field(default=None, repr=False, compare=False)
-    unread: dict[tuple, Any] = field(default_factory=dict, repr=False, compare=False)
+    dead_values: dict[tuple, Any] = field(default_factory=dict, repr=False, compare=False)
     unkept: dict[tuple, tuple[str, str]] = field(default_factory=dict, repr=False, compare=False)
-    heads: Verdicts = field(default_factory=Verdicts, repr=False, compare=False)
+    heads: AnalysisCache = field(default_factory=AnalysisCache, repr=False, compare=False)
     bypassed: str = field(default="", repr=False, compare=False)
     loss_reasons: set[str] = field(default_factory=set, repr=False, compare=False)
     memory: Memory = field(default_factory=Memory, repr=False, compare=False)

@@ -16,7 +16,7 @@ from torch import nn
 
 from ds_minis.ranks import is_main_process
 from ds_minis.tiling.modules.state import Chunking
-from ds_minis.tiling.verify.signature import Verdicts
+from ds_minis.tiling.verify.signature import AnalysisCache
 
 logger = logging.getLogger("ds_minis")
 
@@ -29,13 +29,13 @@ class Tiled(nn.Module):
     Attributes:
         mini_sequence_chunking: the chunk sizes; None (as on a module built from such a class directly) means untiled.
         mini_sequence_name: its qualified name in the model that was converted.
-        mini_sequence_verdicts: what was found out about this module, for each way of calling it: the reason why it is run as
+        mini_sequence_analyses: what was found out about this module, for each way of calling it: the reason why it is run as
             a whole (empty if it is tiled), or something that has it as its `reason`.
     """
 
     mini_sequence_chunking: Chunking | None = None
     mini_sequence_name: str
-    mini_sequence_verdicts: Verdicts
+    mini_sequence_analyses: AnalysisCache
 
     def __reduce_ex__(self, protocol):
         # The class is made at run time, so copies and pickles name the classes it was made from.
@@ -66,7 +66,11 @@ def mixin_of(cls: type[nn.Module]) -> type[Tiled]:
 def tile(module: nn.Module, mixin: type[Tiled], chunking: Chunking, name: str = "") -> None:
     """Makes a module run over chunks from now on, where its behaviour allows it; `name` is for reports."""
     _swap_class(module, tiled_class(mixin, type(module)))
-    module.mini_sequence_chunking, module.mini_sequence_name, module.mini_sequence_verdicts = chunking, name, Verdicts()
+    module.mini_sequence_chunking, module.mini_sequence_name, module.mini_sequence_analyses = (
+        chunking,
+        name,
+        AnalysisCache(),
+    )
 
 
 def untile(module: nn.Module) -> None:
@@ -82,27 +86,27 @@ def untile(module: nn.Module) -> None:
             "Revert before the engine wraps the model"
         )
     _swap_class(module, untiled_class(cls))
-    for name in ("mini_sequence_chunking", "mini_sequence_name", "mini_sequence_verdicts"):
+    for name in ("mini_sequence_chunking", "mini_sequence_name", "mini_sequence_analyses"):
         module.__dict__.pop(name, None)  # a module that was built from a tiled class has none of them
 
 
-def why_whole(module: Tiled) -> str:
+def whole_fallback_reason(module: Tiled) -> str:
     """The reason why the module runs as a whole in training, as its last call did; empty if it does not.
 
     Calls without gradients count where there were no others.
     """
-    return module.mini_sequence_verdicts.why_whole()
+    return module.mini_sequence_analyses.whole_fallback_reason()
 
 
-def tell(module: Tiled, what: str, reason: str) -> None:
+def warn_once(module: Tiled, what: str, reason: str) -> None:
     """Says, once for each class, what a module does otherwise than it was asked to, and why."""
     name = untiled_class(type(module)).__name__
-    if (name, what, reason) not in _told and is_main_process():
-        _told.add((name, what, reason))
+    if (name, what, reason) not in _warned and is_main_process():
+        _warned.add((name, what, reason))
         logger.warning("%s %s: %s", name, what, reason)
 
 
-_told: set[tuple[str, str, str]] = set()
+_warned: set[tuple[str, str, str]] = set()
 
 
 def own_forward(module: nn.Module, of_class: Callable[..., Any]) -> Callable[..., Any]:

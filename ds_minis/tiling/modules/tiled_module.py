@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ds_minis.tiling.core.replay import AutocastState, has_values
-from ds_minis.tiling.core.row_args import RowCall, tensors_in
+from ds_minis.tiling.core.row_args import RowArgs, tensors_in
 from ds_minis.tiling.core.tiled_op import runs_whole, tile_rows
 from ds_minis.tiling.modules.compiling import outside_of_graphs
 from ds_minis.tiling.modules.gate import run_whole
-from ds_minis.tiling.modules.hooks import ALL, engine_of, foreign_global_hook, foreign_hook
-from ds_minis.tiling.modules.swap import Tiled, own_forward, tell
+from ds_minis.tiling.modules.hooks import ALL, engine_of, global_user_hook, user_hook
+from ds_minis.tiling.modules.swap import Tiled, own_forward, warn_once
 from ds_minis.tiling.verify.follow import Reach
-from ds_minis.tiling.verify.signature import STALE, Ask, Signature, signature_of
-from ds_minis.tiling.verify.token_wise import read_attributes, why_not_token_wise
+from ds_minis.tiling.verify.signature import STALE, ModuleAnalysis, Signature, signature_of
+from ds_minis.tiling.verify.token_wise import read_attributes, token_wise_fallback_reason
 
 
 class TiledModule(Tiled):
@@ -28,7 +28,7 @@ class TiledModule(Tiled):
         forward, chunking = own_forward(self, super().forward), self.mini_sequence_chunking
         if chunking is None or chunking.suspended:
             return forward(*args, **kwargs)
-        call = RowCall(args, kwargs)
+        call = RowArgs(args, kwargs)
         if call.num_rows == 0:
             return _run_whole(self, forward, call)
         chunk_rows = chunking.module_rows(call.num_rows, call.width, _experts_per_choice(self, call))
@@ -39,7 +39,7 @@ class TiledModule(Tiled):
 
 
 @outside_of_graphs
-def _forward_by_rows(module: TiledModule, forward: Callable[..., Any], call: RowCall, chunk_rows: int) -> Any:
+def _forward_by_rows(module: TiledModule, forward: Callable[..., Any], call: RowArgs, chunk_rows: int) -> Any:
     """By chunks, if the module is token-wise; else as it is, with one line that says why."""
     if not _is_token_wise(module, forward, call, chunk_rows):
         return _run_whole(module, forward, call)
@@ -59,7 +59,7 @@ def _forward_by_rows(module: TiledModule, forward: Callable[..., Any], call: Row
 
 
 @outside_of_graphs
-def _run_whole(module: TiledModule, forward: Callable[..., Any], call: RowCall) -> Any:
+def _run_whole(module: TiledModule, forward: Callable[..., Any], call: RowArgs) -> Any:
     def few() -> list[Tensor]:
         return tensors_in(call.narrowed(2, 32, torch.randn_like).run(forward))
 
@@ -67,65 +67,65 @@ def _run_whole(module: TiledModule, forward: Callable[..., Any], call: RowCall) 
     return run_whole(module, forward, call.run, module.mini_sequence_chunking.memory, call.flags, few)
 
 
-def _is_token_wise(module: TiledModule, forward: Callable[..., Any], call: RowCall, chunk_rows: int) -> bool:
+def _is_token_wise(module: TiledModule, forward: Callable[..., Any], call: RowArgs, chunk_rows: int) -> bool:
     """Verified once for each way of calling and all that it rests on (`signature`); a hook on a part may come and go."""
-    verdicts = module.mini_sequence_verdicts
-    signature = signature_of(module, verdicts.ignored)
+    analyses = module.mini_sequence_analyses
+    signature = signature_of(module, analyses.ignored)
     passing, with_grads = passing_state(module, signature), torch.is_grad_enabled() or module.training
     dtypes = call.input.dtype, AutocastState(call.input.device).dtype()
     kind = with_grads, call.keys, call.flags, call.reason, passing, call.input.dim(), *dtypes
     key = (*kind, signature.stable)
-    verdict = verdicts.get(key)
-    if verdict is None or verdicts.is_stale(verdict, signature.versions) or not _reaches(verdict, call, chunk_rows):
-        verdict = _asked(module, forward, call, chunk_rows, key, kind, signature, verdict)
-        if verdict is None:
+    analysis = analyses.get(key)
+    if analysis is None or analyses.is_stale(analysis, signature.versions) or not _reaches(analysis, call, chunk_rows):
+        analysis = _asked(module, forward, call, chunk_rows, key, kind, signature, analysis)
+        if analysis is None:
             return not has_values(call.input)
-    verdicts.note(module.training, verdict.reason)
-    return not verdict.reason
+    analyses.note(module.training, analysis.reason)
+    return not analysis.reason
 
 
-def _reaches(verdict: Ask, call: RowCall, chunk_rows: int) -> bool:
-    return bool(verdict.reason) or verdict.reach is None or verdict.reach.holds(call.num_rows, chunk_rows)
+def _reaches(analysis: ModuleAnalysis, call: RowArgs, chunk_rows: int) -> bool:
+    return bool(analysis.reason) or analysis.reach is None or analysis.reach.holds(call.num_rows, chunk_rows)
 
 
 def _asked(
     module: TiledModule,
     forward: Callable[..., Any],
-    call: RowCall,
+    call: RowArgs,
     chunk_rows: int,
     key: tuple,
     kind: tuple,
     signature: Signature,
-    earlier: Ask | None,
-) -> Ask | None:
+    earlier: ModuleAnalysis | None,
+) -> ModuleAnalysis | None:
     """A new verdict; None where nothing can be told."""
-    verdicts = module.mini_sequence_verdicts
+    analyses = module.mini_sequence_analyses
     passing = kind[4]
-    reason, reach = call.reason or passing or verdicts.changing, Reach()
+    reason, reach = call.reason or passing or analyses.changing, Reach()
     if not reason:
         if not has_values(call.input):
             return None
         require_weights(module)
-        often = verdicts.often_changed(kind, signature.stable)
+        often = analyses.often_changed(kind, signature.stable)
         with module.mini_sequence_chunking.guarded():
-            reason = why_not_token_wise(
+            reason = token_wise_fallback_reason(
                 module, forward, call, with_grads=with_grads_of(kind), chunk_rows=chunk_rows, reach=reach
             )
             if reason is None:
                 return None
             if often:
                 read = read_attributes(module, forward, call, often, signature)
-                verdicts.settle(often, read)
-                reason = reason or verdicts.changing
+                analyses.ignore_unread(often, read)
+                reason = reason or analyses.changing
         if earlier is not None and not reason and not earlier.reason and earlier.reach is not None:
             reach = reach.extended(earlier.reach)
-        if verdicts.often_stale and earlier is not None:
+        if analyses.often_stale and earlier is not None:
             reason = reason or STALE
-    versions = None if (reason and verdicts.often_stale) or not reach.versions else signature.versions
-    verdict = verdicts[key] = Ask(reason, reach if not reason else None, versions if not passing else None)
+    versions = None if (reason and analyses.often_stale) or not reach.versions else signature.versions
+    analysis = analyses[key] = ModuleAnalysis(reason, reach if not reason else None, versions if not passing else None)
     if reason:
-        tell(module, "is run as a whole", reason)
-    return verdict
+        warn_once(module, "is run as a whole", reason)
+    return analysis
 
 
 def with_grads_of(kind: tuple) -> bool:
@@ -135,10 +135,10 @@ def with_grads_of(kind: tuple) -> bool:
 def passing_state(module: nn.Module, signature: Signature | None = None) -> str:
     """What may be there for one call alone, and gone when a chunk is run again; empty if there is nothing of the kind."""
     signature = signature_of(module) if signature is None else signature
-    hook = foreign_hook(signature.hooked, ALL)
+    hook = user_hook(signature.hooked, ALL)
     if hook:  # PEFT hands layers what they need for each sample in one
         return f"a part of it has the hook {hook}, which may look at all tokens"
-    hook = foreign_global_hook()
+    hook = global_user_hook()
     if hook:
         return f"every module has the hook {hook}, which may look at all tokens"
     if signature.has_parametrizations:  # PEFT's LoRA on parameters
@@ -146,7 +146,7 @@ def passing_state(module: nn.Module, signature: Signature | None = None) -> str:
     return ""
 
 
-def _experts_per_choice(module: nn.Module, call: RowCall) -> float:
+def _experts_per_choice(module: nn.Module, call: RowArgs) -> float:
     """How many experts there are for each that a token is sent to; 1 for a module without experts."""
     experts = max(
         (param.shape[0] for param in module._parameters.values() if param is not None and param.dim() == 3), default=0

@@ -15,7 +15,7 @@ from ds_minis.tiling.core.params import untouched
 from ds_minis.tiling.core.row_args import CONSTANTS, FEW, spread
 
 
-class LayerCall:
+class LayerArgs:
     """The arguments of a call, seen as positions of tokens.
 
     The first tensor is the hidden states, `(B, S, H)`. Of the others those are cut with it that hold S positions in their
@@ -50,11 +50,11 @@ class LayerCall:
         if self._num_tokens < 0:
             self.reason = "its first tensor is not (batch, tokens, hidden size)"
 
-    def with_tokens(self, x: Tensor, start: int, stop: int) -> TokensOfCall:
+    def with_tokens(self, x: Tensor, start: int, stop: int) -> ChunkArgs:
         """The same call for the tokens from `start` to `stop`, whose hidden states are `x`."""
-        return TokensOfCall(self, x, start, stop)
+        return ChunkArgs(self, x, start, stop)
 
-    def narrowed(self, batch: int, tokens: int, replace: Callable[[Tensor], Tensor]) -> LayerCall:
+    def narrowed(self, batch: int, tokens: int, replace: Callable[[Tensor], Tensor]) -> LayerArgs:
         """The call for the first tokens of the first sequences, with other hidden states; masks stay as they are.
 
         A call of a few tokens is made longer: they are repeated. `replace` is given the hidden states of the first tokens, of
@@ -64,11 +64,11 @@ class LayerCall:
         if x.shape[0] * min(num_tokens, tokens) < FEW:
             index = torch.arange(tokens, device=x.device) % num_tokens
             args, kwargs = self.arguments(x[:, index], lambda place, v: self._repeated(place, v, index))
-            longer = LayerCall(tuple(args), kwargs)
+            longer = LayerArgs(tuple(args), kwargs)
             return longer.narrowed(batch, tokens, replace)
         x = x[:, spread(torch.arange(min(num_tokens, tokens)), num_tokens)]
-        few = TokensOfCall(self, replace(x), 0, x.shape[1], batch=x.shape[0])
-        return LayerCall(tuple(few.args), few.kwargs)
+        few = ChunkArgs(self, replace(x), 0, x.shape[1], batch=x.shape[0])
+        return LayerArgs(tuple(few.args), few.kwargs)
 
     def _repeated(self, place: int | str, value: Any, index: Tensor) -> Any:
         if isinstance(value, tuple | list):
@@ -124,14 +124,14 @@ class LayerCall:
         return 0 if value.dim() == 1 and value.shape[0] == self._num_tokens else None
 
 
-class TokensOfCall:
+class ChunkArgs:
     """A call for some of the tokens.
 
     Attributes:
         args, kwargs: its arguments.
     """
 
-    def __init__(self, call: LayerCall, x: Tensor, start: int, stop: int, batch: int | None = None):
+    def __init__(self, call: LayerArgs, x: Tensor, start: int, stop: int, batch: int | None = None):
         self._call, self._slice, self._batch = call, slice(start, stop), batch
         self._whole_of: dict[int, Tensor] = {}  # id of a part -> what it is a part of
         self.args, self.kwargs = call.arguments(x, self._part)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ds_minis.tiling.core.exclusive import alone
 from ds_minis.tiling.core.out_of_memory import OutOfMemoryNote, for_layer_inputs, in_attention
-from ds_minis.tiling.core.params import constants_of, set_to
+from ds_minis.tiling.core.params import constants_of, restored_flags
 from ds_minis.tiling.core.replay import AutocastState, Seeds, has_values
 from ds_minis.tiling.modules.state import Chunking
 from ds_minis.tiling.modules.swap import untiled_class
@@ -26,31 +26,34 @@ from ds_minis.tiling.passes.attention import (
     differing_setting,
     settings_of,
 )
-from ds_minis.tiling.passes.layer_args import LayerCall, TokensOfCall
+from ds_minis.tiling.passes.layer_args import ChunkArgs, LayerArgs
 
 
 @dataclass(frozen=True)
-class Unread:
-    """What nobody reads in a run of a layer, and need not be computed; found by `layer_verify`.
+class DeadValues:
+    """What nobody reads in a run of a layer, and need not be computed; found by `ds_minis.tiling.layer.dead_value_search`.
 
     Attributes:
         outputs: modules in front of the attention whose output only the attention sees, with its width and dtype.
-        values_before, values_after: linear layers in front of and behind the attention whose output no gradient depends on.
-        value: what stands in their place; not a number where it is tested that nobody reads it.
+        values_pre_attention, values_post_attention: linear layers in front of the attention, and behind it, whose output no
+            gradient depends on.
+        value: what stands in their place: NaN during analysis, 0 in training.
     """
 
     outputs: tuple[tuple[nn.Module, int, torch.dtype], ...] = ()
-    values_before: tuple[nn.Linear, ...] = ()
-    values_after: tuple[nn.Linear, ...] = ()
+    values_pre_attention: tuple[nn.Linear, ...] = ()
+    values_post_attention: tuple[nn.Linear, ...] = ()
     value: float = 0.0
 
     def output_forwards(self) -> dict[nn.Module, Callable]:
         return {module: self._without_output(width, dtype) for module, width, dtype in self.outputs}
 
-    def renamed(self, of: Callable[[Any], Any]) -> Unread:
+    def map_modules(self, of: Callable[[Any], Any]) -> DeadValues:
         """The same with `of(module)` for each module."""
         outputs = tuple((of(module), width, dtype) for module, width, dtype in self.outputs)
-        return Unread(outputs, tuple(map(of, self.values_before)), tuple(map(of, self.values_after)), self.value)
+        return DeadValues(
+            outputs, tuple(map(of, self.values_pre_attention)), tuple(map(of, self.values_post_attention)), self.value
+        )
 
     def _without_output(self, width: int, dtype: torch.dtype) -> Callable[..., Tensor]:
         def forward(input, *args, **kwargs):
@@ -59,7 +62,7 @@ class Unread:
         return forward
 
 
-NOTHING_UNREAD = Unread()
+NO_DEAD_VALUES = DeadValues()
 
 
 class DifferentSettings(RuntimeError):
@@ -87,7 +90,7 @@ class LayerPasses:
         self,
         module: nn.Module,
         forward: Callable[..., Any],
-        call: LayerCall,
+        call: LayerArgs,
         bounds: Sequence[tuple[int, int]],
         chunking: Chunking,
         settings: dict | None = None,
@@ -102,7 +105,7 @@ class LayerPasses:
         self.constants = constants_of(module)
         self._seeds = Seeds(x.device) if has_values(x) and any(m.training for m in module.modules()) else None
 
-    def before(
+    def pre_attention(
         self, x: Tensor, seen: Callable[..., Sequence[Tensor]] | None = None
     ) -> tuple[AttentionRequest, list[Tensor]]:
         """The attention's call, for all tokens, and its queries, keys and values; without a graph.
@@ -130,7 +133,7 @@ class LayerPasses:
         if name:
             raise DifferentSettings(f"its attention's argument {name} depends on the number of tokens")
 
-    def reach(self, chunk: Tensor, index: int) -> tuple[AttentionRequest, TokensOfCall]:
+    def reach(self, chunk: Tensor, index: int) -> tuple[AttentionRequest, ChunkArgs]:
         """Runs the layer on a chunk up to its attention."""
         part = self._call.with_tokens(chunk, *self.bounds[index])
         reached: list[AttentionRequest] = []
@@ -145,7 +148,7 @@ class LayerPasses:
             raise NoAttention
         return reached[0], part
 
-    def after(self, chunk: Tensor, out: Tensor, index: int) -> Tensor:
+    def post_attention(self, chunk: Tensor, out: Tensor, index: int) -> Tensor:
         """The layer's result for a chunk, given the attention's."""
         part = self._call.with_tokens(chunk, *self.bounds[index])
         with attention_answered_by(lambda request: out), self._seeded(index + 1):
@@ -181,7 +184,7 @@ class LayerPasses:
     def again(self) -> Iterator[None]:
         """Around runs in backward: as in forward."""
         self._call.require_unchanged()
-        with self.autocast.entered(), set_to(self.constants):
+        with self.autocast.entered(), restored_flags(self.constants):
             yield
 
     @contextlib.contextmanager
@@ -208,9 +211,9 @@ def chunk_of(x: Tensor, start: int, stop: int) -> Tensor:
     return x[:, start:stop].contiguous()
 
 
-def _for_all_tokens(heads: Tensor, num_tokens: int) -> Tensor:
+def _for_all_tokens(qkv: Tensor, num_tokens: int) -> Tensor:
     """Memory like that of queries `(B, N, C, D)`, for S tokens; with the heads of a token side by side if they are here."""
-    batch, num_heads, _, width = heads.shape
-    if heads.stride(1) < heads.stride(2):
-        return heads.new_empty(batch, num_tokens, num_heads, width).transpose(1, 2)
-    return heads.new_empty(batch, num_heads, num_tokens, width)
+    batch, num_heads, _, width = qkv.shape
+    if qkv.stride(1) < qkv.stride(2):
+        return qkv.new_empty(batch, num_tokens, num_heads, width).transpose(1, 2)
+    return qkv.new_empty(batch, num_heads, num_tokens, width)

@@ -19,21 +19,27 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ds_minis.tiling.core.grad_accum import GradientSums, let_go
+from ds_minis.tiling.core.grad_accum import GradientSums, drain
 from ds_minis.tiling.core.linear import chunk_forwards
 from ds_minis.tiling.core.params import ParameterSlots, Untrained
-from ds_minis.tiling.core.replay import forwards_set
-from ds_minis.tiling.core.reuse import is_ours_alone
-from ds_minis.tiling.core.tiled_op import Call, put
-from ds_minis.tiling.memory.layer_inputs import Source
-from ds_minis.tiling.modules.swap import Tiled, tell
+from ds_minis.tiling.core.replay import patched_forwards
+from ds_minis.tiling.core.reuse import can_overwrite
+from ds_minis.tiling.core.tiled_op import TiledOp, copy_or_zero_
+from ds_minis.tiling.memory.layer_inputs import LayerInput
+from ds_minis.tiling.modules.swap import Tiled, warn_once
 from ds_minis.tiling.passes.attention import AttentionRequest
 from ds_minis.tiling.passes.head_groups import CutWeights, HeadGroups
-from ds_minis.tiling.passes.kept_attention import Attend, KeptAttention, attend_once, is_unkept, leave_unkept
-from ds_minis.tiling.passes.layer_passes import LayerPasses, Unread, chunk_of
+from ds_minis.tiling.passes.kept_attention import (
+    Attend,
+    KeptAttention,
+    attend_once,
+    recompute_attention,
+    recomputes_attention,
+)
+from ds_minis.tiling.passes.layer_passes import DeadValues, LayerPasses, chunk_of
 
 
-class LayerNode(Call):
+class LayerNode(TiledOp):
     """One call of a layer over chunks of tokens.
 
     Args:
@@ -54,9 +60,9 @@ class LayerNode(Call):
         self,
         module: Tiled,
         passes: LayerPasses,
-        unread: Unread,
+        dead_values: DeadValues,
         groups: HeadGroups | None = None,
-        source: Source | None = None,
+        layer_input: LayerInput | None = None,
         keep: bool = False,
         attend: Attend = attend_once,
         slots: ParameterSlots | None = None,
@@ -65,16 +71,16 @@ class LayerNode(Call):
         self.constants, self.way = passes.constants, passes.way
         self.memory = module.mini_sequence_chunking.memory
         self._untrained = Untrained(module, self.slots, self.memory.copies)
-        self._passes, self._unread, self._groups = passes, unread, groups
-        self.source, self._keep, self._attend = source, keep, attend
+        self._passes, self._dead_values, self._groups = passes, dead_values, groups
+        self.layer_input, self._keep, self._attend = layer_input, keep, attend
         self._kept: KeptAttention | None = None
 
     def saved(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        if self.source is None:
+        if self.layer_input is None:
             return tensors
         if not self._keep:
             with self._passes.layer_memory():
-                self.source.keep(tensors[0])
+                self.layer_input.keep(tensors[0])
         return tensors[1:]
 
     def forward(self, rows: Sequence[Tensor], *, with_backward: bool) -> Tensor:
@@ -84,40 +90,40 @@ class LayerNode(Call):
         return y
 
     def _forward_keeping(self, x: Tensor) -> Tensor:
-        request, heads = self._before(x)
+        request, qkv = self._pre_attention(x)
         tensors: list[Tensor] = []
         with self._passes.attending():
-            if is_unkept(self.module, request.way):
-                out = self._attend(request, heads)
+            if recomputes_attention(self.module, request.way):
+                out = self._attend(request, qkv)
             else:
-                kept = KeptAttention(self._attend_with_graph, request, heads)
+                kept = KeptAttention(self._attend_with_graph, request, qkv)
                 out, tensors = kept.result, [] if kept.reason else kept.tensors
-                kept.let_go()
+                kept.free()
                 if kept.reason:
-                    leave_unkept(self.module, kept.reason, request.way)
+                    recompute_attention(self.module, kept.reason, request.way)
                 else:
                     self._kept = kept
-        del request, heads
+        del request, qkv
         (out,) = self.seen(out)
         with self._passes.layer_memory():
-            self.source.keep(x, *tensors)
+            self.layer_input.keep(x, *tensors)
         del tensors
-        return self._after_all(x, out)
+        return self._post_attention_all(x, out)
 
-    def _attend_with_graph(self, request: AttentionRequest, heads: Sequence[Tensor]) -> Tensor:
-        out = self._attend(request, heads)
+    def _attend_with_graph(self, request: AttentionRequest, qkv: Sequence[Tensor]) -> Tensor:
+        out = self._attend(request, qkv)
         self.seen(out)  # a weight that the attention function reads takes part, too
         return out
 
     def _forward(self, x: Tensor) -> Tensor:
-        return self._after_all(x, self._attended(x))
+        return self._post_attention_all(x, self._attended(x))
 
-    def _after_all(self, x: Tensor, out: Tensor) -> Tensor:
+    def _post_attention_all(self, x: Tensor, out: Tensor) -> Tensor:
         """The layer's result, given the attention's."""
         output = None
-        with forwards_set(self._unread.output_forwards()):
+        with patched_forwards(self._dead_values.output_forwards()):
             for i, (start, stop) in enumerate(self._passes.bounds):
-                (y,) = self.seen(self._passes.after(chunk_of(x, start, stop), out[:, start:stop], i))
+                (y,) = self.seen(self._passes.post_attention(chunk_of(x, start, stop), out[:, start:stop], i))
                 if output is None:
                     with self._passes.layer_memory():
                         output = y.new_empty(y.shape[0], x.shape[1], y.shape[2])
@@ -127,19 +133,19 @@ class LayerNode(Call):
     def _attended(self, x: Tensor) -> Tensor:
         """The attention's output for all tokens and heads."""
         if self._groups is None:
-            request, heads = self._before(x)
+            request, qkv = self._pre_attention(x)
             with self._passes.attending():
-                return self.seen(self._attend(request, heads))[0]
+                return self.seen(self._attend(request, qkv))[0]
         out = None
         for group in range(self._groups.count):
             with self._groups.cut(group):
-                request, heads = self._before(x)
-            name = request.per_head(heads[0].shape[1] * self._groups.count)
+                request, qkv = self._pre_attention(x)
+            name = request.per_head(qkv[0].shape[1] * self._groups.count)
             if name:
                 return self._attended_at_once(x, f"its attention's argument {name} has a part for each head")
             try:
                 with self._passes.attending(group):
-                    (part,) = self.seen(self._attend(request, heads))
+                    (part,) = self.seen(self._attend(request, qkv))
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # one that is made for this many heads; another error comes again
@@ -158,18 +164,18 @@ class LayerNode(Call):
         return out
 
     def _attended_at_once(self, x: Tensor, reason: str) -> Tensor:
-        tell(self.module, "attends to all heads at once", reason)
+        warn_once(self.module, "attends to all heads at once", reason)
         self._groups = None
         return self._attended(x)
 
     def backward(self, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
         grad_y, self.grad_output = self.grad_output, None
-        reuse = is_ours_alone(grad_y)
-        if self.source is None:
+        reuse = can_overwrite(grad_y)
+        if self.layer_input is None:
             (x, *params), kept = tensors, []
         else:
             with self._passes.layer_memory():
-                params, (x, *kept) = tensors, self.source.fetch()
+                params, (x, *kept) = tensors, self.layer_input.fetch()
         x_needs_grad, *params_need_grad = needs_grad
         leaves = [p.detach().requires_grad_(need) for p, need in zip(params, params_need_grad, strict=True)]
         sums, grad_x = GradientSums(leaves, single=len(self._passes.bounds) == 1 and self._groups is None), None
@@ -180,51 +186,51 @@ class LayerNode(Call):
                 grad_x = grad_y if reuse else torch.empty_like(x)
         with self._passes.running(), self._passes.again(), self._as_in_forward(leaves):
             if self._kept is not None:
-                request, heads = self._passes.before(x)
+                request, qkv = self._passes.pre_attention(x)
                 with self._passes.attention_memory():
-                    edge, out = None, self._kept.output(heads, kept)
+                    edge, out = None, self._kept.output(qkv, kept)
                     grad_out = torch.empty_like(out)
             elif self._groups is None:
-                request, heads, edge, out = self._attended_with_graph(x)
+                request, qkv, edge, out = self._attended_with_graph(x)
                 with self._passes.attention_memory():
                     grad_out = torch.empty_like(out)
             else:
                 out = grad_out = self._attended(x)  # which is computed again, so that its gradient may take its place
-            self._backward_of_after(x, out, grad_y, grad_x, grad_out, sums, leaves)
+            self._backward_of_post_attention(x, out, grad_y, grad_x, grad_out, sums, leaves)
             del out, grad_y
-            sums.settle()
+            sums.round_to_param_dtype()
             if self._kept is not None:
                 with self._passes.attention_memory():
-                    grads = self._kept.backward(heads, kept, grad_out)
-                del heads, kept, grad_out
-                self._backward_of_before(x, grads, grad_x, sums, leaves)
+                    grads = self._kept.backward(qkv, kept, grad_out)
+                del qkv, kept, grad_out
+                self._backward_of_pre_attention(x, grads, grad_x, sums, leaves)
             elif self._groups is None:
-                grads = self._backward_of_attention(request, heads, edge, grad_out, sums, leaves)
-                del heads, edge, grad_out
-                self._backward_of_before(x, grads, grad_x, sums, leaves)
+                grads = self._backward_of_attention(request, qkv, edge, grad_out, sums, leaves)
+                del qkv, edge, grad_out
+                self._backward_of_pre_attention(x, grads, grad_x, sums, leaves)
             else:
                 self._backward_by_groups(x, grad_out, grad_x, sums, leaves)
-        if self.source is not None:
-            self.source.release()
+        if self.layer_input is not None:
+            self.layer_input.release()
         return [grad_x, *sums.result()]
 
     @contextlib.contextmanager
     def _as_in_forward(self, leaves: Sequence[Tensor]) -> Iterator[None]:
-        with self._untrained.as_in_forward(), self.slots.holding(leaves):
+        with self._untrained.as_in_forward(), self.slots.reparametrized(leaves):
             yield
 
-    def _before(self, x: Tensor) -> tuple[AttentionRequest, list[Tensor]]:
-        return self._passes.before(x, self.seen)
+    def _pre_attention(self, x: Tensor) -> tuple[AttentionRequest, list[Tensor]]:
+        return self._passes.pre_attention(x, self.seen)
 
     def _attended_with_graph(self, x: Tensor, group: int = 0):
-        request, heads = self._passes.before(x)
-        heads = [t.requires_grad_() for t in heads]
+        request, qkv = self._passes.pre_attention(x)
+        qkv = [t.requires_grad_() for t in qkv]
         with torch.enable_grad(), self._passes.attending(group):
-            out = self._attend(request, heads)
+            out = self._attend(request, qkv)
         # Through the edge nothing holds the output, which not every attention needs in its backward.
-        return request, heads, torch.autograd.graph.get_gradient_edge(out), out.detach()
+        return request, qkv, torch.autograd.graph.get_gradient_edge(out), out.detach()
 
-    def _backward_of_after(
+    def _backward_of_post_attention(
         self,
         x: Tensor,
         out: Tensor,
@@ -235,36 +241,36 @@ class LayerNode(Call):
         leaves: Sequence[Tensor],
     ) -> None:
         """Gradients of the layer's input (but for what came by way of the attention) and of the attention's output."""
-        forwards = chunk_forwards(self.module, [sums], self._unread.values_after, self._unread.value)
-        forwards |= self._unread.output_forwards()
-        with torch.enable_grad(), forwards_set(forwards):
+        forwards = chunk_forwards(self.module, [sums], self._dead_values.values_post_attention, self._dead_values.value)
+        forwards |= self._dead_values.output_forwards()
+        with torch.enable_grad(), patched_forwards(forwards):
             for i, (start, stop) in enumerate(self._passes.bounds):
                 chunk = chunk_of(x, start, stop).detach().requires_grad_(grad_x is not None)
                 out_chunk = out[:, start:stop].detach().requires_grad_()
                 inputs = [t for t in (chunk, out_chunk, *leaves) if t.requires_grad]
-                y = self._passes.after(chunk, out_chunk, i)
-                grads = let_go(torch.autograd.grad(y, inputs, grad_y[:, start:stop], allow_unused=True))
+                y = self._passes.post_attention(chunk, out_chunk, i)
+                grads = drain(torch.autograd.grad(y, inputs, grad_y[:, start:stop], allow_unused=True))
                 del y
                 grad = next(grads) if grad_x is not None else None
-                put(grad_out[:, start:stop], next(grads))
+                copy_or_zero_(grad_out[:, start:stop], next(grads))
                 sums.add(grads)
                 if grad_x is not None:  # at last, as the others may be parts of the gradient that this is written over
-                    put(grad_x[:, start:stop], grad)
+                    copy_or_zero_(grad_x[:, start:stop], grad)
                 del grads, grad  # or they would be there beside the next chunk's
 
     def _backward_of_attention(
-        self, request: AttentionRequest, heads: list[Tensor], edge, grad_out: Tensor, sums: GradientSums, leaves
+        self, request: AttentionRequest, qkv: list[Tensor], edge, grad_out: Tensor, sums: GradientSums, leaves
     ) -> list[Tensor | None]:
         """Gradients of queries, keys and values; those of parameters among the attention's arguments are added."""
         # All, as an attention function may read a weight from its module, beside those among its arguments.
         own = [leaf for leaf in leaves if leaf.requires_grad]
         with self._passes.attention_memory():
-            grads = torch.autograd.grad(edge, [*heads, *own], grad_out, allow_unused=True)
+            grads = torch.autograd.grad(edge, [*qkv, *own], grad_out, allow_unused=True)
         by_leaf = dict(zip(map(id, own), grads[3:], strict=True))
         sums.add(by_leaf.get(id(leaf)) for leaf in leaves if leaf.requires_grad)
         return list(grads[:3])
 
-    def _backward_of_before(
+    def _backward_of_pre_attention(
         self,
         x: Tensor,
         grads_of_heads: list[Tensor | None],
@@ -274,22 +280,24 @@ class LayerNode(Call):
         cut: CutWeights | None = None,
     ) -> None:
         all_sums, cut_leaves = ([sums], []) if cut is None else ([sums, cut.sums], cut.leaves)
-        forwards = chunk_forwards(self.module, all_sums, self._unread.values_before, self._unread.value)
-        with torch.enable_grad(), forwards_set(forwards):
+        forwards = chunk_forwards(
+            self.module, all_sums, self._dead_values.values_pre_attention, self._dead_values.value
+        )
+        with torch.enable_grad(), patched_forwards(forwards):
             for i, (start, stop) in enumerate(self._passes.bounds):
                 chunk = chunk_of(x, start, stop).detach().requires_grad_(grad_x is not None)
                 inputs = [t for t in (chunk, *cut_leaves, *leaves) if t.requires_grad]
-                heads = self._passes.reach(chunk, i)[0].tensors
+                qkv = self._passes.reach(chunk, i)[0].tensors
                 pairs = [
                     (t, g[:, :, start:stop])
-                    for t, g in zip(heads, grads_of_heads, strict=True)
+                    for t, g in zip(qkv, grads_of_heads, strict=True)
                     if t.requires_grad and g is not None
                 ]
                 if not pairs or not inputs:
                     continue
                 outputs, grads = zip(*pairs, strict=True)
-                grads = let_go(torch.autograd.grad(outputs, inputs, grads, allow_unused=True))
-                del heads, pairs, outputs
+                grads = drain(torch.autograd.grad(outputs, inputs, grads, allow_unused=True))
+                del qkv, pairs, outputs
                 if grad_x is not None:
                     grad = next(grads)
                     if grad is not None:
@@ -305,9 +313,9 @@ class LayerNode(Call):
         for group in range(self._groups.count):
             cut = CutWeights(leaves)
             with self._groups.cut(group, cut):
-                request, heads, edge, _ = self._attended_with_graph(x, group)
+                request, qkv, edge, _ = self._attended_with_graph(x, group)
                 part = self._groups.of_output(grad_out, group)
-                grads = self._backward_of_attention(request, heads, edge, part, sums, leaves)
-                del heads, edge, part
-                self._backward_of_before(x, grads, grad_x, sums, leaves, cut)
+                grads = self._backward_of_attention(request, qkv, edge, part, sums, leaves)
+                del qkv, edge, part
+                self._backward_of_pre_attention(x, grads, grad_x, sums, leaves, cut)
             cut.add_to(sums)

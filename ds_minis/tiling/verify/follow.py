@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_minis.tiling.core.row_args import RowCall
+from ds_minis.tiling.core.row_args import RowArgs
 from ds_minis.tiling.verify.op_trace import SHARED_DRAW, Step, Watch, difference, versions_matter
 
 
@@ -58,7 +58,7 @@ class Reach:
         )
 
 
-def follow_module(module: nn.Module, forward: Callable[..., Any], call: RowCall, chunk_rows: int, reach: Reach) -> str:
+def follow_module(module: nn.Module, forward: Callable[..., Any], call: RowArgs, chunk_rows: int, reach: Reach) -> str:
     """Why a module is not token-wise, as far as its operations show; empty: nothing was seen. `reach` is told the lengths."""
     num_rows = call.num_rows
     parts = chunk_lengths(num_rows, chunk_rows)

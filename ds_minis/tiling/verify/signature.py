@@ -139,7 +139,7 @@ def _add_object(name: str, value: Any, values: list, versions: list) -> None:
                     values += (key, _frozen(v, v.__class__))
 
 
-class Verdicts(dict):
+class AnalysisCache(dict):
     """What was found out about a module, by what it rests on. A copy or a pickle of the module begins without any.
 
     Attributes:
@@ -157,10 +157,10 @@ class Verdicts(dict):
         self._stale = 0
 
     def __reduce_ex__(self, protocol):
-        return Verdicts, ()
+        return AnalysisCache, ()
 
     def __deepcopy__(self, memo):
-        return Verdicts()
+        return AnalysisCache()
 
     def note(self, training: bool, reason: str) -> None:
         """Takes down what became of a call."""
@@ -182,15 +182,15 @@ class Verdicts(dict):
                 often.append(slot)
         return often
 
-    def settle(self, slots: list[tuple[int, str]], read: list[str]) -> None:
+    def ignore_unread(self, slots: list[tuple[int, str]], read: list[str]) -> None:
         """Leaves out numbers that change and are not read; with one that is read, the module is run as a whole."""
         self.ignored |= {place: name for place, name in slots if name not in read}
         if read:
             self.changing = f"its {read[0]!r}, which it reads, changes from call to call"
 
-    def is_stale(self, verdict: Any, versions: tuple) -> bool:
+    def is_stale(self, analysis: Any, versions: tuple) -> bool:
         """Whether tensors that decide what the module does have been written to since."""
-        if verdict.versions is None or verdict.versions == versions:
+        if analysis.versions is None or analysis.versions == versions:
             return False
         self._stale += 1
         return True
@@ -199,7 +199,7 @@ class Verdicts(dict):
     def often_stale(self) -> bool:
         return self._stale > _MOST_CHANGES
 
-    def why_whole(self) -> str:
+    def whole_fallback_reason(self) -> str:
         """Why calls ran as a whole: those of training, if there were any."""
         if self.latest:
             return self.latest[max(self.latest)]
@@ -207,7 +207,7 @@ class Verdicts(dict):
 
 
 @dataclass
-class Ask:
+class ModuleAnalysis:
     """A verdict on a module that is no layer.
 
     Attributes:

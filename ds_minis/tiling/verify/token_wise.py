@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ds_minis.tiling.core.grad_accum import GradientSums
 from ds_minis.tiling.core.params import ParameterSlots
 from ds_minis.tiling.core.replay import AutocastState
-from ds_minis.tiling.core.row_args import RowCall
+from ds_minis.tiling.core.row_args import RowArgs
 from ds_minis.tiling.verify.follow import Reach, follow_module
 from ds_minis.tiling.verify.op_trace import SHARED_DRAW, Watch, shares_draws
 from ds_minis.tiling.verify.side_effects import guarded, is_held, quietly
@@ -42,10 +42,10 @@ class _Answer(enum.Enum):
     NOT_IN_BACKWARD = "its gradients for a token depend on others"
 
 
-def why_not_token_wise(
+def token_wise_fallback_reason(
     module: nn.Module,
     forward: Callable[..., Any],
-    call: RowCall,
+    call: RowArgs,
     *,
     with_grads: bool = True,
     chunk_rows: int = 0,
@@ -82,7 +82,7 @@ def why_not_token_wise(
 
 
 def read_attributes(
-    module: nn.Module, forward: Callable[..., Any], call: RowCall, slots: list[tuple[int, str]], signature: Signature
+    module: nn.Module, forward: Callable[..., Any], call: RowArgs, slots: list[tuple[int, str]], signature: Signature
 ) -> list[str]:
     """Which of some attributes of its parts a module reads."""
     state = State(module)
@@ -94,7 +94,7 @@ def read_attributes(
             state.restore(module)
 
 
-def _ask(module: nn.Module, forward: Callable[..., Any], call: RowCall, with_grads: bool, reach: Reach) -> str | None:
+def _ask(module: nn.Module, forward: Callable[..., Any], call: RowArgs, with_grads: bool, reach: Reach) -> str | None:
     first_state = State(module)
     tokens = _TOKENS if reach.complete else max(_TOKENS, long_probe(module, call.input) // _BATCH)
     if not reach.complete and min(call.num_rows, LONGEST_PROBE) <= _BATCH * tokens:
@@ -161,7 +161,7 @@ def tolerance(tensors: Sequence[Tensor | None]) -> float:
 class _Run:
     """Runs a call on detached weights, as a whole and by chunks; backward with one random gradient."""
 
-    def __init__(self, module: nn.Module, forward: Callable[..., Any], call: RowCall, with_grads: bool):
+    def __init__(self, module: nn.Module, forward: Callable[..., Any], call: RowArgs, with_grads: bool):
         self.reason = ""
         self._module, self._forward, self._call, self._with_grads = module, forward, call, with_grads
         self._grad: Tensor | None = None
@@ -185,7 +185,7 @@ class _Run:
         slots = ParameterSlots(self._module)
         leaves = [p.detach().requires_grad_(p.numel() <= LARGEST_WEIGHT) for p in slots.tensors]
         sums, output, input_grad = GradientSums(leaves), None, None
-        with torch.set_grad_enabled(self._with_grads), slots.holding(leaves):
+        with torch.set_grad_enabled(self._with_grads), slots.reparametrized(leaves):
             for rows in slices:
                 parts = [row[rows].detach().clone() for row in call.rows()]
                 leaf = parts[0].requires_grad_(parts[0].is_floating_point())
@@ -197,7 +197,9 @@ class _Run:
                 if parts[0]._version != version:
                     self.reason = WRITES_INPUT
                     return []
-                self.reason = _why_not_one_tensor(y, RowCall(tuple(args), kwargs)) or foreign_weight(y, [leaf, *leaves])
+                self.reason = _one_tensor_fallback_reason(y, RowArgs(tuple(args), kwargs)) or foreign_weight(
+                    y, [leaf, *leaves]
+                )
                 if self.reason:
                     return []
                 y = y.flatten(0, -2)
@@ -246,7 +248,7 @@ class _Run:
             leaf = parts[0].requires_grad_(with_grads and parts[0].is_floating_point())
             parts[0] = leaf * 1
             args, kwargs = self._call.whole(parts)
-            with slots.holding([p.detach() for p in slots.tensors]):
+            with slots.reparametrized([p.detach() for p in slots.tensors]):
                 y = self._forward(*args, **kwargs).flatten(0, -2)
             if not (leaf.requires_grad and y.requires_grad):
                 return y.detach(), None
@@ -288,7 +290,7 @@ def are_close(actual: Tensor | None, expected: Tensor | None, tolerance: float) 
     return all(is_close(actual[i::2], expected[i::2], tolerance) for i in (0, 1) if i < expected.shape[0])
 
 
-def _why_not_one_tensor(output: Any, call: RowCall) -> str:
+def _one_tensor_fallback_reason(output: Any, call: RowArgs) -> str:
     if not isinstance(output, Tensor):
         return f"it gives a {type(output).__name__}, not one tensor"
     if output.shape[:-1] != call.input.shape[:-1]:

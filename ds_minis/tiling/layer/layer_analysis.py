@@ -15,8 +15,8 @@ from ds_minis.tiling.layer.follow_layer import follow_layer
 from ds_minis.tiling.layer.probe import PROBE_BATCH, PROBE_CHUNKS, PROBE_TOKENS
 from ds_minis.tiling.passes.attention import attention_answered_by, differing_setting
 from ds_minis.tiling.passes.head_groups import HeadGroups
-from ds_minis.tiling.passes.layer_args import LayerCall
-from ds_minis.tiling.passes.layer_passes import NOTHING_UNREAD, Unread
+from ds_minis.tiling.passes.layer_args import LayerArgs
+from ds_minis.tiling.passes.layer_passes import NO_DEAD_VALUES, DeadValues
 from ds_minis.tiling.verify.follow import Reach
 from ds_minis.tiling.verify.side_effects import quietly
 from ds_minis.tiling.verify.signature import Signature, read_by
@@ -24,7 +24,7 @@ from ds_minis.tiling.verify.snapshot import State
 
 
 @dataclass(frozen=True)
-class Finding:
+class LayerAnalysis:
     """What was found out about a layer.
 
     Attributes:
@@ -41,7 +41,7 @@ class Finding:
 
     reason: str = ""
     rest: tuple | None = None
-    unread: Unread = NOTHING_UNREAD
+    dead_values: DeadValues = NO_DEAD_VALUES
     groups: HeadGroups | None = None
     one_call: str = ""
     reach: Reach = field(default_factory=Reach)
@@ -50,21 +50,21 @@ class Finding:
     versions: tuple | None = field(default=None, compare=False, repr=False)
 
 
-def follow_again(
-    layer: nn.Module, forward: Callable[..., Any], call: LayerCall, chunk_tokens: int, finding: Finding
-) -> Finding | None:
+def analyze_again(
+    layer: nn.Module, forward: Callable[..., Any], call: LayerArgs, chunk_tokens: int, analysis: LayerAnalysis
+) -> LayerAnalysis | None:
     """What was found out, for another length; None where that cannot be told without values."""
     reach = Reach()
     reason, settings = followed(layer, forward, call, chunk_tokens, reach)
     if not reach.complete:
         return None
-    if not reason and settings and finding.settings and differing_setting(settings, finding.settings):
+    if not reason and settings and analysis.settings and differing_setting(settings, analysis.settings):
         settings = None  # they may depend on the length, as long as all chunks agree with the whole
-    return dataclasses.replace(finding, reason=reason, reach=reach.extended(finding.reach), settings=settings)
+    return dataclasses.replace(analysis, reason=reason, reach=reach.extended(analysis.reach), settings=settings)
 
 
 def followed(
-    layer: nn.Module, forward: Callable[..., Any], call: LayerCall, chunk_tokens: int, reach: Reach
+    layer: nn.Module, forward: Callable[..., Any], call: LayerArgs, chunk_tokens: int, reach: Reach
 ) -> tuple[str, dict | None]:
     """What shows without values: why the layer cannot be tiled, and the arguments of its attention that are no tensors."""
     state, x = State(layer), call.hidden
@@ -76,7 +76,7 @@ def followed(
 
 
 def read_attributes(
-    layer: nn.Module, forward: Callable[..., Any], call: LayerCall, slots: list[tuple[int, str]], signature: Signature
+    layer: nn.Module, forward: Callable[..., Any], call: LayerArgs, slots: list[tuple[int, str]], signature: Signature
 ) -> list[str]:
     """Which of some attributes of its parts a layer reads."""
     state, few = State(layer), call.narrowed(PROBE_BATCH, PROBE_TOKENS, torch.randn_like)
