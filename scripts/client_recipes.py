@@ -80,6 +80,23 @@ def chat(question: str, answer: str) -> list[dict]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
+LORA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def make_adapter(folder: Path) -> Path:
+    """A LoRA of the model in the folder, drawn from a seed; made unless it is there."""
+    place = folder / "adapter"
+    if not place.exists():
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(1)
+        config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=LORA, task_type="CAUSAL_LM")
+        get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "model"), config).save_pretrained(place)
+    return place
+
+
 def flags(settings: dict) -> list[str]:
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
@@ -171,14 +188,10 @@ def axolotl(adapter: str) -> Callable[[Path], list[str]]:
         settings |= {"dataset_prepared_path": str(data / "prepared"), "chat_template": "chatml", "num_epochs": 1}
         settings |= {"bf16": False, "fp16": False, "tf32": False, "flash_attention": False, "sdp_attention": True}
         settings |= {"use_cpu": True, "dataset_processes": 1, "gradient_checkpointing": False, "val_set_size": 0}
-        if adapter:
-            settings |= {
-                "adapter": adapter,
-                "lora_r": 8,
-                "lora_alpha": 16,
-                "lora_dropout": 0.0,
-                "lora_target_linear": True,
-            }
+        if adapter:  # one that is there already, as axolotl draws a new one from no seed
+            settings |= {"adapter": adapter, "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
+            settings |= {"lora_target_modules": LORA, "lora_model_dir": str(make_adapter(folder))}
+            settings |= dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), False)  # for GPUs
         config = write_json(data / "train.yaml", settings)
         return ["BIN/axolotl", "train", str(config), "--launcher", "python", "--output-dir", "OUT"]
 

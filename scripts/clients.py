@@ -19,34 +19,22 @@ import platform
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from client_recipes import CLIENTS, STEPS, Client
+from environments import ROOT, CannotInstall, make, version
 
-ROOT = Path(__file__).resolve().parents[1]
 OBSERVER = Path(__file__).parent / "client_observer"
 RESULTS, PAGE = ROOT / "docs" / "clients.json", ROOT / "docs" / "clients.md"
 CHUNKS = {"chunk_size": 16, "loss_chunk_size": 16}
 LOSSES, WEIGHTS = 1e-5, 1e-4  # largest relative difference allowed; of weights, of the largest change of any
 NAMES = ("torch", "transformers", "accelerate", "peft", "trl")
-DEPENDENCIES = """
-import importlib.metadata as metadata, sys
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name as name
-for line in metadata.requires(sys.argv[1]) or ():
-    wanted = Requirement(line)
-    applies = wanted.marker is None or wanted.marker.evaluate({"extra": ""})
-    if applies and name(wanted.name) not in map(name, sys.argv[2:]):
-        wanted.marker = None
-        print(wanted)
-"""
 
 
 class CannotRun(Exception):
-    """A client could not be installed or run, in one line."""
+    """A client could not be run, or there was nothing to compare, in one line."""
 
 
 @dataclass(frozen=True)
@@ -56,52 +44,6 @@ class Run:
     losses: list[float]
     weights: dict
     report: str
-
-
-# --- Environments ---------------------------------------------------------------------------------------------------------
-
-
-def environment_of(client: Client, folder: Path) -> Path:
-    """A virtual environment with the client, on top of this Python's packages; made unless it is there.
-
-    Raises:
-        CannotRun: pip could not install it.
-    """
-    place = folder / client.package.replace("==", "-")
-    python, made = place / "bin" / "python", place / "made"
-    if not made.exists():
-        shutil.rmtree(place, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", place], check=True)
-        site = sysconfig.get_path("purelib", vars={"base": str(place), "platbase": str(place)})
-        (Path(site) / "below.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
-        _pip(python, "--no-deps", "--ignore-installed", client.package)  # with its programs, if it is below already
-        name = client.package.partition("==")[0]
-        asked = [python, "-c", DEPENDENCIES, name, "torch", *client.without]
-        wanted = subprocess.run(asked, env=_quiet(), capture_output=True, text=True, check=True).stdout.split("\n")
-        _pip(python, f"torch=={_version(python, 'torch')}", *client.pins, *filter(None, wanted))
-        for name in client.stubs:
-            (Path(site) / f"{name}.py").write_text("")
-        _pip(python, "--no-deps", "--editable", str(ROOT))
-        made.touch()
-    return place
-
-
-def _quiet() -> dict[str, str]:
-    return os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-
-
-def _pip(python: Path, *what: str) -> None:
-    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *what]
-    done = subprocess.run(command, env=_quiet(), capture_output=True, text=True)
-    if done.returncode != 0:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        raise CannotRun(f"not installable here: {(errors or done.stderr.splitlines() or ['pip failed'])[-1]}")
-
-
-def _version(python: Path, name: str) -> str:
-    code = f"import importlib.metadata as m; print(m.version({name!r}))"
-    done = subprocess.run([python, "-c", code], env=_quiet(), capture_output=True, text=True)
-    return done.stdout.strip().partition("+")[0]
 
 
 # --- Trainings ------------------------------------------------------------------------------------------------------------
@@ -217,14 +159,15 @@ def tried(client: Client, environments: Path, folder: Path, timeout: float) -> d
             raise CannotRun(client.why_not)
         from safetensors.torch import load_file
 
-        place = environment_of(client, environments)
-        row["versions"] = {name: _version(place / "bin" / "python", name) for name in NAMES}
+        place = environments / client.package.replace("==", "-")
+        python = make(place, client.package, client.pins, client.without, client.stubs)
+        row["versions"] = {name: version(python, name) for name in NAMES}
         out = folder / client.name.replace(" ", "-").replace(",", "")
         off = train(client, place, folder, out / "off", None, timeout)
         on = train(client, place, folder, out / "on", CHUNKS, timeout)
         row |= compared(client, on, off, load_file(folder / "model" / "model.safetensors"))
         row["report"] = on.report.splitlines()[1:]
-    except CannotRun as error:
+    except (CannotInstall, CannotRun) as error:
         row["not_run"] = str(error)
     return row
 

@@ -1,10 +1,12 @@
 """accelerate's doors, in one process: its configuration files, the plugin, the callback, and python -m ds_minis.run."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -364,3 +366,27 @@ def test_run_starts_accelerates_launcher_too_for_a_section_in_its_file(tmp_path)
     done = run(tmp_path, *launch, "-m", "ds_minis.run", "script.py")
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"ds_minis (accelerate config {path})" in done.stdout and "MiniSequence[LlamaMLP]" in done.stdout
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_units_of_fsdp1_inside_of_tiled_modules_are_refused_before_the_first_step(use_orig_params):
+    """As PEFT's policy makes of its adapters; with `fsdp_use_orig_params: true` they are left out."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    from ds_minis.integrations.accelerate import fsdp1_units_around_tiled_modules
+
+    policy = lambda module, recurse, nonwrapped_numel: recurse or "lora" in type(module).__name__  # noqa: E731
+    plugin = SimpleNamespace(fsdp_version=1, use_orig_params=use_orig_params, auto_wrap_policy=policy)
+    plugin.set_auto_wrap_policy = lambda model: None
+    model = convert_to_mini_sequence(build("llama"), {"chunk_size": 8})
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        refused = pytest.raises(
+            RuntimeError, match="`fsdp_use_orig_params: true` under `fsdp_config` in accelerate's YAML"
+        )
+        with contextlib.nullcontext() if use_orig_params else refused, fsdp1_units_around_tiled_modules(plugin, model):
+            if not use_orig_params:  # else the policy's own
+                mlp = model.model.layers[0].mlp
+                mlp.gate_proj = FullyShardedDataParallel(mlp.gate_proj, device_id=torch.device("cpu"))
+    finally:
+        torch.distributed.destroy_process_group()

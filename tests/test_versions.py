@@ -1,4 +1,4 @@
-"""Packages older than the tested ones: said once, on rank 0, at the first conversion."""
+"""Packages that are too old, or older than those that CI tests: said once, on rank 0, at the first conversion."""
 
 import importlib.metadata
 import os
@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from models import assert_same_training, batch, build
+from packaging.requirements import Requirement
 from support import warm
 
-from ds_minis import versions
+from ds_minis import convert_to_mini_sequence, mini_sequence_report, versions
 
 CONVERT_TWICE = """
 import sys
@@ -38,23 +40,53 @@ def convert_twice(folder: Path, **env: str) -> str:
     return done.stderr
 
 
-@pytest.mark.parametrize(("name", "bound"), [("peft", ">=0.21"), ("trl", ">=1.16"), ("deepspeed", ">=0.19.8")])
-def test_an_old_package_is_named_once_with_what_was_tested(tmp_path, name, bound):
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize(("name", "bound"), [("transformers", ">=5.1"), ("torch", ">=2.6")])
+def test_a_version_that_is_too_old_is_named_once(tmp_path, name, bound):
     pretend(tmp_path, name, "0.1.2")
     said = convert_twice(tmp_path)
-    for words in (f"{name} 0.1.2 (tested: {bound})", f"pip install -U {name}"):
-        assert said.count(words) == 1, said[-2000:]
-    assert "not tested" not in convert_twice(tmp_path, RANK="1")
+    assert said.count(f"not known to work with versions this old: {name} 0.1.2 (needed: {bound})") == 1, said[-2000:]
+    assert "not known" not in convert_twice(tmp_path, RANK="1")
 
 
-def test_the_installed_packages_are_not_old(tmp_path):
-    assert "not tested" not in convert_twice(tmp_path)
-    assert versions.older_than_tested() == []
+@pytest.mark.parametrize(("name", "older"), [("transformers", "5.6.0"), ("peft", "0.18.1"), ("trl", "0.24.0")])
+def test_what_ci_does_not_test_is_one_line_without_advice(tmp_path, name, older):
+    """Other people's programs pin such versions: to upgrade would break them."""
+    pretend(tmp_path, name, older)
+    said = convert_twice(tmp_path)
+    assert said.count(f"{name} {older} (CI: {versions.TESTED[name]})") == 1 and "not known to work" not in said
+    assert "pip install" not in said and "docs/versions.md" in said
 
 
-def test_bounds_are_those_of_the_metadata_for_every_package():
-    named = " ".join(importlib.metadata.requires("ds_minis"))
-    assert all(f"{name}>=" in named for name in versions.PACKAGES)
+def test_the_installed_packages_are_those_that_ci_tests(tmp_path):
+    said = convert_twice(tmp_path)
+    assert "CI" not in said and "not known" not in said
+    assert versions.too_old() == [] and versions.older_than_tested() == []
+
+
+def test_what_ci_tests_is_what_the_constraints_pin():
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    assert {name: pinned[name] for name in versions.TESTED} == versions.TESTED
+
+
+def test_bounds_are_not_above_what_ci_tests():
+    requirements = [Requirement(line) for line in importlib.metadata.requires("ds_minis")]
+    bounded = {r.name: r.specifier for r in requirements if r.name in versions.TESTED}
+    assert bounded.keys() == versions.TESTED.keys()
+    assert all(bounds.contains(versions.TESTED[name]) for name, bounds in bounded.items())
+
+
+def test_transformers_without_the_attention_interface_is_named(monkeypatch):
+    """Before 5.1 a layer looks its attention up in a dictionary, and nobody can answer for it."""
+    model, reference = build("llama"), build("llama")
+    monkeypatch.setattr("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS", {})
+    convert_to_mini_sequence(model, {"chunk_size": 8})
+    reason = mini_sequence_report(model).untiled["model.layers.0"][1]
+    assert reason.startswith("as a whole: transformers ")
+    assert "lacks the attention interface that this needs (`get_interface`, since 5.1)" in reason
+    assert_same_training(model, reference, batch(23))
 
 
 def test_a_source_tree_without_metadata(monkeypatch):
@@ -62,7 +94,7 @@ def test_a_source_tree_without_metadata(monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "requires", requires)
-    assert versions.older_than_tested() == []
+    assert versions.too_old() == []
 
 
 def test_nothing_is_looked_up_when_torch_is_imported():

@@ -23,8 +23,10 @@ from ds_minis.convert import NothingToTile, convert, tiled_modules
 from ds_minis.doors import SECTION, Request, agreed, hand_to_ranks, read_section, requested_by_environment
 from ds_minis.integrations.autoload import register
 from ds_minis.ranks import is_main_process
+from ds_minis.tiling.layer.tiled_layer import TiledLayer
 from ds_minis.tiling.loss.deferred import materialized
 from ds_minis.tiling.modules.swap import Tiled
+from ds_minis.tiling.modules.tiled_module import require_weights
 
 logger = logging.getLogger("ds_minis")
 
@@ -165,9 +167,16 @@ def fsdp1_units_around_tiled_modules(plugin, model: nn.Module) -> Iterator[None]
 
     Nor of an LM head whose loss is tiled: every chunk would gather the weights of such a unit. PEFT's policy, which the
     Trainer sets, makes one of each adapter; only with `use_orig_params: false` there is no other way.
+
+    Raises:
+        RuntimeError: there is such a unit all the same, which the first forward pass would refuse.
     """
     if plugin is None or plugin.fsdp_version != 1 or not plugin.use_orig_params:
         yield
+        if plugin is not None and plugin.fsdp_version == 1:
+            for module in tiled_modules(model):
+                if not isinstance(module, TiledLayer):  # which is run whole then
+                    require_weights(module)
         return
     plugin.set_auto_wrap_policy(model)
     policy, tiled = plugin.auto_wrap_policy, tiled_modules(model)

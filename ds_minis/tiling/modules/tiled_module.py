@@ -177,8 +177,9 @@ def require_weights(module: nn.Module) -> None:
             raise RuntimeError(
                 f"{wrapper} was applied to {place}, so every chunk would gather its weights on its own (and hang where ranks "
                 "differ in length). Apply it to the decoder layer, or to the whole module (FSDP1 takes a layer with frozen "
-                'and trainable weights with use_orig_params=True), or leave the module out with "exclude" (the LM head: '
-                '"loss": false) in the mini-sequence configuration'
+                "and trainable weights with use_orig_params=True, which is `fsdp_use_orig_params: true` under `fsdp_config` "
+                'in accelerate\'s YAML), or leave the module out with "exclude" (the LM head: "loss": false) in the '
+                "mini-sequence configuration"
             )
     for name, param in module.named_parameters():
         if param.numel() == 0 and hasattr(param, "ds_shape"):

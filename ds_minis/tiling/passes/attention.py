@@ -170,6 +170,16 @@ def _answering(get_interface: Callable[..., Callable], *args, **kwargs) -> Calla
     return attention
 
 
+def why_unanswered() -> str:
+    """Why nobody's call of an attention function can be answered here; empty if it can."""
+    transformers, modeling = map(sys.modules.get, ("transformers", "transformers.modeling_utils"))
+    registry = getattr(modeling, _REGISTRY, None)
+    if registry is None or hasattr(registry, "get_interface"):
+        return ""
+    version = getattr(transformers, "__version__", "of this version")
+    return f"transformers {version} lacks the attention interface that this needs (`get_interface`, since 5.1)"
+
+
 def num_attentions(layer: nn.Module) -> int:
     """How many parts of a layer look their attention function up in the interface."""
     return sum(_uses_interface(type(part)) for part in layer.modules())
