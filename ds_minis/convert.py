@@ -35,7 +35,7 @@ from ds_minis.tiling.loss.forward_hooks import (
 from ds_minis.tiling.memory.layer_inputs import LayerInputStore
 from ds_minis.tiling.modules.cache_rule import attach_cache_rule, detach_cache_rule
 from ds_minis.tiling.modules.state import Chunking
-from ds_minis.tiling.modules.swap import Tiled, tile, untile, untiled_class, whole_fallback_reason
+from ds_minis.tiling.modules.swap import Tiled, replaced_by, tile, untile, untiled_class, whole_fallback_reason
 from ds_minis.tiling.modules.tiled_module import TiledModule
 from ds_minis.tiling.passes.head_groups import WrongGroups, count_groups, num_kv_heads
 from ds_minis.versions import warn_of_old_versions
@@ -134,7 +134,7 @@ def convert(
         tiled={c.fqn: untiled_class(type(c.module)).__name__ for c in tiled if c.role != "layer"},
         untiled={c.fqn: (type(c.module).__name__, c.reason) for c in candidates if c.reason},
         loss=loss,
-        sizes=find_sizes(model, chunking, layers, feed_forwards, has_loss=loss.startswith("tiled")),
+        sizes=find_sizes(model, chunking, layers, feed_forwards, has_loss=loss.startswith("tiled, ")),
     )
     model.__dict__[_STATE] = report
     if is_main_process():
@@ -304,6 +304,12 @@ def _loss_in_words(model: nn.Module, config: MiniSequenceConfig, loss_models: li
     if config.return_logits:
         return "not tiled (return_logits asks for all logits)"
     head = type(loss_models[-1].get_output_embeddings()).__name__
+    replaced = next(filter(None, map(replaced_by, loss_models)), "")
+    if replaced:
+        return (
+            f"tiled where the model's own forward computes it, LM head {head}; {replaced} replaced that forward, and may "
+            "compute the loss itself, with the LM head's weight"
+        )
     return f"tiled, LM head {head}; with labels, the output has no `logits` (return_logits brings them back)"
 
 

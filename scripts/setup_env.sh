@@ -15,8 +15,11 @@ if [ -z "${PYTHON:-}" ]; then
         fi
         if ! "$PYTHON" -c "$complete" 2>/dev/null; then
             # torch first and alone: with it in place nothing below asks for another build of it.
+            echo "1 of 2: installing torch (some 200 MB, or several GB with CUDA)" >&2
             "$PYTHON" -m pip install -q -c "$ROOT/constraints.txt" torch
+            echo "2 of 2: installing transformers, deepspeed, trl and what else the examples and tests import" >&2
             "$PYTHON" -m pip install -q -c "$ROOT/constraints.txt" -e "$ROOT[deepspeed,sft,quantization,test]"
+            echo "installed in $ROOT/.venv" >&2
         fi
     fi
 fi

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 import torch
 from models import add_lora, batch, build
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -78,6 +79,23 @@ def test_a_loss_of_somebody_else_saves_nothing_here():
         report.sizes, logit_bytes=0, loss_tokens=0
     )
     assert "logits" not in str(now.sizes)
+
+
+def test_a_forward_that_may_compute_the_loss_itself():
+    """TRL's trainers put theirs on the instance before the model is converted, and may or may not use it."""
+    utils = pytest.importorskip("trl.trainer.utils")
+    model = build("llama")
+    utils.add_fused_lm_head(model)
+    report = mini_sequence_report(convert_to_mini_sequence(model, CHUNKS))
+    assert "trl.trainer.utils replaced that forward, and may compute the loss itself" in report.loss
+    assert report.loss.startswith("tiled where the model's own forward computes it") and report.sizes.logit_bytes == 0
+    assert "logits" not in model(**batch(23))  # the model's own
+
+
+def test_a_forward_that_calls_the_models_own_is_no_other_loss():
+    model = build("llama")
+    model.forward = model.forward
+    assert mini_sequence_report(convert_to_mini_sequence(model, CHUNKS)).loss.startswith("tiled, LM head Linear")
 
 
 def test_a_step_that_is_one_chunk_saves_nothing():

@@ -167,7 +167,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
     deepspeed = deepspeed_launched(argv)
     if on_cpu and deepspeed:
         argv = cpu.prepare_deepspeed(argv)
-    parser.set_defaults(bf16=not on_cpu, dataloader_pin_memory=not on_cpu)
+    # One line for each logged step (`progress.Progress`) in the place of a bar, and of the Trainer's dictionaries.
+    parser.set_defaults(bf16=not on_cpu, dataloader_pin_memory=not on_cpu, disable_tqdm=True)
     if on_cpu:
         parser.set_defaults(**({"ddp_backend": "gloo"} if deepspeed else {"use_cpu": True}))
     if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
@@ -178,5 +179,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
     if data_args.max_seq_length is not None:
         training_args.max_length = data_args.max_seq_length
     if training_args.gradient_checkpointing:
-        training_args.gradient_checkpointing_kwargs = {"use_reentrant": model_args.use_reentrant}
+        # TRL takes the reentrant variant under ZeRO-3 with adapters, and warns where the other one was asked for.
+        plugin = training_args.deepspeed_plugin
+        forced = model_args.use_peft_lora and plugin is not None and plugin.zero_stage == 3
+        training_args.gradient_checkpointing_kwargs = {"use_reentrant": model_args.use_reentrant or forced}
     return model_args, data_args, training_args

@@ -37,7 +37,7 @@ DEEPSPEED_CONFIG=${DEEPSPEED_CONFIG:-${ZERO:+$ROOT/deepspeed_configs/$ZERO.json}
 
 # The embedded default is small and learns from scratch; a real model wants the settings of PEFT's and MST's recipes.
 if [ "$MODEL" = "$HERE/default/model" ]; then
-    export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
+    export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" HF_DATASETS_DISABLE_PROGRESS_BARS=1  # it is loaded in a second
     LEARNING_RATE=${LEARNING_RATE:-3e-3}
     LORA_MODULES_TO_SAVE=${LORA_MODULES_TO_SAVE-embed_tokens,lm_head}  # a random base has nothing to adapt there
     MAX_LENGTH=${MAX_LENGTH:-2048}
@@ -83,7 +83,7 @@ if [ "${QLORA:-0}" = 1 ]; then
         --bnb_4bit_compute_dtype "$QUANT_DTYPE" --bnb_4bit_quant_storage_dtype "$QUANT_DTYPE" "$@"
 fi
 
-accelerate launch --config_file "$ACCELERATE_CONFIG" ${DEEPSPEED_CONFIG:+--deepspeed_config_file "$DEEPSPEED_CONFIG"} \
+"$PYTHON" "$HERE/launch.py" --config_file "$ACCELERATE_CONFIG" ${DEEPSPEED_CONFIG:+--deepspeed_config_file "$DEEPSPEED_CONFIG"} \
     --num_processes "$NUM_PROCESSES" --num_machines "$NUM_MACHINES" --machine_rank "$MACHINE_RANK" \
     ${MAIN_PROCESS_IP:+--main_process_ip "$MAIN_PROCESS_IP"} --main_process_port "$MAIN_PROCESS_PORT" \
     "$HERE/train.py" \

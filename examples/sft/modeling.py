@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from arguments import ModelArguments
@@ -51,6 +52,12 @@ def load_model(
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8)
     return model
+
+
+def is_dense(configuration: dict[str, Any]) -> bool:
+    """Whether every layer takes part for every token: no experts, no images, no sound (by fields' names)."""
+    parts = ("expert", "moe", "vision", "audio")
+    return not any(value and part in name for name, value in configuration.items() for part in parts)
 
 
 def lora_config(args: ModelArguments):

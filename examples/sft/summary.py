@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 from pathlib import Path
 from typing import Any
 
 import torch
+from progress import Progress
 from transformers import Trainer
 
-from ds_minis import mini_sequence_report
+from ds_minis import ConversionReport, mini_sequence_report
 
 
 def peak_memory_bytes() -> tuple[int, str]:
@@ -20,12 +22,13 @@ def peak_memory_bytes() -> tuple[int, str]:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "resident, this process"
 
 
-def summarize(trainer: Trainer, metrics: dict[str, Any]) -> None:
-    """Saves `summary.json` and prints it in words, on rank 0."""
+def summarize(trainer: Trainer, metrics: dict[str, Any], progress: Progress) -> None:
+    """Saves `summary.json` and prints it in words, on rank 0. The throughput is that of this run, if it resumed another."""
     if not trainer.is_world_process_zero():
         return
     report, (peak, kind) = mini_sequence_report(trainer.model), peak_memory_bytes()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    tokens = trainer.state.num_input_tokens_seen - progress.first_tokens
     output_dir = Path(trainer.args.output_dir).resolve()
     summary = {
         "engine": f"{trainer.accelerator.distributed_type.value}, {type(trainer.model_wrapped).__name__}",
@@ -34,9 +37,10 @@ def summarize(trainer: Trainer, metrics: dict[str, Any]) -> None:
         "tiled_modules": len(report.tiled) if report else 0,
         "modules_in_4_bits": sum(getattr(m, "quant_state", None) is not None for m in trainer.model.modules()),
         "steps": trainer.state.global_step,
+        "resumed_from_step": progress.first_step or None,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
-        "tokens_per_second": round(trainer.state.num_input_tokens_seen / metrics["train_runtime"], 1),
+        "tokens_per_second": round(tokens / metrics["train_runtime"], 1),
         "peak_memory_bytes": peak,
         "peak_memory_kind": kind,
         "output_dir": str(output_dir),
@@ -48,12 +52,25 @@ def summarize(trainer: Trainer, metrics: dict[str, Any]) -> None:
                 "",
                 "===== done =====",
                 f"engine       {summary['engine']}, {summary['num_processes']} processes",
-                *(str(report) if report else "ds_minis: off").splitlines(),
-                f"loss         {summary['first_loss']} -> {summary['last_loss']} in {summary['steps']} steps",
-                f"throughput   {summary['tokens_per_second']} tokens/s (all processes)",
+                *_tiled_in_words(report, trainer.model_loss),
+                f"loss         {summary['first_loss']:.4f} -> {summary['last_loss']:.4f} in {summary['steps']} steps"
+                if losses
+                else "loss         none was logged (--logging_steps)",
+                f"throughput   {summary['tokens_per_second']:,.1f} tokens/s (all processes)"
+                + (f", from step {progress.first_step} on" if progress.first_step else ""),
                 f"peak memory  {peak / 2**20:,.0f} MiB ({kind})",
                 f"results      {output_dir}",
             ]
         ),
         flush=True,
     )
+
+
+def _tiled_in_words(report: ConversionReport | None, model_loss: bool) -> list[str]:
+    if report is None:
+        return ["ds_minis     off"]
+    loss = report.loss
+    if not model_loss and loss.startswith("not tiled"):
+        loss = "TRL's fused LM head, in chunks of its own (MINI_SEQUENCE_LOSS=True: the model's own, tiled by ds_minis)"
+    lines = str(dataclasses.replace(report, loss=loss, sizes=None)).splitlines()
+    return ["what was tiled", *lines[1:]]

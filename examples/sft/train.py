@@ -10,10 +10,16 @@ by `--mini_sequence`.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import quiet
+
+    quiet.begin()  # what follows imports for seconds, and says things
+
 import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import cpu
 import torch
@@ -30,9 +36,11 @@ from arguments import (
 from checkpoints import checkpoint_to_resume, writing
 from data import load_splits
 from folders import claim_output, describe_run, require_input, require_output
-from modeling import load_model, load_tokenizer, lora_config
+from modeling import is_dense, load_model, load_tokenizer, lora_config
+from progress import Progress
+from quiet import leave_out
 from summary import summarize
-from transformers import AutoConfig, Trainer, TrainerCallback, set_seed
+from transformers import AutoConfig, PrinterCallback, Trainer, TrainerCallback, set_seed
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 from trl.data_utils import is_conversational
@@ -81,7 +89,10 @@ def main() -> None:
     require_input("--model_name_or_path", model_args.model_name_or_path)
     require_input("--dataset_name", data_args.dataset_name)
     require_output("--output_dir", training_args.output_dir)
-    claim_folder(model_args, data_args, training_args)
+    configuration = claim_folder(model_args, data_args, training_args)
+    if model_args.use_peft_lora and training_args.ddp_find_unused_parameters is None and is_dense(configuration):
+        # The Trainer has DDP look for idle adapters, in each step, and DDP then warns that there are none.
+        training_args.ddp_find_unused_parameters = False
     training_args.resume_from_checkpoint = checkpoint_to_resume(training_args)
     set_seed(training_args.seed)
 
@@ -106,12 +117,17 @@ def main() -> None:
         peft_config=lora_config(model_args),
     )
     trainer.model_loss = model_args.mini_sequence_loss
+    if not trainer.model_loss:
+        leave_out("ds_minis", "the loss is not tiled by ds_minis")  # the summary says that TRL computes it
     trainer.add_callback(RequireWrapped(trainer))
-    train_and_save(trainer, training_args)
+    if training_args.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(progress := Progress())
+    train_and_save(trainer, training_args, progress)
 
 
-def claim_folder(model_args: ModelArguments, data_args: DataArguments, training_args: SFTConfig) -> None:
-    """Refuses the output folder of another run."""
+def claim_folder(model_args: ModelArguments, data_args: DataArguments, training_args: SFTConfig) -> dict[str, Any]:
+    """Refuses the output folder of another run; gives the model's configuration."""
     if data_args.overwrite_output_dir and training_args.resume_from_checkpoint:
         raise ValueError("--overwrite_output_dir and --resume_from_checkpoint exclude each other: give one of them")
     name = model_args.model_name_or_path
@@ -124,6 +140,7 @@ def claim_folder(model_args: ModelArguments, data_args: DataArguments, training_
     }
     with training_args.main_process_first(local=False, desc="looking at the output folder"):
         claim_output(training_args.output_dir, run, **how)
+    return configuration
 
 
 def require_engine(training_args: SFTConfig) -> None:
@@ -174,7 +191,7 @@ class RequireWrapped(TrainerCallback):
             raise RuntimeError(f"{expected} was asked for, but accelerate would train with {wrapped.__name__}")
 
 
-def train_and_save(trainer: SFTTrainer, training_args: SFTConfig) -> None:
+def train_and_save(trainer: SFTTrainer, training_args: SFTConfig, progress: Progress) -> None:
     result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     metrics = dict(result.metrics)
     if trainer.eval_dataset is not None:
@@ -182,7 +199,7 @@ def train_and_save(trainer: SFTTrainer, training_args: SFTConfig) -> None:
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("all", metrics)
-    summarize(trainer, metrics)
+    summarize(trainer, metrics, progress)
     trainer.accelerator.wait_for_everyone()
 
 

@@ -178,7 +178,7 @@ def _run(command: list[str], environ: dict[str, str], folder: str, ignores_inter
         if not isinstance(end.code, int | None):
             print(end.code, file=sys.stderr)
     except KeyboardInterrupt:
-        traceback.print_exc()
+        _print_exception()
         interrupted = True
     except BaseException:
         _print_exception()

@@ -127,6 +127,18 @@ def replaced_forward(module: nn.Module) -> str:
     return getattr(value, "__qualname__", None) or repr(value)
 
 
+def replaced_by(module: nn.Module) -> str:
+    """The Python module of a function that an instance has in the place of its class's forward; empty where there is none.
+
+    Nor where it is torch's or accelerate's, which call the forward that was there.
+    """
+    value = module.__dict__.get(_forward_attribute(module))
+    function = getattr(value, "__func__", value)
+    name = getattr(function, "__globals__", {}).get("__name__", "")
+    own = function is None or function is untiled_class(type(module)).forward
+    return "" if own or name.partition(".")[0] in ("torch", "accelerate") else name
+
+
 def _is_bound_to(module: nn.Module, value: Any) -> bool:
     return isinstance(value, types.MethodType) and value.__self__ is module
 
