@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import sys
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from ds_minis.convert import convert, convert_to_mini_sequence, revert_mini_sequence, tiled_modules
 from ds_minis.doors import SECTION, agreed, read_section, requested_by_environment
+from ds_minis.integrations.loading import look_before_loading
 from ds_minis.tiling.core.tiled_op import tile_rows
 from ds_minis.tiling.loss.deferred import DeferredLogits
 from ds_minis.tiling.modules.swap import Tiled
@@ -87,6 +89,8 @@ def attach_config_check(accelerate_deepspeed) -> None:
         if section is not None:
             # Without defaults, as accelerate takes every "auto" in the JSON for a blank that it must fill in.
             self.config[SECTION] = section.config.to_dict(defaults=False)
+            if section.config.enabled and "transformers" in sys.modules:
+                look_before_loading()
 
     config_class.__init__ = read_and_check
 
