@@ -81,7 +81,11 @@ def test_an_output_path_that_is_a_file_stops_before_the_model_is_loaded(tmp_path
     (tmp_path / "results").write_text("mine")
     status, printed = sft_runs.run("one", tmp_path / "results")
     message = printed.strip().splitlines()[-1]
-    assert status == 1 and message.startswith("train.py: ValueError: --output_dir") and str(tmp_path / "results") in message
+    assert (
+        status == 1
+        and message.startswith("train.py: ValueError: --output_dir")
+        and str(tmp_path / "results") in message
+    )
     assert "exists" in message and "Give a folder" in message and "base model" not in printed
     assert (tmp_path / "results").read_text() == "mine"
 
