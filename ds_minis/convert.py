@@ -208,8 +208,9 @@ def _with_verdicts(report: ConversionReport, model: nn.Module) -> ConversionRepo
     wrong = {m.mini_sequence_name: whole_fallback_reason(m) for m in modules if whole_fallback_reason(m)}
     one_call = {m.mini_sequence_name: one_call_fallback_reason(m) for m in modules if one_call_fallback_reason(m)}
     unkept = [pair for m in modules for pair in m.mini_sequence_chunking.unkept.values()]
-    last_steps = (m.mini_sequence_chunking.last_step() for m in modules)
-    report = dataclasses.replace(report, last_step=next(filter(None, last_steps), ""))
+    last_step = next(filter(None, (m.mini_sequence_chunking.last_step() for m in modules)), "")
+    if last_step:
+        report = dataclasses.replace(report, last_step=last_step)
     if one_call or unkept:
         report = dataclasses.replace(report, one_call=one_call, unkept=tuple(dict.fromkeys(unkept)))
     if not wrong:

@@ -11,7 +11,6 @@ from support import warm
 from ds_minis.tiling.core import tiled_op as rows
 from ds_minis.tiling.core import tiled_sum as sums
 from ds_minis.tiling.layer import tiled_layer as layer
-from ds_minis.tiling.modules import swap
 
 LARGE_GIB = 19
 # Files of more than a minute, the longest first: a worker that begins one of them last would be waited for.
@@ -73,9 +72,8 @@ def tiled_calls(monkeypatch) -> list[tuple[str, int]]:
 
 
 @pytest.fixture
-def told(monkeypatch, caplog):
+def told(caplog):
     """A function that gives the reasons told so far why attentions are not kept."""
-    monkeypatch.setattr(swap, "_told", set())
     return lambda: [
         r.message.partition("once more in backward: ")[2] for r in caplog.records if "once more" in r.message
     ]

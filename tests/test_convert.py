@@ -512,3 +512,13 @@ def test_partitioned_weights_are_judged_by_their_whole_shape():
     assert list(report.tiled) == ["layers.0.norm"] and list(report.untiled) == ["layers.0", "layers.0.attention"]
     assert "no attention in it goes through transformers' attention interface" in report.untiled["layers.0"][1]
     assert model.layers[0].norm.mini_sequence_chunking.hidden_size == 8
+
+
+def test_print_shows_what_is_tiled():
+    model = convert_to_mini_sequence(build("llama"), {"chunk_size": 10})
+    assert "mini_sequence=(scope=layer, chunk_size=10)" in repr(model.model.layers[0].mlp)
+    assert repr(model.model.norm) == "LlamaRMSNorm((32,), eps=1e-06, mini_sequence=(scope=layer, chunk_size=10))"
+    layer = model.model.layers[0]
+    layer.mini_sequence_analyses.note(True, "of some reason")
+    assert "mini_sequence=(run as a whole: of some reason)" in repr(layer)
+    assert "mini_sequence" not in repr(revert_mini_sequence(model))

@@ -107,7 +107,7 @@ def test_a_layer_that_cannot_be_tiled_is_run_as_a_whole_and_reported(cls, checkp
     assert all(REFUSED[cls] in report.untiled[layer][1] for layer in LAYERS)
     assert model.model.layers[0].__dict__.keys() == {
         *reference.model.layers[0].__dict__,
-        *(f"mini_sequence_{name}" for name in ("chunking", "name", "verdicts")),
+        *(f"mini_sequence_{name}" for name in ("chunking", "name", "analyses")),
     }
 
 

@@ -280,8 +280,7 @@ def tiled(module):
     return module
 
 
-def test_a_module_that_is_not_token_wise_runs_as_a_whole_and_says_so_once(caplog, monkeypatch):
-    monkeypatch.setattr("ds_minis.tiling.modules.swap._told", set())
+def test_a_module_that_is_not_token_wise_runs_as_a_whole_and_says_so_once(caplog):
     torch.manual_seed(0)
     module, x = TokenShift().eval(), inputs(2, 23)
     expected = module(x)
@@ -291,6 +290,9 @@ def test_a_module_that_is_not_token_wise_runs_as_a_whole_and_says_so_once(caplog
         "TokenShift is run as a whole: its result for a token depends on others"
     ]
     assert whole_fallback_reason(module) == "its result for a token depends on others"
+    caplog.clear()
+    tiled(TokenShift())(x)
+    assert len(caplog.records) == 1, "another model is not warned of"
 
 
 def test_a_module_is_asked_once_for_each_way_of_calling_it(monkeypatch):

@@ -213,6 +213,12 @@ class ChunkedHead:
 
     # What follows is for logits that are looked at when the pass is over.
 
+    def warn_materialized(self, operation: str) -> None:
+        """Says, once for each operation, that all logits are computed for it."""
+        self._chunking.warnings.once(
+            f"logits are computed in full, without saving memory, for the operation {operation!r} on them"
+        )
+
     def record_output(self, logits: Tensor) -> None:
         """Deferred logits of this head came into being."""
         self._made.append(weakref.ref(logits))

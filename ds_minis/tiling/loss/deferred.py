@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,15 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_minis.ranks import is_main_process
 from ds_minis.tiling.core.params import version_of
 from ds_minis.tiling.core.replay import AutocastState, graph_is_kept
 from ds_minis.tiling.loss.chunked_head import ChunkedHead
 from ds_minis.tiling.loss.logit_ops import CASTS, ELEMENTWISE, Step, Upcast, record_or_run
 from ds_minis.tiling.modules.compiling import outside_of_graphs
-
-logger = logging.getLogger("ds_minis")
-
 
 # Metadata, answered without computing logits.
 _FACTS = frozenset(
@@ -81,7 +76,7 @@ class DeferredLogits(torch.Tensor):
     def settle(self, unreadable: str) -> None:
         """Backward has begun: the hidden states are let go of, and the logits, if they can be, computed in full."""
         if self._value is None and not unreadable:
-            tell_materialized("holding them until backward")
+            self._head.warn_materialized("holding them until backward")
             self._mode.grad = False  # what the graph has saved is about to be freed
             try:
                 self.materialize()
@@ -205,7 +200,8 @@ class DeferredLogits(torch.Tensor):
             rest = dict(kwargs)
             result = record_or_run(func, name, rest.pop("input"), (), rest)
         if result is NotImplemented:
-            tell_materialized(name)
+            for head in {logits._head for logits in _deferred_in((args, kwargs))}:
+                head.warn_materialized(name)
             return func(*materialized(args), **materialized(kwargs))
         return result
 
@@ -292,11 +288,12 @@ def defer(head: ChunkedHead, hidden_LH: Tensor, sample_0V: Tensor) -> DeferredLo
     return DeferredLogits(head, hidden_LH, sample_0V, (), _Mode(hidden_LH.device))
 
 
-@functools.cache
-def tell_materialized(name: str) -> None:
-    """Once per operation."""
-    if is_main_process():
-        logger.warning("logits are computed in full, without saving memory, for the operation %r on them", name)
+def _deferred_in(value: Any) -> Iterator[DeferredLogits]:
+    if isinstance(value, DeferredLogits):
+        yield value
+    elif isinstance(value, tuple | list | dict):
+        for v in value.values() if isinstance(value, dict) else value:
+            yield from _deferred_in(v)
 
 
 def materialized(value: Any) -> Any:

@@ -8,7 +8,6 @@ different: the module's class, its hooks and its results are the model's own.
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import threading
 from collections.abc import Iterator
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_minis.ranks import is_main_process
 from ds_minis.tiling.core.exclusive import is_called_in, several_threads
 from ds_minis.tiling.core.out_of_memory import note_outside
 from ds_minis.tiling.loss.chunked_head import HEAD, ChunkedHead
@@ -27,8 +25,6 @@ from ds_minis.tiling.modules.arguments import argument, takes
 from ds_minis.tiling.modules.compiling import outside_of_graphs
 from ds_minis.tiling.modules.hooks import ALL, engine_forward_hook, engine_of, global_user_hook, user_hook
 from ds_minis.tiling.modules.state import Chunking
-
-logger = logging.getLogger("ds_minis")
 
 _BEGUN = "_mini_sequence_armed"
 BYPASSED = (
@@ -235,11 +231,8 @@ class EndForward:
             self._tell(model, WITHOUT_LABELS)
 
     def _tell(self, model: nn.Module, reason: str) -> None:
-        """Once for each reason; the report is about training."""
-        told = self._chunking.loss_reasons  # by the model's wrapper too, if it has one
-        if reason not in told and is_main_process():
-            logger.warning("the loss is not tiled by ds_minis: %s", reason)
-        told.add(reason)
+        """Once for each reason, though the model's wrapper may tell it too; the report is about training."""
+        self._chunking.warnings.once(f"the loss is not tiled by ds_minis: {reason}")
         if model.training:
             self._chunking.bypassed = reason
 

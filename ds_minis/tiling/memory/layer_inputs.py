@@ -12,6 +12,7 @@ from torch import Tensor
 from ds_minis.config import MiniSequenceConfig
 from ds_minis.ranks import is_main_process, num_local_ranks
 from ds_minis.tiling.core.replay import graph_is_kept, has_values
+from ds_minis.tiling.core.warn import Warnings
 from ds_minis.tiling.memory.host_memory import available_host_bytes, host_bytes_needed
 from ds_minis.tiling.memory.offload import HostStore
 
@@ -43,7 +44,7 @@ class LayerInputStore:
         self._config = config
         self._store = HostStore() if config.offload else None
         self._stated = 0
-        self._told_outside = False
+        self._warnings = Warnings()
 
     def __reduce__(self):
         return LayerInputStore, (self._config, self.num_layers)
@@ -89,13 +90,11 @@ class LayerInputStore:
             logger.warning("ds_minis offload: %.2f GiB of host memory per process for %s%s", need / 2**30, what, free)
 
     def _tell_outside(self) -> None:
-        if not self._told_outside and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-            self._told_outside = True
-            if is_main_process():
-                logger.warning(
-                    "something around the decoder layers (activation checkpointing, another offloading) keeps their inputs "
-                    'too, so "offload" saves nothing: turn that off, a tiled layer needs none'
-                )
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            self._warnings.once(
+                "something around the decoder layers (activation checkpointing, another offloading) keeps their inputs too, "
+                'so "offload" saves nothing: turn that off, a tiled layer needs none'
+            )
 
 
 class InMemory:

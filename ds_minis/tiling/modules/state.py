@@ -14,6 +14,7 @@ from ds_minis.config import AUTO, MiniSequenceConfig
 from ds_minis.tiling.core.exclusive import trackers_aside
 from ds_minis.tiling.core.out_of_memory import in_a_chunk, in_a_first_call
 from ds_minis.tiling.core.participation import Memory
+from ds_minis.tiling.core.warn import Warnings
 from ds_minis.tiling.verify.signature import AnalysisCache
 
 # A feed-forward module needs about this many rows in one matmul before the weights' own traffic stops to show; beyond
@@ -40,7 +41,7 @@ class Chunking:
             `ds_minis.tiling.passes.kept_attention`.
         heads: what was found out about LM heads (`ds_minis.tiling.loss.chunked_head`).
         bypassed: why the loss of the last forward pass in training could not be tiled; empty if it was.
-        loss_reasons: those that were logged.
+        warnings: those that were given about the model.
         memory: what is known of its modules from earlier calls.
         passes: what the end of each forward pass in progress must undo (`ds_minis.tiling.loss.forward_hooks`).
         last_calls: "layer" or "module" -> (tokens, tokens of a chunk, whether it ran as it is) of the last one in training.
@@ -54,7 +55,7 @@ class Chunking:
     unkept: dict[tuple, tuple[str, str]] = field(default_factory=dict, repr=False, compare=False)
     heads: AnalysisCache = field(default_factory=AnalysisCache, repr=False, compare=False)
     bypassed: str = field(default="", repr=False, compare=False)
-    loss_reasons: set[str] = field(default_factory=set, repr=False, compare=False)
+    warnings: Warnings = field(default_factory=Warnings, repr=False, compare=False)
     memory: Memory = field(default_factory=Memory, repr=False, compare=False)
     passes: list[contextlib.ExitStack] = field(default_factory=list, repr=False, compare=False)
     last_calls: dict[str, tuple[int, int, bool]] = field(default_factory=dict, repr=False, compare=False)
@@ -77,6 +78,12 @@ class Chunking:
             while self.passes:
                 self.passes[-1].close()
             raise
+
+    def described(self) -> str:
+        """Scope and chunk size."""
+        count = self.config.num_mini_sequences
+        size = f"chunk_size={self.config.chunk_size}" if count is None else f"num_mini_sequences={count}"
+        return f"scope={self.config.scope}, {size}"
 
     @contextlib.contextmanager
     def untiled(self) -> Iterator[None]:

@@ -7,18 +7,14 @@ injection as they were, and one assignment undoes it.
 from __future__ import annotations
 
 import functools
-import logging
 import types
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from ds_minis.ranks import is_main_process
 from ds_minis.tiling.modules.state import Chunking
 from ds_minis.tiling.verify.signature import AnalysisCache
-
-logger = logging.getLogger("ds_minis")
 
 _BOUND = "mini_sequence_bound_forward"  # of the instance, from before it was tiled
 
@@ -36,6 +32,15 @@ class Tiled(nn.Module):
     mini_sequence_chunking: Chunking | None = None
     mini_sequence_name: str
     mini_sequence_analyses: AnalysisCache
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows: that it is tiled, into what, and what was found out at its calls."""
+        own, chunking = super().extra_repr(), self.mini_sequence_chunking
+        if chunking is None:
+            return own
+        reason = whole_fallback_reason(self)
+        state = f"run as a whole: {reason}" if reason else chunking.described()
+        return ", ".join(filter(None, (own, f"mini_sequence=({state})")))
 
     def __reduce_ex__(self, protocol):
         # The class is made at run time, so copies and pickles name the classes it was made from.
@@ -99,14 +104,8 @@ def whole_fallback_reason(module: Tiled) -> str:
 
 
 def warn_once(module: Tiled, what: str, reason: str) -> None:
-    """Says, once for each class, what a module does otherwise than it was asked to, and why."""
-    name = untiled_class(type(module)).__name__
-    if (name, what, reason) not in _warned and is_main_process():
-        _warned.add((name, what, reason))
-        logger.warning("%s %s: %s", name, what, reason)
-
-
-_warned: set[tuple[str, str, str]] = set()
+    """Says, once for each class in a model, what a module does otherwise than it was asked to, and why."""
+    module.mini_sequence_chunking.warnings.once(f"{untiled_class(type(module)).__name__} {what}: {reason}")
 
 
 def own_forward(module: nn.Module, of_class: Callable[..., Any]) -> Callable[..., Any]:
