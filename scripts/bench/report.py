@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from plots import draw, pictures
+
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks"
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 HEADER = """\
@@ -175,7 +177,7 @@ def origin(name: str, content: dict[str, Any]) -> str:
 
 def page(files: dict[str, dict[str, Any]]) -> str:
     """The page for the content of JSON files, by name. Files of other benchmarks are listed, not shown."""
-    parts, others = [HEADER], []
+    parts, others, drawn = [HEADER], [], pictures(files)
     for kind, (title, sections) in TITLES.items():
         for name in sorted(files):
             content = files[name]
@@ -183,58 +185,15 @@ def page(files: dict[str, dict[str, Any]]) -> str:
                 parts.append(
                     f"## {title}{', simulated' if content['simulated'] else ''}: {name.removesuffix('.json')}\n"
                 )
+                if name.removesuffix(".json") in drawn:
+                    picture = drawn[name.removesuffix(".json")]
+                    parts.append(f"![{' '.join(picture.title.split())}]({name.removesuffix('.json')}.png)\n")
                 parts += sections(content)
                 parts.append(origin(name, content))
     others = [name for name in sorted(files) if files[name].get("benchmark") not in TITLES]
     if others:
         parts.append("Other results: " + ", ".join(f"[{name}]({name})" for name in others) + "\n")
     return "\n".join(parts)
-
-
-def plots(files: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
-    """A bar chart for each file; needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    made = []
-    for name, content in files.items():
-        bars, label = _bars(content)
-        if not bars:
-            continue
-        figure, axes = pyplot.subplots(figsize=(9, 1 + 0.35 * len(bars)), layout="constrained")
-        drawn = axes.barh(list(bars), list(bars.values()))
-        axes.bar_label(drawn, fmt=lambda value: f"{value:,.3g}" if value < 1000 else f"{value:,.0f}", padding=3)
-        axes.margins(x=0.1)  # or the labels run over the edge
-        axes.invert_yaxis()
-        axes.set_xlabel(label + (" (simulated)" if content["simulated"] else ""))
-        path = folder / f"{name.removesuffix('.json')}.png"
-        figure.savefig(path, dpi=120)
-        pyplot.close(figure)
-        made.append(path)
-    return made
-
-
-def _bars(content: dict[str, Any]) -> tuple[dict[str, float], str]:
-    """What a file's plot shows: the first model, or the longest length, where there are several."""
-    results = content.get("results")
-    if content.get("benchmark") == "transient_memory":
-        model = next(iter(results))
-        entries = [e for e in results[model]["variants"].values() if not e["host_bytes"]]
-        return {e["title"]: e["W_KiB_per_token"] for e in entries}, f"W of {model}, KiB per token"
-    if content.get("benchmark") == "step_time":
-        entries = results[-1]["variants"].values()
-        return {
-            e["title"]: e["ratio"] for e in entries
-        }, f"time of plain checkpointing, {results[-1]['tokens']:,} tokens"
-    if content.get("benchmark") == "max_context":
-        return {
-            f"{e['setting']}: {e['title']}": e["tokens"] for e in results if "tokens" in e
-        }, "longest sequence, tokens"
-    if content.get("benchmark") == "loss_head":
-        return {name: e["seconds"] * 1e3 for name, e in results.items() if "seconds" in e}, "LM head and loss, ms"
-    return {}, ""
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
@@ -255,7 +214,7 @@ def main() -> None:
     target.write_text(text, encoding="utf-8")
     print(f"written: {target}")
     try:
-        for path in plots(files, args.folder):
+        for path in draw(files, args.folder):
             print(f"written: {path}")
     except ImportError as error:
         print(f"no plots: {error}; `pip install matplotlib` for them", file=sys.stderr)
