@@ -52,15 +52,16 @@ def attention(monkeypatch):
 class Full(TorchDispatchMode):
     """There is no memory for what one operation gives, in one shape."""
 
-    def __init__(self, name: str, shape: tuple[int, ...]):
+    def __init__(self, name: str, shape: tuple[int, ...], error: Exception | None = None):
         super().__init__()
         self._name, self._shape, self.raised = name, shape, 0
+        self._error = error or torch.OutOfMemoryError("tried to allocate 2 GiB")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket.__name__ == self._name and result.shape == self._shape:
             self.raised += 1
-            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+            raise self._error
         return result
 
 
@@ -137,6 +138,15 @@ def test_every_other_place(warm_model, operation, shape, says):
         text = note(model, inputs)
     assert memory.raised == 1 and all(words in text for words in says), text
     assert ("chunk_size" in text) == any("chunk_size" in words for words in says)
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_the_error_of_torchs_allocator_on_a_cpu_has_no_type_of_its_own(warm_model, cpu):
+    words = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 400 bytes" if cpu else "another error"
+    with Full("mm", (10, 48), RuntimeError(words)), pytest.raises(RuntimeError, match=words) as caught:
+        warm_model(**batch(23))
+    notes = getattr(caught.value, "__notes__", [])
+    assert len(notes) == cpu and all("in a chunk, of 10 of 46 rows" in note for note in notes)
 
 
 def test_the_papers_setting_is_named_where_it_is_what_was_set():

@@ -28,8 +28,14 @@ class OutOfMemoryNote(contextlib.ContextDecorator):
         pass
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             _add(error, self._note)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """A device's error, or the one of torch's allocator on a CPU, which has no type of its own."""
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return on_cpu or isinstance(error, torch.OutOfMemoryError)
 
 
 def _add(error: BaseException, note: str) -> None:
@@ -87,7 +93,7 @@ for_weight_gradients = OutOfMemoryNote(
 def note_outside(config: MiniSequenceConfig) -> None:
     """To be called when a forward pass has ended: a note for an error that came from nothing that is tiled."""
     error = sys.exception()
-    if not isinstance(error, torch.OutOfMemoryError):
+    if not is_out_of_memory(error):
         return
     ways = [f'"scope": "layer" (now "{config.scope}")'] if config.scope != "layer" else []
     ways += ["activation checkpointing of layers that are not tiled as a whole", _SHORTER]
