@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from ds_minis import convert_to_mini_sequence
+from ds_minis import convert_to_mini_sequence, mini_sequence_report
 
 CHUNKS = {"chunk_size": 10, "loss_chunk_size": 8}
 TOKENS = 46  # 2 x 23
@@ -18,13 +18,17 @@ TOKENS = 46  # 2 x 23
 class Attention:
     """Raises in forward or in backward, for all tokens of a batch and not for the few of a first call's questions."""
 
-    fails = ""
+    fails, error = "", torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    def __init__(self):
+        self.heads: list[int] = []
 
     def __call__(self, module, query, key, value, *args, **kwargs):
         out, weights = eager_attention_forward(module, query, key, value, *args, **kwargs)
         if query.shape[2] * query.shape[0] == TOKENS:
+            self.heads.append(query.shape[1])
             if self.fails == "forward":
-                raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+                raise type(self.error)(*self.error.args)
             out = _Backward.apply(out, self)
         return out, weights
 
@@ -138,6 +142,18 @@ def test_every_other_place(warm_model, operation, shape, says):
         text = note(model, inputs)
     assert memory.raised == 1 and all(words in text for words in says), text
     assert ("chunk_size" in text) == any("chunk_size" in words for words in says)
+
+
+def test_too_little_memory_for_a_group_of_heads_is_no_reason_to_take_all_at_once(attention):
+    model, _ = converted(own_attention=True, head_groups=2)
+    inputs = batch(23)
+    model(**inputs).loss.backward()
+    attention.fails, attention.error = "forward", RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    attention.heads.clear()
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator") as caught:
+        model(**inputs)
+    assert "in the attention of a LlamaDecoderLayer" in caught.value.__notes__[0]
+    assert attention.heads == [2] and not mini_sequence_report(model).one_call
 
 
 @pytest.mark.parametrize("cpu", [True, False])

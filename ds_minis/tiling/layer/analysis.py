@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_minis.tiling.core.linear import is_plain_linear
+from ds_minis.tiling.core.out_of_memory import is_out_of_memory
 from ds_minis.tiling.core.params import ParameterSlots
 from ds_minis.tiling.core.replay import has_values
 from ds_minis.tiling.layer.dead_value_search import DeadValueSearch, stand_in
@@ -102,11 +103,13 @@ def _ask(
     try:
         few = call.narrowed(PROBE_BATCH, tokens, real_and_random)
         return LayerProbe(layer, forward, few, chunking, shape).analysis()
-    except (torch.OutOfMemoryError, WrongGroups):
+    except WrongGroups:
         raise  # says nothing about the layer
     except NoAttention:
         return LayerAnalysis("it does not call the attention interface")
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         return LayerAnalysis(f"it fails on a part of the tokens ({type(error).__name__}: {str(error)[:100]})")
     finally:
         first_state.restore(layer)
@@ -271,9 +274,9 @@ class LayerProbe:
             with torch.enable_grad():
                 given = [guarded(t.requires_grad_(), sentinels).clone() for t in qkv]
                 result = few.run(given)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
             return "", False
         else:
             written = any(t._version for t in given)
@@ -320,9 +323,9 @@ class LayerProbe:
                     part = narrowed_request(request, self._shape, self._x.shape).run(qkv)
                     if part.dim() == 4 and not is_close(part, groups.of_output(whole, group), coarse):
                         return _HEADS_DIFFER
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 return _HEADS_DIFFER
         return ""
 

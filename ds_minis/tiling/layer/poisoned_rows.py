@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_minis.tiling.core.out_of_memory import is_out_of_memory
 from ds_minis.tiling.core.params import ParameterSlots
 from ds_minis.tiling.passes.attention import AttentionRequest, attention_answered_by
 from ds_minis.tiling.passes.layer_args import LayerArgs
@@ -37,9 +38,9 @@ class PoisonedRows:
         for value in (float("nan"), LARGE):
             try:
                 poisoned, poisoned_grads = self._run(value, ~clean)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:  # says nothing: it may look for numbers that are none
+            except Exception as error:  # says nothing: it may look for numbers that are none
+                if is_out_of_memory(error):
+                    raise
                 continue
             pairs = list(zip(poisoned, results, strict=True))
             if value != value:  # a large gradient of a large row says nothing that a missing number does not

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ds_minis.tiling.core.out_of_memory import is_out_of_memory
 from ds_minis.tiling.core.row_args import CONSTANTS, tensors_in
 from ds_minis.tiling.layer.dead_value_search import stand_in
 from ds_minis.tiling.passes.attention import AttentionRequest, attention_answered_by
@@ -47,9 +48,9 @@ def gradients_fallback_reason(result: Tensor, heads: Sequence[Tensor]) -> str:
         return ""
     try:
         torch.autograd.grad(result, heads, torch.ones_like(result), allow_unused=True)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         words = " ".join(f"{type(error).__name__}: {error}".split())
         return f"its attention's backward fails where it is run apart from the layer's ({words[:100]})"
     return ""

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_minis.ranks import is_main_process
+from ds_minis.tiling.core.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger("ds_minis")
 
@@ -146,9 +147,9 @@ def _kernel() -> ModuleType | None:
         cross_entropy_kernel.losses(logits, torch.zeros(1, dtype=torch.long, device="cuda"), -100, None)
     except ImportError:
         return None
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         if is_main_process():
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             logger.warning("the loss is computed by torch, as the Triton kernel cannot be launched here (%s)", reason)

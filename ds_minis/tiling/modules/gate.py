@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ds_minis.ranks import has_other_ranks
+from ds_minis.tiling.core.out_of_memory import is_out_of_memory
 from ds_minis.tiling.core.params import ParameterSlots, constants_of
 from ds_minis.tiling.core.participation import Memory, Walk, signature_of
 from ds_minis.tiling.modules.hooks import engine_of
@@ -101,9 +102,9 @@ def _idle_for(module: nn.Module, slots: ParameterSlots, few: Callable[[], list[T
     try:
         with quietly(module, device), walk.running():
             walk.seen(few())
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # on a few tokens alone, perhaps
+    except Exception as error:  # on a few tokens alone, perhaps
+        if is_out_of_memory(error):
+            raise
         return ()
     finally:
         state.restore(module)

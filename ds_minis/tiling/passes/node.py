@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ds_minis.tiling.core.grad_accum import GradientSums, drain
 from ds_minis.tiling.core.linear import chunk_forwards
+from ds_minis.tiling.core.out_of_memory import is_out_of_memory
 from ds_minis.tiling.core.params import ParameterSlots, Untrained
 from ds_minis.tiling.core.replay import patched_forwards
 from ds_minis.tiling.core.reuse import can_overwrite
@@ -146,9 +147,9 @@ class LayerNode(TiledOp):
             try:
                 with self._passes.attending(group):
                     (part,) = self.seen(self._attend(request, qkv))
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:  # one that is made for this many heads; another error comes again
+                if is_out_of_memory(error):
+                    raise
                 if group:
                     raise
                 words = f"{type(error).__name__}: {error}".split()

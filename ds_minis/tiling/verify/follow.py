@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_minis.tiling.core.out_of_memory import is_out_of_memory
 from ds_minis.tiling.core.row_args import RowArgs
 from ds_minis.tiling.verify.op_trace import SHARED_DRAW, Step, Watch, difference, versions_matter
 
@@ -96,9 +97,9 @@ def record_run(run: Callable[[Any], None], argument: Any) -> _Followed:
     try:
         with torch.no_grad(), watch:
             run(argument)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         ended = False
     finally:
         watch.undo_writes()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_minis.tiling.core.grad_accum import GradientSums
+from ds_minis.tiling.core.out_of_memory import is_out_of_memory
 from ds_minis.tiling.core.params import ParameterSlots
 from ds_minis.tiling.core.replay import AutocastState
 from ds_minis.tiling.core.row_args import RowArgs
@@ -118,9 +119,9 @@ def _ask(module: nn.Module, forward: Callable[..., Any], call: RowArgs, with_gra
         answer = _compared(actual, expected, tolerance([few.input, *module.parameters(), *actual]))
         if answer == _Answer.YES.value and not changed and not watch.makes_indices:
             answer = run.why_poison_spreads(expected)
-    except torch.OutOfMemoryError:
-        raise  # says nothing about the module
     except Exception as error:
+        if is_out_of_memory(error):  # says nothing about the module
+            raise
         return f"it fails on a part of the tokens ({type(error).__name__}: {str(error)[:100]})"
     finally:
         watch.undo_writes()
