@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import types
 from collections.abc import Callable, Iterable
 
 from torch import nn
@@ -25,7 +26,15 @@ def user_hook(modules: Iterable[nn.Module], kinds: tuple[str, ...] = FORWARD) ->
             name = _foreign(hooks.values()) if hooks else ""
             if name:
                 return name
+        if _is_captured(module):
+            return f"of transformers, which captures the outputs of a {type(module).__name__}"
     return ""
+
+
+def _is_captured(module: nn.Module) -> bool:
+    """Whether transformers (5.1, which has no hooks for it) collects a module's outputs in this pass: router outputs, say."""
+    forward = module.__dict__.get("forward")
+    return isinstance(forward, types.FunctionType) and "collected_outputs" in forward.__code__.co_freevars
 
 
 def global_user_hook(kinds: tuple[str, ...] = ALL) -> str:

@@ -95,6 +95,7 @@ def signature_of(module: nn.Module, ignored: dict[int, str] | None = None) -> Si
             or held["_forward_pre_hooks"]
             or held["_backward_hooks"]
             or held["_backward_pre_hooks"]
+            or "forward" in held  # which may be one that transformers put there to capture outputs
         ):
             hooked.append(part)
         compiled = compiled or "_compiled_call_impl" in held or "forward" in held or "_orig_mod" in held["_modules"]
