@@ -3,9 +3,10 @@ PYTHON ?= python3
 
 .PHONY: lint test matrix docs census
 
-lint:            ## style and formatting
+lint:            ## style, formatting and the direction of imports
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -c "from importlinter.cli import lint_imports_command as lint; lint()"
 
 test:            ## unit tests, as many processes as cores
 	$(PYTHON) -m pytest -m "not engine and not large" -n auto --maxprocesses 4 --dist loadfile

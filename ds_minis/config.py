@@ -35,7 +35,7 @@ class MiniSequenceConfig:
 
     Raises:
         ValueError: wrong type or value out of range. The message names the key, the value and what is allowed. (Every
-            door that takes a mapping also names unknown keys and the nearest valid one, see `from_value`.)
+            source that takes a mapping also names unknown keys and the nearest valid one, see `from_value`.)
     """
 
     enabled: bool = _setting(True, "bool", "False leaves the model exactly as it is.")
@@ -129,23 +129,23 @@ class MiniSequenceConfig:
             )
 
     @classmethod
-    def from_arguments(cls, config: Any, settings: Mapping[str, Any], *, door: str) -> MiniSequenceConfig:
+    def from_arguments(cls, config: Any, settings: Mapping[str, Any], *, source: str) -> MiniSequenceConfig:
         """`from_value` of a config, or of the settings that a function was given as keywords.
 
         Raises:
             ValueError: both were given; or see `from_value`.
         """
         if settings and config is not None:
-            raise ValueError(f"{door}: give a config or settings, not both; got {config!r} and {dict(settings)}")
-        return cls.from_value(settings or config, door=door)
+            raise ValueError(f"{source}: give a config or settings, not both; got {config!r} and {dict(settings)}")
+        return cls.from_value(settings or config, source=source)
 
     @classmethod
-    def from_value(cls, value: Any, *, door: str = "config") -> MiniSequenceConfig:
-        """Builds a configuration from whatever a door may hold.
+    def from_value(cls, value: Any, *, source: str = "config") -> MiniSequenceConfig:
+        """Builds a configuration from whatever a source may hold.
 
         Args:
             value: a `MiniSequenceConfig`, a mapping of its fields, `True` or `None` (all defaults), or `False` (off).
-            door: where the value came from (a file, a key, a variable); every error message starts with it.
+            source: where the value came from (a file, a key, a variable); every error message starts with it.
 
         Raises:
             ValueError: see the class; or an unknown key, with the nearest valid one.
@@ -156,19 +156,19 @@ class MiniSequenceConfig:
             return cls(enabled=value is not False)
         if not isinstance(value, Mapping):
             raise ValueError(
-                f"{door}: true, false or a mapping of settings is allowed, got {value!r} ({type(value).__name__})"
+                f"{source}: true, false or a mapping of settings is allowed, got {value!r} ({type(value).__name__})"
             )
         names = [spec.name for spec in dataclasses.fields(cls)]
         for key in value:
             if key not in names and key not in REMOVED:
                 raise ValueError(
-                    f"{door}: unknown key {key!r} (value {value[key]!r}){nearest(key, names)}; "
+                    f"{source}: unknown key {key!r} (value {value[key]!r}){nearest(key, names)}; "
                     f"allowed keys: {', '.join(names)}"
                 )
         try:
             return cls(**value)
         except ValueError as error:
-            raise ValueError(f"{door}: {error}") from None
+            raise ValueError(f"{source}: {error}") from None
 
     def to_dict(self, *, defaults: bool = True) -> dict[str, Any]:
         """The settings as plain JSON types. With `defaults=False`, only those that differ from the default."""

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ds_minis.config import MiniSequenceConfig
+from ds_minis.config_sources import BY_RUN, Request, reconcile
 from ds_minis.detect import (
     REPLACED,
     Candidate,
@@ -20,7 +21,6 @@ from ds_minis.detect import (
     find_wrappers,
     has_several_heads,
 )
-from ds_minis.doors import BY_RUN, Request, agreed
 from ds_minis.ranks import is_main_process
 from ds_minis.report import ConversionReport
 from ds_minis.sizes import find_sizes
@@ -73,36 +73,36 @@ def convert_to_mini_sequence(
         ValueError: the settings are wrong, nothing in the model can be tiled, `model` is no module, or it was already
             converted with other settings.
     """
-    door = "convert_to_mini_sequence"
-    config = MiniSequenceConfig.from_arguments(config, settings, door=door)
-    return convert(model, config, door=door, module_filter=module_filter)
+    source = "convert_to_mini_sequence"
+    config = MiniSequenceConfig.from_arguments(config, settings, source=source)
+    return convert(model, config, source=source, module_filter=module_filter)
 
 
 def convert(
     model: nn.Module,
     config: Any,
     *,
-    door: str,
+    source: str,
     module_filter: Callable[[nn.Module, str], bool] | None = None,
 ) -> nn.Module:
-    """`convert_to_mini_sequence` for every door: `door` names where the settings came from."""
-    config = MiniSequenceConfig.from_value(config, door=door)
-    _require_model(model, door)
+    """`convert_to_mini_sequence` for every source: `source` names where the settings came from."""
+    config = MiniSequenceConfig.from_value(config, source=source)
+    _require_model(model, source)
     earlier = mini_sequence_report(model)
-    if earlier is not None and door == BY_RUN:
+    if earlier is not None and source == BY_RUN:
         return model  # which asks for defaults only where nobody asked for anything
     if earlier is not None:
-        agreed(Request(earlier.config, earlier.door), Request(config, door))
+        reconcile(Request(earlier.config, earlier.source), Request(config, source))
         loss_models = find_models_with_loss(model)
         if config.enabled and not all(loss_is_attached(m) for m in loss_models):
             raise ValueError(
-                f"{door}: a part of this {type(model).__name__} was converted before ({earlier.door}), without its LM head "
-                "and loss: call revert_mini_sequence on it first, and convert the whole model"
+                f"{source}: a part of this {type(model).__name__} was converted before ({earlier.source}), without its LM "
+                "head and loss: call revert_mini_sequence on it first, and convert the whole model"
             )
         _attach_to_wrappers(model, loss_models)
         return model
-    if not config.enabled:  # remembered, so that another door cannot turn on what was turned off here
-        model.__dict__[_STATE] = ConversionReport(config, door, {}, {}, "not tiled (mini-sequences are off)")
+    if not config.enabled:  # remembered, so that another source cannot turn on what was turned off here
+        model.__dict__[_STATE] = ConversionReport(config, source, {}, {}, "not tiled (mini-sequences are off)")
         return model
 
     warn_of_old_versions()
@@ -110,13 +110,13 @@ def convert(
     candidates = [c for c in find_candidates(model) if config.scope == "layer" or c.role != "layer"]
     loss_models = find_models_with_loss(model)
     if candidates or loss_models:  # else there is nothing for a pattern to match
-        _require_matches(candidates, config, door)
+        _require_matches(candidates, config, source)
     candidates = _all_decided(candidates, config, module_filter)
     tiled = [c for c in candidates if not c.reason]
     if not tiled and not (config.loss and loss_models):
-        raise NothingToTile(_nothing_to_tile(model, candidates, config, door))
+        raise NothingToTile(_nothing_to_tile(model, candidates, config, source))
     layers = [c.module for c in tiled if c.role == "layer"]
-    _require_groups(layers, config, door)
+    _require_groups(layers, config, source)
     chunking.layer_inputs.num_layers = sum(candidate.role == "layer" for candidate in tiled)
     for candidate in tiled:
         tile(candidate.module, TiledLayer if candidate.role == "layer" else TiledModule, chunking, candidate.fqn)
@@ -129,7 +129,7 @@ def convert(
     feed_forwards = [c.module for c in tiled if c.role == "feed-forward"]
     report = ConversionReport(
         config=config,
-        door=door,
+        source=source,
         layers={c.fqn: untiled_class(type(c.module)).__name__ for c in tiled if c.role == "layer"},
         tiled={c.fqn: untiled_class(type(c.module)).__name__ for c in tiled if c.role != "layer"},
         untiled={c.fqn: (type(c.module).__name__, c.reason) for c in candidates if c.reason},
@@ -142,7 +142,7 @@ def convert(
     return model
 
 
-def _require_model(model: Any, door: str) -> None:
+def _require_model(model: Any, source: str) -> None:
     """Raises ValueError for what is no module: a name, a class, a trainer."""
     if isinstance(model, nn.Module):
         return
@@ -153,16 +153,16 @@ def _require_model(model: Any, door: str) -> None:
         way_out = f"; did you mean the {type(model).__name__}'s .model?"
     elif isinstance(model, type):
         way_out = f"; did you mean an instance, such as {model.__name__}.from_pretrained(...)?"
-    raise ValueError(f"{door}: model: a torch.nn.Module is allowed, got {model!r} ({type(model).__name__}){way_out}")
+    raise ValueError(f"{source}: model: a torch.nn.Module is allowed, got {model!r} ({type(model).__name__}){way_out}")
 
 
-def _require_groups(layers: list[nn.Module], config: MiniSequenceConfig, door: str) -> None:
+def _require_groups(layers: list[nn.Module], config: MiniSequenceConfig, source: str) -> None:
     """Refuses groups of heads that layers cannot have, as far as their attention tells; else their first call does."""
     for heads in {num_kv_heads(layer) for layer in layers} - {None} if config.head_groups != 1 else ():
         try:
             count_groups(config.head_groups, heads)
         except WrongGroups as error:
-            raise WrongGroups(f"{door}: {error}") from None
+            raise WrongGroups(f"{source}: {error}") from None
 
 
 def _attach_to_wrappers(model: nn.Module, loss_models: list[nn.Module]) -> None:
@@ -278,14 +278,14 @@ def _decided(candidate: Candidate, config: MiniSequenceConfig, module_filter, in
     return dataclasses.replace(candidate, reason=reason)
 
 
-def _require_matches(candidates: list[Candidate], config: MiniSequenceConfig, door: str) -> None:
+def _require_matches(candidates: list[Candidate], config: MiniSequenceConfig, source: str) -> None:
     """Refuses a pattern that matches nothing: a misspelling would go unseen otherwise."""
     for key in ("include", "exclude"):
         for pattern in getattr(config, key):
             if not any(_matches(c.fqn, (pattern,)) for c in candidates):
                 example = candidates[0].fqn if candidates else "none"
                 raise ValueError(
-                    f"{door}: {key}: the pattern {pattern!r} matches no part of a decoder layer; allowed: qualified names "
+                    f"{source}: {key}: the pattern {pattern!r} matches no part of a decoder layer; allowed: qualified names "
                     f"(or their ends) with * and ?, such as {example!r}"
                 )
 
@@ -314,11 +314,11 @@ def _loss_in_words(model: nn.Module, config: MiniSequenceConfig, loss_models: li
     return f"tiled, LM head {head}; with labels, the output has no `logits` (return_logits brings them back)"
 
 
-def _nothing_to_tile(model: nn.Module, candidates: list[Candidate], config: MiniSequenceConfig, door: str) -> str:
+def _nothing_to_tile(model: nn.Module, candidates: list[Candidate], config: MiniSequenceConfig, source: str) -> str:
     seen = Counter((type(c.module).__name__, c.reason) for c in candidates)
     found = "; ".join(f"{count} x {name}: {reason}" for (name, reason), count in seen.items())
     return (
-        f"{door}: nothing in {type(model).__name__} can be tiled with {config.to_dict(defaults=False) or 'the defaults'}. "
+        f"{source}: nothing in {type(model).__name__} can be tiled with {config.to_dict(defaults=False) or 'the defaults'}. "
         + (f"Found: {found}. " if found else "No list of layers with an attention module in each was found. ")
         + "Allowed: a decoder whose layers have feed-forward modules or norms that take one tensor; check include, "
         "exclude and scope, or leave mini-sequences off for this model"

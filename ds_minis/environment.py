@@ -1,7 +1,7 @@
 """The only place that touches environment variables. Light, as `import torch` imports it.
 
 DS_MINIS_AUTOLOAD   "0", "false" or "off": `import torch` attaches nothing
-DS_MINIS_CONFIG     settings, as JSON (a launcher hands them to its ranks in it); DS_MINIS_CONFIG_DOOR where they came from
+DS_MINIS_CONFIG     settings, as JSON (a launcher hands them to its ranks in it); DS_MINIS_CONFIG_SOURCE where they came from
 DS_MINIS_RUN        set where `python -m ds_minis.run` started this process
 RANK, LOCAL_WORLD_SIZE  the launcher's
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 
 CONFIG = "DS_MINIS_CONFIG"
-_CONFIG_DOOR, _RUN = "DS_MINIS_CONFIG_DOOR", "DS_MINIS_RUN"
+_CONFIG_SOURCE, _RUN = "DS_MINIS_CONFIG_SOURCE", "DS_MINIS_RUN"
 
 
 def autoload_enabled() -> bool:
@@ -33,17 +33,17 @@ def local_world_size() -> int:
 
 def config_text() -> tuple[str, str]:
     """The settings in `DS_MINIS_CONFIG` (an empty string if there are none), and where they came from."""
-    return os.environ.get(CONFIG, ""), os.environ.get(_CONFIG_DOOR) or f"environment variable {CONFIG}"
+    return os.environ.get(CONFIG, ""), os.environ.get(_CONFIG_SOURCE) or f"environment variable {CONFIG}"
 
 
-def set_config_text(text: str, door: str) -> None:
+def set_config_text(text: str, source: str) -> None:
     """Hands settings to the processes that this one starts."""
-    os.environ[CONFIG], os.environ[_CONFIG_DOOR] = text, door
+    os.environ[CONFIG], os.environ[_CONFIG_SOURCE] = text, source
 
 
 def forget_config_text() -> None:
     """Takes out what `set_config_text` put in; what the user set stays."""
-    if os.environ.pop(_CONFIG_DOOR, None) is not None:
+    if os.environ.pop(_CONFIG_SOURCE, None) is not None:
         os.environ.pop(CONFIG, None)
 
 

@@ -16,7 +16,7 @@ class ConversionReport:
 
     Attributes:
         config: the settings.
-        door: where they came from.
+        source: where they came from.
         layers: qualified name -> class name, of every decoder layer that is tiled as a whole.
         tiled: qualified name -> class name, of every tiled module; those of a layer are used where that is not tiled.
         untiled: qualified name -> (class name, reason), of every other part of the decoder stack.
@@ -29,7 +29,7 @@ class ConversionReport:
     """
 
     config: MiniSequenceConfig
-    door: str
+    source: str
     tiled: Mapping[str, str]
     untiled: Mapping[str, tuple[str, str]]
     loss: str
@@ -45,7 +45,7 @@ class ConversionReport:
         # Of what is in a layer that is tiled as a whole, nothing is to be said where all layers are.
         all_layers = not any(part.startswith(f"{fqn}.") for fqn in self.untiled for part in self.tiled)
         spare = Counter(name for fqn, name in self.tiled.items() if fqn in inside and not all_layers)
-        lines = [f"ds_minis ({self.door}): {self.config.to_dict(defaults=False) or 'all defaults'}"]
+        lines = [f"ds_minis ({self.source}): {self.config.to_dict(defaults=False) or 'all defaults'}"]
         lines += [str(self.sizes)] if self.sizes else []
         lines += [f"  tiled as a whole: {count} x {name}" for name, count in Counter(self.layers.values()).items()]
         lines += [f"  tiled: {count} x {name}" for name, count in outside.items()]

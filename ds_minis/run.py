@@ -12,7 +12,7 @@ import os
 import runpy
 import sys
 
-from ds_minis.doors import requested_by_environment
+from ds_minis.config_sources import requested_by_environment
 from ds_minis.environment import mark_run
 from ds_minis.integrations.autoload import register
 

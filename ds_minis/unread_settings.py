@@ -11,7 +11,7 @@ import gc
 import sys
 
 from ds_minis import environment
-from ds_minis.doors import requested_by_environment
+from ds_minis.config_sources import requested_by_environment
 
 _CONVERTED = "_mini_sequence"  # a converted model's report, see `ds_minis.convert`
 
@@ -29,15 +29,15 @@ def watch() -> None:
     def first_step(optimizer, args, kwargs) -> None:
         handle.remove()
         if not _has_converted_model():
-            atexit.register(_tell, request.door)
+            atexit.register(_tell, request.source)
 
     handle = register_optimizer_step_post_hook(first_step)
 
 
-def _tell(door: str) -> None:
+def _tell(source: str) -> None:
     if not _has_converted_model():
         print(
-            f"ds_minis: {door} asks for mini-sequences, and this process has trained without converting a model. Only "
+            f"ds_minis: {source} asks for mini-sequences, and this process has trained without converting a model. Only "
             "accelerate (Accelerator.prepare, so every HF Trainer) and deepspeed.initialize read these settings: call "
             "convert_to_mini_sequence(model) in your own loop, or take the settings out",
             file=sys.stderr,

@@ -34,8 +34,8 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto
 
 from ds_minis import ConversionReport
-from ds_minis.exactness import PlainModelFails, compare_with_plain
-from ds_minis.tiny import tiny_config
+from ds_minis.check.exactness import PlainModelFails, compare_with_plain
+from ds_minis.check.tiny import tiny_config
 
 PAGE = Path(__file__).parent.parent / "docs" / "supported_models.md"
 MAPPINGS = {

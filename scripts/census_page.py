@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import transformers
 
-from ds_minis.exactness import LENGTH
-from ds_minis.tiny import WINDOW
+from ds_minis.check.exactness import LENGTH
+from ds_minis.check.tiny import WINDOW
 
 TITLES = {
     "causal": "Causal language models",

@@ -1,4 +1,4 @@
-"""What single architectures need to run at all at a tiny size, beyond what `ds_minis.tiny` does by rule. Census only.
+"""What single architectures need to run at all at a tiny size, beyond what `ds_minis.check.tiny` does by rule. Census only.
 
 Most are classes whose defaults are incomplete (a published configuration sets the field), or models that cannot be called
 with text alone.
@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ds_minis.exactness import BATCH_SIZE, LENGTH, text_batch
-from ds_minis.tiny import FIRST_SPECIAL_ID, VOCAB
+from ds_minis.check.exactness import BATCH_SIZE, LENGTH, text_batch
+from ds_minis.check.tiny import FIRST_SPECIAL_ID, VOCAB
 
 
 def _nothing(config: Any) -> None:

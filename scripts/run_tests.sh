@@ -23,6 +23,7 @@ elif [ "$#" -gt 0 ]; then
 fi
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
+"$PYTHON" -c "from importlinter.cli import lint_imports_command as lint; lint()"  # the direction of imports (.importlinter)
 # Whole files to each worker, for what its tests share; the longest first (tests/conftest.py).
 "$PYTHON" -m pytest -m "not large" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations=40
 "$PYTHON" -m pytest -m large --durations=40

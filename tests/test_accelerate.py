@@ -1,4 +1,4 @@
-"""accelerate's doors, in one process: its configuration files, the plugin, the callback, and python -m ds_minis.run."""
+"""accelerate's sources, in one process: its configuration files, the plugin, the callback, and python -m ds_minis.run."""
 
 import contextlib
 import json
@@ -28,11 +28,11 @@ from ds_minis import (
     convert_to_mini_sequence,
     mini_sequence_report,
 )
-from ds_minis.doors import Request, agreed, hand_to_ranks, requested_by_environment
+from ds_minis.config_sources import Request, hand_to_ranks, reconcile, requested_by_environment
 
 SETTINGS = {"chunk_size": 6, "loss_chunk_size": 5, "exclude": ["*.layers.0.mlp"]}
 CONFIG = MiniSequenceConfig(**SETTINGS)
-VARIABLES = "DS_MINIS_CONFIG", "DS_MINIS_CONFIG_DOOR", "DS_MINIS_RUN"
+VARIABLES = "DS_MINIS_CONFIG", "DS_MINIS_CONFIG_SOURCE", "DS_MINIS_RUN"
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def test_section_of_a_file_reaches_the_environment_in_a_form_that_other_machines
     path = config_file(tmp_path, section, name)
     load_config_from_file(path)
     request = requested_by_environment()
-    assert request.config == MiniSequenceConfig.from_value(section) and request.door == f"accelerate config {path}"
+    assert request.config == MiniSequenceConfig.from_value(section) and request.source == f"accelerate config {path}"
     assert not set(" ;<>\n") & set(os.environ["DS_MINIS_CONFIG"])  # accelerate drops such variables
 
 
@@ -137,10 +137,10 @@ def prepared(model, **kwargs):
 
 def test_the_environment_converts_in_prepare(monkeypatch):
     monkeypatch.setenv("DS_MINIS_CONFIG", json.dumps(SETTINGS))
-    monkeypatch.setenv("DS_MINIS_CONFIG_DOOR", "accelerate config x.yaml")
+    monkeypatch.setenv("DS_MINIS_CONFIG_SOURCE", "accelerate config x.yaml")
     report = mini_sequence_report(prepared(build("llama")))
     assert (
-        report.config == CONFIG and report.door == "accelerate config x.yaml" and "model.layers.1.mlp" in report.tiled
+        report.config == CONFIG and report.source == "accelerate config x.yaml" and "model.layers.1.mlp" in report.tiled
     )
 
 
@@ -160,7 +160,9 @@ def test_nothing_is_converted_when_nothing_asks_for_it():
 def test_plugin(arguments):
     handlers = list(arguments.get("kwargs_handlers", []))
     report = mini_sequence_report(prepared(build("llama"), **arguments))
-    assert report.config == CONFIG and type(report.config) is MiniSequenceConfig and report.door == "MiniSequencePlugin"
+    assert (
+        report.config == CONFIG and type(report.config) is MiniSequenceConfig and report.source == "MiniSequencePlugin"
+    )
     assert arguments.get("kwargs_handlers", []) == handlers  # the caller's own list
 
 
@@ -189,15 +191,15 @@ def test_doors_that_disagree_are_told_before_accelerate_makes_its_state(monkeypa
 
 def test_the_third_door_must_agree_too():
     first, second, third = Request(CONFIG, "first"), Request(CONFIG, "second"), Request(MiniSequenceConfig(), "third")
-    assert agreed(None, first, second) is first
+    assert reconcile(None, first, second) is first
     with pytest.raises(ValueError, match=r"(?s)first: .*third: "):
-        agreed(first, second, third)
+        reconcile(first, second, third)
 
 
-@pytest.mark.parametrize("door", ["plugin", "environment"])
-def test_the_deepspeed_json_must_agree_before_a_model_is_prepared(monkeypatch, door):
+@pytest.mark.parametrize("source", ["plugin", "environment"])
+def test_the_deepspeed_json_must_agree_before_a_model_is_prepared(monkeypatch, source):
     json_section = {"zero_optimization": {"stage": 2}, "mini_sequence": {"chunk_size": 7}}
-    if door == "environment":
+    if source == "environment":
         monkeypatch.setenv("DS_MINIS_CONFIG", json.dumps(SETTINGS))
         with pytest.raises(ValueError, match=r"(?s)DeepSpeed config: .*environment variable"):
             DeepSpeedPlugin(hf_ds_config=json_section)
@@ -225,7 +227,7 @@ def test_preparing_twice_and_converting_before_change_nothing():
     model = convert_to_mini_sequence(build("llama"), SETTINGS)
     report = mini_sequence_report(model)
     assert accelerator.prepare(accelerator.prepare(model)) is model
-    assert mini_sequence_report(model) is report and report.door == "convert_to_mini_sequence"
+    assert mini_sequence_report(model) is report and report.source == "convert_to_mini_sequence"
     with pytest.raises(ValueError, match="different mini-sequence settings"):
         accelerator.prepare(convert_to_mini_sequence(build("llama")))
 
@@ -245,7 +247,7 @@ def test_callback_converts_when_the_trainer_is_made_and_training_is_tiled(tmp_pa
     model = build("llama")
     trainer = trainer_of(model, tmp_path, max_steps=1, callbacks=[MiniSequenceCallback(**SETTINGS)])
     report = mini_sequence_report(model)
-    assert report.config == CONFIG and report.door == "MiniSequenceCallback"
+    assert report.config == CONFIG and report.source == "MiniSequenceCallback"
     trainer.train()
     assert mini_sequence_report(trainer.model) is report
 

@@ -12,11 +12,11 @@ import torch
 from transformers import LlamaConfig, MixtralConfig, OPTConfig, PreTrainedConfig, Qwen3Config, ViTConfig, XLNetConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from ds_minis import check as check_module
-from ds_minis import exactness
+from ds_minis.check import exactness
+from ds_minis.check.exactness import PlainModelFails, compare_with_plain
+from ds_minis.check.tiny import tiny_config
+from ds_minis.cli import check as check_module
 from ds_minis.cli import main
-from ds_minis.exactness import PlainModelFails, compare_with_plain
-from ds_minis.tiny import tiny_config
 
 BUILD = AutoModelForCausalLM.from_config
 

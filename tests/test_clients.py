@@ -1,7 +1,7 @@
 """Programs of users who changed nothing but a configuration: with and without mini-sequences the same training.
 
 Each program of `clients/` runs as a user would start it, in real processes. None mentions this project, but for those
-that test the one-line doors in code (`*_plugin.py`, `*_callback.py`).
+that test one line of code (`*_plugin.py`, `*_callback.py`).
 """
 
 import os
@@ -60,12 +60,12 @@ def accelerator_loop(c: Clients, name: str) -> Run:
 
 
 def deepspeed_loop(c: Clients, name: str) -> Run:
-    stage, _, door = name.removeprefix("loop-zero").partition("-")
+    stage, _, source = name.removeprefix("loop-zero").partition("-")
     batch = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0}
-    ds_json = c.ds_json(name, int(stage), **batch, **(ON if door else {}))
+    ds_json = c.ds_json(name, int(stage), **batch, **(ON if source else {}))
     script = [client("deepspeed_loop"), "--model_name_or_path", str(c.model), "--output", "OUT/facts.pt"]
     script += ["--deepspeed", "--deepspeed_config", ds_json]
-    if door == "run":
+    if source == "run":
         return c.run(name, torchrun("-m", "ds_minis.run", *script), **BY_RUN)
     return c.run(name, torchrun(*script))
 
@@ -113,13 +113,13 @@ DDP = {"engine": "DistributedDataParallel", "type": "MULTI_CPU", "processes": 2,
 
 @dataclass(frozen=True)
 class Case:
-    """A launch with mini-sequences: how it is made, what must have run, and which door its report must name."""
+    """A launch with mini-sequences: how it is made, what must have run, and which source its report must name."""
 
     launch: Callable[[Clients, str], Run]
     plain: str
     name: str
     ran: dict
-    door: str
+    source: str
 
 
 def zero(stage: int) -> dict:
@@ -187,7 +187,7 @@ def test_the_engine_that_was_asked_for_ran_with_and_without(clients, case):
         assert run.facts["mlps"] == [mlp] * 2
         if "engine" not in case.ran:
             assert run.printed.count("DDP Initialized with") == 2 and "world_size: 2" in run.printed
-    assert on.reports == [f"ds_minis ({case.door.format(folder=clients.folder)}): {CHUNKS}"]
+    assert on.reports == [f"ds_minis ({case.source.format(folder=clients.folder)}): {CHUNKS}"]
     assert "  tiled as a whole: 2 x LlamaDecoderLayer\n" in on.printed and "  tiled: 1 x LlamaRMSNorm\n" in on.printed
     assert off.reports == [] and "tiled" not in off.printed
 
@@ -243,8 +243,8 @@ OTHER = {"chunk_size": 7}
 
 def assert_both_doors_are_shown(run: Run, first: str, second: str) -> None:
     assert run.returncode != 0 and "two places ask for different mini-sequence settings" in run.printed
-    for door, settings in ((first, CHUNKS), (second, OTHER)):
-        assert f"  {door}: {MiniSequenceConfig(**settings).to_dict()}" in run.printed, run.printed[-3000:]
+    for source, settings in ((first, CHUNKS), (second, OTHER)):
+        assert f"  {source}: {MiniSequenceConfig(**settings).to_dict()}" in run.printed, run.printed[-3000:]
     assert "loss " not in run.printed and not run.facts
 
 

@@ -12,7 +12,7 @@ from test_check import saved
 from transformers import LlamaConfig
 
 import ds_minis
-from ds_minis import check as check_module
+from ds_minis.cli import check as check_module
 from ds_minis.cli import main
 
 

@@ -98,7 +98,7 @@ def test_frozen_hashable_keyword_only_and_picklable():
 @pytest.mark.parametrize(("key", "value", "allowed"), WRONG, ids=lambda value: repr(value)[:20])
 def test_wrong_value_names_door_key_value_and_what_is_allowed(key, value, allowed):
     with pytest.raises(ValueError) as error:
-        MiniSequenceConfig.from_value({key: value}, door="the front door")
+        MiniSequenceConfig.from_value({key: value}, source="the front door")
     assert str(error.value).startswith(f"the front door: {key}: {allowed} is allowed")
     assert f"got {value!r} ({type(value).__name__})" in str(error.value)
     with pytest.raises(ValueError, match=f"^{key}: "):
@@ -136,7 +136,7 @@ def test_the_nearest_value_that_is_allowed_is_named(key, value, meant):
 @pytest.mark.parametrize("value", ["true", 1, 0, 1.0, [], [("chunk_size", 4)]])
 def test_neither_a_bool_nor_a_mapping_is_refused(value):
     with pytest.raises(ValueError) as error:
-        MiniSequenceConfig.from_value(value, door="the front door")
+        MiniSequenceConfig.from_value(value, source="the front door")
     assert str(error.value) == (
         f"the front door: true, false or a mapping of settings is allowed, got {value!r} ({type(value).__name__})"
     )
@@ -159,7 +159,7 @@ def test_neither_a_bool_nor_a_mapping_is_refused(value):
 )
 def test_unknown_key_names_door_key_value_all_keys_and_the_nearest(key, meant):
     with pytest.raises(ValueError) as error:
-        MiniSequenceConfig.from_value({"loss": False, key: 1234}, door="the front door")
+        MiniSequenceConfig.from_value({"loss": False, key: 1234}, source="the front door")
     message = str(error.value)
     assert message.startswith(f"the front door: unknown key {key!r} (value 1234)")
     assert message.endswith(f"allowed keys: {', '.join(DEFAULTS)}")
@@ -168,7 +168,7 @@ def test_unknown_key_names_door_key_value_all_keys_and_the_nearest(key, meant):
 
 def test_chunk_size_together_with_num_mini_sequences_is_refused():
     with pytest.raises(ValueError, match=r"^the front door: chunk_size=8 and num_mini_sequences=2 .* give one"):
-        MiniSequenceConfig.from_value({"chunk_size": 8, "num_mini_sequences": 2}, door="the front door")
+        MiniSequenceConfig.from_value({"chunk_size": 8, "num_mini_sequences": 2}, source="the front door")
     assert MiniSequenceConfig(chunk_size="auto", num_mini_sequences=2, loss_chunk_size=8).num_mini_sequences == 2
 
 
@@ -198,7 +198,7 @@ def test_rank_variable(monkeypatch, value, rank):
     assert process_rank() == rank
 
 
-@pytest.mark.parametrize("door", [MiniSequenceConfig.from_value, lambda settings: MiniSequenceConfig(**settings)])
-def test_a_setting_that_is_no_more_says_what_to_set_instead(door):
+@pytest.mark.parametrize("source", [MiniSequenceConfig.from_value, lambda settings: MiniSequenceConfig(**settings)])
+def test_a_setting_that_is_no_more_says_what_to_set_instead(source):
     with pytest.raises(ValueError, match='checkpoint_every=2: it was removed in November 2026.*set "offload": "cpu"'):
-        door({"checkpoint_every": 2})
+        source({"checkpoint_every": 2})

@@ -144,7 +144,7 @@ def test_report_tells_what_is_tiled_what_is_not_and_why():
     settings = {**CHUNKS, "scope": "tokens", "exclude": ["model.norm"]}
     report = mini_sequence_report(convert_to_mini_sequence(build("qwen3"), settings))
     assert report.config == MiniSequenceConfig(**settings)
-    assert report.door == "convert_to_mini_sequence"
+    assert report.source == "convert_to_mini_sequence"
     assert len(report.tiled) == 10 and report.tiled["model.layers.0.self_attn.k_norm"] == "Qwen3RMSNorm"
     attention = {f"model.layers.{i}.self_attn": ("Qwen3Attention", "mixes tokens") for i in range(2)}
     assert report.untiled == {**attention, "model.norm": ("Qwen3RMSNorm", "in exclude")}

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ds_minis import MiniSequenceConfig, convert_to_mini_sequence, mini_sequence_report
+from ds_minis.config_sources import Request, read_section
 from ds_minis.convert import tiled_modules
-from ds_minis.doors import Request, read_section
 from ds_minis.integrations.deepspeed import attach_initialize, attach_zero3
 from ds_minis.tiling.modules.swap import Tiled
 
@@ -73,15 +73,15 @@ def clean_accelerate_state(monkeypatch):
     ids=lambda value: str(value)[:40],
 )
 def test_section_is_read(config, expected):
-    assert read_section(config, "a door") == (
-        None if expected is None else Request(MiniSequenceConfig(**expected), "a door")
+    assert read_section(config, "a file") == (
+        None if expected is None else Request(MiniSequenceConfig(**expected), "a file")
     )
 
 
 def test_no_key_that_deepspeed_knows_is_taken_for_a_misspelling():
     known = {value for value in vars(constants).values() if isinstance(value, str) and value.isidentifier()}
     assert len(known) > 50
-    assert read_section(dict.fromkeys(known), "a door") is None
+    assert read_section(dict.fromkeys(known), "a file") is None
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_section_survives_accelerate_which_fills_in_every_auto(ds_json, section,
     config = {**ENGINE, "mini_sequence": section}
     plugin = DeepSpeedPlugin(hf_ds_config=ds_json(config) if as_file else config)
     plugin.deepspeed_config_process(must_match=True, **{"gradient_clipping": 1.0})
-    assert read_section(plugin.deepspeed_config, "a door").config == MiniSequenceConfig.from_value(section)
+    assert read_section(plugin.deepspeed_config, "a file").config == MiniSequenceConfig.from_value(section)
     assert config == {**ENGINE, "mini_sequence": section}
 
 
@@ -149,7 +149,7 @@ def test_section_survives_training_arguments(tmp_path, ds_json):
     path = ds_json({**ENGINE, "mini_sequence": {"chunk_size": "auto", "loss": False}})
     arguments = TrainingArguments(str(tmp_path), deepspeed=path, use_cpu=True, report_to=[])
     config = arguments.deepspeed_plugin.deepspeed_config
-    assert read_section(config, "a door").config == MiniSequenceConfig(loss=False)
+    assert read_section(config, "a file").config == MiniSequenceConfig(loss=False)
 
 
 def test_configs_without_a_section_stay_as_they_are():
@@ -213,7 +213,7 @@ def test_initialize_converts_the_model_before_the_engine_sees_it(ds_json, source
     arguments = source(config, ds_json(config))
     assert engine.initialize(model=model, optimizer="adam", **arguments) is model
     ((report, *given),) = engine.calls
-    assert report.config == MiniSequenceConfig(**SETTINGS) and report.door.startswith("DeepSpeed config")
+    assert report.config == MiniSequenceConfig(**SETTINGS) and report.source.startswith("DeepSpeed config")
     assert given == [arguments.get("args"), "adam", arguments.get("config"), arguments.get("config_params")]
     assert len(tiled(model)) == 9
 
@@ -277,7 +277,7 @@ def test_other_settings_in_python_and_in_the_file_are_shown_with_both_doors(ds_j
     assert f"DeepSpeed config {path}: {MiniSequenceConfig(chunk_size=7).to_dict()}" in str(error.value)
     assert not engine.calls
     engine.initialize(model=model, config={"mini_sequence": SETTINGS})
-    assert engine.calls[0][0].door == "convert_to_mini_sequence"
+    assert engine.calls[0][0].source == "convert_to_mini_sequence"
 
 
 @pytest.mark.parametrize("in_python", [False, True])

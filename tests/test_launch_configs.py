@@ -35,7 +35,7 @@ def test_every_engine_has_its_files():
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
 def test_accelerate_reads_the_file(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for variable in ("DS_MINIS_CONFIG", "DS_MINIS_CONFIG_DOOR"):  # a launcher sets them; gone again after the test
+    for variable in ("DS_MINIS_CONFIG", "DS_MINIS_CONFIG_SOURCE"):  # a launcher sets them; gone again after the test
         monkeypatch.setenv(variable, "")
         monkeypatch.delenv(variable)
     ds_minis.register()

@@ -18,8 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
-from ds_minis.exactness import compare_with_plain
-from ds_minis.tiny import tiny_config
+from ds_minis.check.exactness import compare_with_plain
+from ds_minis.check.tiny import tiny_config
 
 CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
 # Tokens; a chunk has 10, or 5 of each of two sequences: below one chunk, exactly one, not divisible, divisible.

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from ds_minis.tiny import FIRST_SPECIAL_ID, VOCAB, tiny_config, tiny_model, without_dropout
+from ds_minis.check.tiny import FIRST_SPECIAL_ID, VOCAB, tiny_config, tiny_model, without_dropout
 
 
 def num_params(model):

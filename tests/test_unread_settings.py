@@ -42,7 +42,7 @@ def printed(code: str, **env: str) -> str:
     ("code", "env", "tells"),
     [
         (TRAINS, {"DS_MINIS_CONFIG": "true"}, True),
-        (TRAINS, {"DS_MINIS_CONFIG": '{"chunk_size": 5}', "DS_MINIS_CONFIG_DOOR": "accelerate config my.yaml"}, True),
+        (TRAINS, {"DS_MINIS_CONFIG": '{"chunk_size": 5}', "DS_MINIS_CONFIG_SOURCE": "accelerate config my.yaml"}, True),
         (TRAINS, {"DS_MINIS_CONFIG": "false"}, False),
         (TRAINS, {"DS_MINIS_CONFIG": "true", "RANK": "1"}, False),
         (TRAINS, {"DS_MINIS_CONFIG": ""}, False),
@@ -57,6 +57,8 @@ def test_one_line_where_a_process_has_trained_and_converted_nothing(code, env, t
     if not tells:
         assert text == ""
         return
-    door = env.get("DS_MINIS_CONFIG_DOOR", "environment variable DS_MINIS_CONFIG")
-    assert text.startswith(f"ds_minis: {door} asks for mini-sequences, and this process has trained without converting")
+    source = env.get("DS_MINIS_CONFIG_SOURCE", "environment variable DS_MINIS_CONFIG")
+    assert text.startswith(
+        f"ds_minis: {source} asks for mini-sequences, and this process has trained without converting"
+    )
     assert "convert_to_mini_sequence(model)" in text and "\n" not in text

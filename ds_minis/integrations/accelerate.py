@@ -19,8 +19,8 @@ from accelerate.utils import KwargsHandler
 from torch import nn
 
 from ds_minis.config import MiniSequenceConfig
+from ds_minis.config_sources import SECTION, Request, hand_to_ranks, read_section, reconcile, requested_by_environment
 from ds_minis.convert import NothingToTile, convert, tiled_modules
-from ds_minis.doors import SECTION, Request, agreed, hand_to_ranks, read_section, requested_by_environment
 from ds_minis.integrations.autoload import register
 from ds_minis.ranks import is_main_process
 from ds_minis.tiling.layer.tiled_layer import TiledLayer
@@ -113,12 +113,13 @@ def attach_accelerator(accelerator_module) -> None:
         if mini_sequence_plugin is not None:
             plugins.append(mini_sequence_plugin)
         by_code = [
-            Request(MiniSequenceConfig.from_value(p, door="MiniSequencePlugin"), "MiniSequencePlugin") for p in plugins
+            Request(MiniSequenceConfig.from_value(p, source="MiniSequencePlugin"), "MiniSequencePlugin")
+            for p in plugins
         ]
-        agreed(*by_code, requested_by_environment(*by_code))  # before any process group is made
+        reconcile(*by_code, requested_by_environment(*by_code))  # before any process group is made
         init(*bound.args, **bound.kwargs)
         section = _deepspeed_section(self)
-        self._mini_sequence = _Models(agreed(*by_code, section, requested_by_environment(*by_code, section)))
+        self._mini_sequence = _Models(reconcile(*by_code, section, requested_by_environment(*by_code, section)))
 
     @functools.wraps(prepare)
     def prepare_converted(self, *args, **kwargs):
@@ -157,8 +158,8 @@ def _deepspeed_section(accelerator) -> Request | None:
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None:
         return None
-    door = getattr(plugin.hf_ds_config, "_mini_sequence_door", "DeepSpeed config")
-    return read_section(plugin.deepspeed_config, door)
+    source = getattr(plugin.hf_ds_config, "_mini_sequence_source", "DeepSpeed config")
+    return read_section(plugin.deepspeed_config, source)
 
 
 @contextlib.contextmanager
@@ -213,7 +214,7 @@ class _Models:
         failures = []
         for model in models:
             try:
-                convert(model, self._request.config, door=self._request.door)
+                convert(model, self._request.config, source=self._request.source)
                 self._converted = True
             except NothingToTile as error:
                 failures.append((model, error))

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ds_minis.config_sources import SECTION, read_section, reconcile, requested_by_environment
 from ds_minis.convert import convert, convert_to_mini_sequence, revert_mini_sequence, tiled_modules
-from ds_minis.doors import SECTION, agreed, read_section, requested_by_environment
 from ds_minis.integrations.loading import look_before_loading
 from ds_minis.tiling.core.tiled_op import tile_rows
 from ds_minis.tiling.loss.deferred import DeferredLogits
@@ -36,10 +36,10 @@ def attach_initialize(deepspeed) -> None:
     def initialize_with_mini_sequence(*args, **kwargs):
         arguments = signature.bind_partial(*args, **kwargs).arguments
         section = read_section(*_ds_config(arguments))
-        request = agreed(section, requested_by_environment(section))
+        request = reconcile(section, requested_by_environment(section))
         model = arguments.get("model")
         if isinstance(model, nn.Module) and request is not None:  # DeepSpeed has its own words for what is no model
-            convert(model, request.config, door=request.door)
+            convert(model, request.config, source=request.source)
         return initialize(*args, **kwargs)
 
     deepspeed.initialize = initialize_with_mini_sequence
@@ -83,9 +83,9 @@ def attach_config_check(accelerate_deepspeed) -> None:
     @functools.wraps(read)
     def read_and_check(self, config_file_or_dict):
         read(self, config_file_or_dict)
-        self._mini_sequence_door = _door(config_file_or_dict)  # accelerate keeps the content alone
-        section = read_section(self.config, self._mini_sequence_door)
-        agreed(section, requested_by_environment(section))
+        self._mini_sequence_source = _source_of(config_file_or_dict)  # accelerate keeps the content alone
+        section = read_section(self.config, self._mini_sequence_source)
+        reconcile(section, requested_by_environment(section))
         if section is not None:
             # Without defaults, as accelerate takes every "auto" in the JSON for a blank that it must fill in.
             self.config[SECTION] = section.config.to_dict(defaults=False)
@@ -184,10 +184,10 @@ def _ds_config(arguments: dict[str, Any]) -> tuple[dict[str, Any], str]:
     args = arguments.get("args")
     sources = [arguments.get("config"), arguments.get("config_params"), getattr(args, "deepspeed_config", None)]
     source = next((s for s in sources if s is not None), {})
-    return source if isinstance(source, dict) else load_ds_config(source), _door(source)
+    return source if isinstance(source, dict) else load_ds_config(source), _source_of(source)
 
 
-def _door(source: Any) -> str:
+def _source_of(source: Any) -> str:
     if isinstance(source, str | os.PathLike) and os.path.exists(source):
         return f"DeepSpeed config {os.fspath(source)}"
     return "DeepSpeed config"

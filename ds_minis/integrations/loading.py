@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from ds_minis.config_sources import Request, read_section
 from ds_minis.convert import convert
-from ds_minis.doors import Request, read_section
 
 _LOOKS = "_ds_minis_looks_first"
 
@@ -58,7 +58,7 @@ def look(model_class: type, config: Any) -> None:
         return
     settings = dataclasses.replace(request.config, include=(), exclude=())
     with contextlib.redirect_stdout(io.StringIO()):
-        convert(model, settings, door=request.door)
+        convert(model, settings, source=request.source)
 
 
 def _request() -> Request | None:
@@ -70,4 +70,4 @@ def _request() -> Request | None:
     zero = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
     if known is None or getattr(zero, "zero_init_context", None):
         return None
-    return read_section(known.config, getattr(known, "_mini_sequence_door", "DeepSpeed config"))
+    return read_section(known.config, getattr(known, "_mini_sequence_source", "DeepSpeed config"))

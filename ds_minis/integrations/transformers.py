@@ -9,11 +9,11 @@ from typing import Any
 from transformers.trainer_callback import TrainerCallback
 
 from ds_minis.config import MiniSequenceConfig
+from ds_minis.config_sources import Request, reconcile, requested_by_environment
 from ds_minis.convert import convert, mini_sequence_report
-from ds_minis.doors import Request, agreed, requested_by_environment
 from ds_minis.tiling.loss.output_logits import returning_logits
 
-_DOOR = "MiniSequenceCallback"
+_SOURCE = "MiniSequenceCallback"
 
 
 class MiniSequenceCallback(TrainerCallback):
@@ -31,17 +31,17 @@ class MiniSequenceCallback(TrainerCallback):
     """
 
     def __init__(self, config: Any = None, **settings: Any):
-        self.config = MiniSequenceConfig.from_arguments(config, settings, door=_DOOR)
-        request = Request(self.config, _DOOR)
-        agreed(requested_by_environment(request), request)
+        self.config = MiniSequenceConfig.from_arguments(config, settings, source=_SOURCE)
+        request = Request(self.config, _SOURCE)
+        reconcile(requested_by_environment(request), request)
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
-        convert(model, self.config, door=_DOOR)
+        convert(model, self.config, source=_SOURCE)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if mini_sequence_report(model) is None:
             raise ValueError(
-                f"{_DOOR}: the model that is trained, a {type(model).__name__}, was not converted: it was made after the "
+                f"{_SOURCE}: the model that is trained, a {type(model).__name__}, was not converted: it was made after the "
                 "trainer (`model_init`), or the callback was added after the trainer was made. Pass the callback in the "
                 "trainer's `callbacks`, and with `model_init` call convert_to_mini_sequence in it"
             )

@@ -48,7 +48,7 @@ def _plain(model: nn.Module) -> str:
 
 def _ours(settings: dict[str, Any], model: nn.Module) -> str:
     try:
-        MiniSequenceConfig.from_value(settings, door="the benchmark")
+        MiniSequenceConfig.from_value(settings, source="the benchmark")
     except ValueError as error:
         reason = str(error).partition("; allowed keys")[0]
         raise Unavailable(f"not in this version of ds_minis ({reason})") from None

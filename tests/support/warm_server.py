@@ -37,7 +37,7 @@ transformers.models.llama.modeling_llama transformers.models.auto.modeling_auto 
 deepspeed deepspeed.launcher.runner deepspeed.launcher.launch deepspeed.runtime.zero.stage3
 deepspeed.runtime.zero.stage_1_and_2 deepspeed.ops.op_builder.all_ops
 peft peft.utils.other bitsandbytes datasets datasets.packaged_modules.json.json safetensors.torch yaml psutil
-trl.trainer.sft_trainer trl.trainer.dpo_trainer trl.cli ds_minis.check
+trl.trainer.sft_trainer trl.trainer.dpo_trainer trl.cli ds_minis.cli.check
 """.split()
 
 

@@ -1,4 +1,4 @@
-"""The doors through which settings come: an engine's configuration, the environment, code. They must agree."""
+"""The sources through which settings come: an engine's configuration, the environment, code. They must agree."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ BY_RUN = "python -m ds_minis.run"
 
 @dataclass(frozen=True)
 class Request:
-    """Settings, and the door through which they came (a file, a variable, a function), for messages."""
+    """Settings, and the source through which they came (a file, a variable, a function), for messages."""
 
     config: MiniSequenceConfig
-    door: str
+    source: str
 
 
-def read_section(mapping: Mapping[str, Any], door: str) -> Request | None:
+def read_section(mapping: Mapping[str, Any], source: str) -> Request | None:
     """What an engine's configuration asks for under `"mini_sequence"`; None if it has no such section.
 
     Raises:
@@ -34,25 +34,25 @@ def read_section(mapping: Mapping[str, Any], door: str) -> Request | None:
     for key, value in mapping.items():
         if key != SECTION and _looks_like_the_section(key):
             raise ValueError(
-                f'{door}: unknown key {key!r} (value {value!r}); did you mean "{SECTION}"? Allowed there: {allowed}'
+                f'{source}: unknown key {key!r} (value {value!r}); did you mean "{SECTION}"? Allowed there: {allowed}'
             )
         inside = next(filter(_looks_like_the_section, value), None) if isinstance(value, Mapping) else None
         if key != SECTION and inside is not None:
             raise ValueError(
-                f"{door}: {inside!r} (value {value[inside]!r}) stands inside of {key!r}, where nobody reads it: move it to "
+                f"{source}: {inside!r} (value {value[inside]!r}) stands inside of {key!r}, where nobody reads it: move it to "
                 f'the top level, as "{SECTION}". Allowed there: {allowed}'
             )
     if SECTION not in mapping:
         return None
-    return Request(MiniSequenceConfig.from_value(mapping[SECTION], door=f'{door}, "{SECTION}"'), door)
+    return Request(MiniSequenceConfig.from_value(mapping[SECTION], source=f'{source}, "{SECTION}"'), source)
 
 
 def _looks_like_the_section(key: Any) -> bool:
     return bool(difflib.get_close_matches(str(key).lower(), [SECTION], cutoff=0.7))
 
 
-def agreed(*requests: Request | None) -> Request | None:
-    """The one thing that all doors ask for (the first of equal requests); None if none asks for anything.
+def reconcile(*requests: Request | None) -> Request | None:
+    """The one thing that all sources ask for (the first of equal requests); None if none asks for anything.
 
     Raises:
         ValueError: two of them disagree.
@@ -61,8 +61,8 @@ def agreed(*requests: Request | None) -> Request | None:
     for request in given[1:]:
         if request.config != given[0].config:
             raise ValueError(
-                f"two places ask for different mini-sequence settings:\n  {given[0].door}: {given[0].config.to_dict()}\n"
-                f"  {request.door}: {request.config.to_dict()}\nGive the same settings in both, or in one of them only "
+                f"two places ask for different mini-sequence settings:\n  {given[0].source}: {given[0].config.to_dict()}\n"
+                f"  {request.source}: {request.config.to_dict()}\nGive the same settings in both, or in one of them only "
                 "(on a model that is converted already: after revert_mini_sequence)"
             )
     return given[0] if given else None
@@ -77,7 +77,7 @@ def requested_by_environment(*others: Request | None) -> Request | None:
     Raises:
         ValueError: the variable is not JSON, or its settings are wrong.
     """
-    text, door = environment.config_text()
+    text, source = environment.config_text()
     if not text:
         by_run = environment.started_by_run() and not any(others)
         return Request(MiniSequenceConfig(), BY_RUN) if by_run else None
@@ -85,9 +85,9 @@ def requested_by_environment(*others: Request | None) -> Request | None:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{door}: true, false or a JSON mapping of settings is allowed, got {text!r} ({error})"
+            f"{source}: true, false or a JSON mapping of settings is allowed, got {text!r} ({error})"
         ) from None
-    return Request(MiniSequenceConfig.from_value(value, door=door), door)
+    return Request(MiniSequenceConfig.from_value(value, source=source), source)
 
 
 def hand_to_ranks(request: Request | None) -> None:
@@ -98,9 +98,9 @@ def hand_to_ranks(request: Request | None) -> None:
     """
     environment.forget_config_text()
     by_user = requested_by_environment(request)
-    agreed(by_user, request)
+    reconcile(by_user, request)
     if by_user is None and request is not None:
         text = json.dumps(request.config.to_dict(), separators=(",", ":"))
         for forbidden in " ;<>":  # accelerate passes no variable with these to other machines
             text = text.replace(forbidden, f"\\u{ord(forbidden):04x}")
-        environment.set_config_text(text, request.door)
+        environment.set_config_text(text, request.source)

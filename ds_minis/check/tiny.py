@@ -134,7 +134,7 @@ def _require_small(model_class, config) -> None:
     if count > MAX_PARAMETERS:
         raise ValueError(
             f"the shrunk configuration {type(config).__name__} still gives {count:,} parameters, at most "
-            f"{MAX_PARAMETERS:,} are allowed: some field sets a size by a name that ds_minis.tiny does not know; "
+            f"{MAX_PARAMETERS:,} are allowed: some field sets a size by a name that ds_minis.check.tiny does not know; "
             "set that field by hand"
         )
 

@@ -69,7 +69,7 @@ def read_settings(pairs: list[str]) -> dict[str, Any]:
         except ValueError:
             settings[key] = text
     try:
-        MiniSequenceConfig.from_value(settings, door="--set")
+        MiniSequenceConfig.from_value(settings, source="--set")
     except ValueError as error:
         raise WrongArgument(str(error)) from None
     return settings
@@ -87,8 +87,8 @@ def check(model: str, *, trust_remote_code: bool = False, settings: Mapping[str,
     start = time.monotonic()
     import transformers
 
-    from ds_minis.exactness import PlainModelFails, compare_with_plain
-    from ds_minis.tiny import tiny_config
+    from ds_minis.check.exactness import PlainModelFails, compare_with_plain
+    from ds_minis.check.tiny import tiny_config
 
     transformers.logging.set_verbosity_error()
     adapter, settings = load_adapter(model), dict(settings or {})

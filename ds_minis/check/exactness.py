@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ds_minis.check.tiny import FIRST_SPECIAL_ID, FIRST_TEXT_ID, tiny_model, without_dropout
 from ds_minis.convert import (
     ConversionReport,
     NothingToTile,
@@ -27,7 +28,6 @@ from ds_minis.convert import (
 )
 from ds_minis.tiling.layer.tiled_layer import TiledLayer
 from ds_minis.tiling.modules.swap import whole_fallback_reason
-from ds_minis.tiny import FIRST_SPECIAL_ID, FIRST_TEXT_ID, tiny_model, without_dropout
 
 LIMIT = 1e-5  # of a parameter's largest gradient, or of FLOOR times the model's where that is more
 FLOOR = 0.01

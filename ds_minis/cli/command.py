@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from ds_minis import __version__
-from ds_minis.check import add_check
+from ds_minis.cli.check import add_check
 
 FAILED, INTERRUPTED = 3, 130
 
@@ -38,7 +38,3 @@ def main(argv: list[str] | None = None) -> int:
 def in_one_line(error: BaseException) -> str:
     """An error as one line, with its notes."""
     return " ".join(": ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())]).split())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

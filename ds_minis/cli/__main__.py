@@ -1,0 +1,7 @@
+"""`python -m ds_minis.cli`."""
+
+import sys
+
+from ds_minis.cli.command import main
+
+sys.exit(main())
