@@ -79,8 +79,8 @@ def test_full_fine_tuning_resumes_as_if_it_had_not_stopped(full_runs, name, tmp_
     copy = tmp_path / "outputs" / folder.name
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("checkpoint-4"))
     (copy / "model.safetensors").unlink()
-    resumed = trained_in_full(tmp_path, name, RESUME="last")[1]
-    assert resumed == losses
+    summary, resumed, _, _ = trained_in_full(tmp_path, name, RESUME="last")
+    assert resumed == losses and summary["resumed_from_step"] == 2
     if name in EVALUATE:
         assert json.loads((copy / "all_results.json").read_text())["eval_loss"] > 0
     whole, again = load_file(folder / "model.safetensors"), load_file(copy / "model.safetensors")
