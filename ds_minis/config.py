@@ -95,10 +95,20 @@ class MiniSequenceConfig:
     exclude: tuple[str, ...] = _setting((), "patterns", 'Never tile modules whose name matches, e.g. ["*.layers.0.*"].')
 
     def __new__(cls, *args, **settings):
-        for name in settings:
-            if name in REMOVED:
-                raise ValueError(f"{name}={settings[name]!r}: {REMOVED[name]}")
+        cls._require_known(settings)
         return super().__new__(cls)
+
+    @classmethod
+    def _require_known(cls, settings: Mapping[Any, Any]) -> None:
+        """Raises ValueError for a key that is no field (Python's own error for a keyword names no other)."""
+        names = [spec.name for spec in dataclasses.fields(cls)]
+        for key, value in settings.items():
+            if key in REMOVED:
+                raise ValueError(f"{key}={value!r}: {REMOVED[key]}")
+            if key not in names:
+                raise ValueError(
+                    f"unknown key {key!r} (value {value!r}){nearest(key, names)}; allowed keys: {', '.join(names)}"
+                )
 
     def __post_init__(self):
         for spec in dataclasses.fields(self):
@@ -158,14 +168,8 @@ class MiniSequenceConfig:
             raise ValueError(
                 f"{source}: true, false or a mapping of settings is allowed, got {value!r} ({type(value).__name__})"
             )
-        names = [spec.name for spec in dataclasses.fields(cls)]
-        for key in value:
-            if key not in names and key not in REMOVED:
-                raise ValueError(
-                    f"{source}: unknown key {key!r} (value {value[key]!r}){nearest(key, names)}; "
-                    f"allowed keys: {', '.join(names)}"
-                )
         try:
+            cls._require_known(value)  # first, as a key may be no word at all
             return cls(**value)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None

@@ -166,6 +166,13 @@ def test_unknown_key_names_door_key_value_all_keys_and_the_nearest(key, meant):
     assert f'did you mean "{meant}"?' in message if meant else "did you mean" not in message
 
 
+def test_an_unknown_keyword_is_an_unknown_key():
+    with pytest.raises(
+        ValueError, match=r"^unknown key 'chunksize' \(value 8\); did you mean \"chunk_size\"\?; allowed keys: "
+    ):
+        MiniSequenceConfig(chunksize=8)
+
+
 def test_chunk_size_together_with_num_mini_sequences_is_refused():
     with pytest.raises(ValueError, match=r"^the front door: chunk_size=8 and num_mini_sequences=2 .* give one"):
         MiniSequenceConfig.from_value({"chunk_size": 8, "num_mini_sequences": 2}, source="the front door")

@@ -19,7 +19,7 @@ from ds_minis.config import AUTO, MiniSequenceConfig
 
 DESCRIPTION = """Says what would be tiled in a model at its full size, what not and why, and trains a tiny random instance
 of it for one step, plain and converted, to see whether loss and gradients are the same. Loads the configuration only,
-never weights. Exit status: 0 exact, 1 not exact, 2 a wrong argument."""
+never weights. Exit status: 0 exact, 1 not exact, 2 a wrong argument, 3 the check failed (one line)."""
 
 
 _ALLOWED = "allowed: a hub id, a folder with a config.json or an adapter, or a configuration as a JSON file"
