@@ -3,6 +3,7 @@ import dataclasses
 """accelerate's sources, in one process: its configuration files, the plugin, the callback, and python -m ds_minis.run."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess

@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ds_minis.ranks import has_other_ranks
+from ds_minis.tiling.core.chunk_grads import backward_of_chunk
 from ds_minis.tiling.core.exclusive import alone
-from ds_minis.tiling.core.grad_accum import GradientSums, drain
+from ds_minis.tiling.core.grad_accum import GradientSums
 from ds_minis.tiling.core.linear import LastLinear, chunk_forwards
 from ds_minis.tiling.core.params import Constants, ParameterSlots, Untrained, constants_of, restored_flags
 from ds_minis.tiling.core.participation import Memory, Walk, signature_of
@@ -144,6 +146,9 @@ class TiledRows(TiledOp):
             output[start:stop].copy_(y)
         return output
 
+    def _with_graph(self, chunk: Sequence[Tensor], grad: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        return [self._function(*chunk)], [grad]
+
     def backward(self, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
         with alone(self.module), self._guard():
             return self._backward(tensors, needs_grad)
@@ -171,32 +176,10 @@ class TiledRows(TiledOp):
             stack.enter_context(patched_forwards(chunk_forwards(self.module, [sums], self._last_linear.found())))
             for start, stop in self._bounds:
                 chunk = [x[start:stop].detach().requires_grad_(need) for x, need in zip(rows, needs_grad, strict=False)]
-                inputs = [x for x in (*chunk, *leaves) if x.requires_grad]
-                y = self._function(*chunk)
-                if y.requires_grad:
-                    grads = drain(torch.autograd.grad(y, inputs, grad_output[start:stop], allow_unused=True))
-                else:  # trainable tensors that took no part, such as a disabled adapter's
-                    grads = iter([None] * len(inputs))
-                del y
-                first = next(grads) if needs_grad[0] else None
-                for total in row_grads[1:]:
-                    if total is not None:
-                        copy_or_zero_(total[start:stop], next(grads))
-                sums.add(grads)
-                if needs_grad[
-                    0
-                ]:  # at last: the others may be parts of the incoming gradient, which this may be written over
-                    copy_or_zero_(row_grads[0][start:stop], first)
-                del grads, first  # or they would be there beside the next chunk's
+                places = [None if total is None else total[start:stop] for total in row_grads]
+                run = functools.partial(self._with_graph, chunk, grad_output[start:stop])
+                backward_of_chunk(run, chunk, places, leaves, [sums])
         return [*row_grads, *sums.result()]
-
-
-def copy_or_zero_(place: Tensor, grad: Tensor | None) -> None:
-    """Writes a gradient to its place; zeros for none."""
-    if grad is None:
-        place.zero_()
-    else:
-        place.copy_(grad)
 
 
 class _Record(torch.autograd.Function):

@@ -9,13 +9,15 @@ Shapes: R rows of the whole input, C rows of one chunk; trailing dimensions are 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ds_minis.tiling.core.chunk_grads import backward_of_chunk
 from ds_minis.tiling.core.exclusive import alone
-from ds_minis.tiling.core.grad_accum import GradientSums, drain
+from ds_minis.tiling.core.grad_accum import GradientSums
 from ds_minis.tiling.core.linear import chunk_forwards
 from ds_minis.tiling.core.params import ParameterSlots, constants_of, restored_flags
 from ds_minis.tiling.core.replay import Replay, patched_forwards, refuse_gradients_of_gradients, unseen_graph
@@ -52,29 +54,23 @@ class TiledSum:
         """The sum, and its gradients for rows and parameters (in that order), for the expected incoming gradient."""
         num_rows = len(tensors) - len(self.slots.tensors)
         rows, params = tensors[:num_rows], tensors[num_rows:]
-        row_grads = [torch.zeros_like(x) if need else None for x, need in zip(rows, needs_grad, strict=False)]
+        row_grads = [torch.empty_like(x) if need else None for x, need in zip(rows, needs_grad, strict=False)]
         leaves = [p.detach().requires_grad_(need) for p, need in zip(params, needs_grad[num_rows:], strict=True)]
-        sums, total = GradientSums(leaves, single=len(self._bounds) == 1), None
+        sums, totals = GradientSums(leaves, single=len(self._bounds) == 1), []
         with contextlib.ExitStack() as stack:
             for context in (self._running(), torch.enable_grad(), self.slots.reparametrized(leaves)):
                 stack.enter_context(context)
             stack.enter_context(patched_forwards(chunk_forwards(self._module, [sums])))
             for start, stop in self._bounds:
                 chunk = [x[start:stop].detach().requires_grad_(need) for x, need in zip(rows, needs_grad, strict=False)]
-                inputs = [x for x in (*chunk, *leaves) if x.requires_grad]
-                y = self._function(*chunk).sum(0)
-                total = y.detach() if total is None else total + y.detach()
-                if not y.requires_grad:  # trainable tensors that took no part, such as a disabled adapter's
-                    continue
-                grads = drain(torch.autograd.grad(y, inputs, self.expected.to(y.dtype), allow_unused=True))
-                del y
-                for row_grad in row_grads:
-                    grad = next(grads) if row_grad is not None else None
-                    if grad is not None:
-                        row_grad[start:stop].copy_(grad)
-                sums.add(grads)
-                grads = grad = None  # not beside the next chunk's logits
-        return total, [*row_grads, *sums.result()]
+                places = [None if row_grad is None else row_grad[start:stop] for row_grad in row_grads]
+                backward_of_chunk(functools.partial(self._with_graph, chunk, totals), chunk, places, leaves, [sums])
+        return sum(totals), [*row_grads, *sums.result()]
+
+    def _with_graph(self, chunk: Sequence[Tensor], totals: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        y = self._function(*chunk).sum(0)
+        totals.append(y.detach())
+        return [y], [self.expected.to(y.dtype)]
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:

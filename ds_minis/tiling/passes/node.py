@@ -14,18 +14,20 @@ Shapes: B batch, S tokens, H hidden size, N heads of D.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from ds_minis.tiling.core.grad_accum import GradientSums, drain
+from ds_minis.tiling.core.chunk_grads import backward_of_chunk
+from ds_minis.tiling.core.grad_accum import GradientSums
 from ds_minis.tiling.core.linear import chunk_forwards
 from ds_minis.tiling.core.out_of_memory import is_out_of_memory
 from ds_minis.tiling.core.params import ParameterSlots, Untrained
 from ds_minis.tiling.core.replay import patched_forwards
 from ds_minis.tiling.core.reuse import can_overwrite
-from ds_minis.tiling.core.tiled_op import TiledOp, copy_or_zero_
+from ds_minis.tiling.core.tiled_op import TiledOp
 from ds_minis.tiling.memory.layer_inputs import LayerInput
 from ds_minis.tiling.modules.swap import Tiled, warn_once
 from ds_minis.tiling.passes.attention import AttentionRequest
@@ -248,16 +250,12 @@ class LayerNode(TiledOp):
             for i, (start, stop) in enumerate(self._passes.bounds):
                 chunk = chunk_of(x, start, stop).detach().requires_grad_(grad_x is not None)
                 out_chunk = out[:, start:stop].detach().requires_grad_()
-                inputs = [t for t in (chunk, out_chunk, *leaves) if t.requires_grad]
-                y = self._passes.post_attention(chunk, out_chunk, i)
-                grads = drain(torch.autograd.grad(y, inputs, grad_y[:, start:stop], allow_unused=True))
-                del y
-                grad = next(grads) if grad_x is not None else None
-                copy_or_zero_(grad_out[:, start:stop], next(grads))
-                sums.add(grads)
-                if grad_x is not None:  # at last, as the others may be parts of the gradient that this is written over
-                    copy_or_zero_(grad_x[:, start:stop], grad)
-                del grads, grad  # or they would be there beside the next chunk's
+                places = [None if grad_x is None else grad_x[:, start:stop], grad_out[:, start:stop]]
+                run = functools.partial(self._after_with_graph, chunk, out_chunk, i, grad_y[:, start:stop])
+                backward_of_chunk(run, [chunk, out_chunk], places, leaves, [sums])
+
+    def _after_with_graph(self, chunk: Tensor, out_chunk: Tensor, index: int, grad: Tensor):
+        return [self._passes.post_attention(chunk, out_chunk, index)], [grad]
 
     def _backward_of_attention(
         self, request: AttentionRequest, qkv: list[Tensor], edge, grad_out: Tensor, sums: GradientSums, leaves
@@ -274,39 +272,28 @@ class LayerNode(TiledOp):
     def _backward_of_pre_attention(
         self,
         x: Tensor,
-        grads_of_heads: list[Tensor | None],
+        grads_of_qkv: list[Tensor | None],
         grad_x: Tensor | None,
         sums: GradientSums,
         leaves: Sequence[Tensor],
         cut: CutWeights | None = None,
     ) -> None:
-        all_sums, cut_leaves = ([sums], []) if cut is None else ([sums, cut.sums], cut.leaves)
+        all_sums, cut_leaves = ([sums], []) if cut is None else ([cut.sums, sums], cut.leaves)
         forwards = chunk_forwards(
             self.module, all_sums, self._dead_values.values_pre_attention, self._dead_values.value
         )
         with torch.enable_grad(), patched_forwards(forwards):
             for i, (start, stop) in enumerate(self._passes.bounds):
                 chunk = chunk_of(x, start, stop).detach().requires_grad_(grad_x is not None)
-                inputs = [t for t in (chunk, *cut_leaves, *leaves) if t.requires_grad]
-                qkv = self._passes.reach(chunk, i)[0].tensors
-                pairs = [
-                    (t, g[:, :, start:stop])
-                    for t, g in zip(qkv, grads_of_heads, strict=True)
-                    if t.requires_grad and g is not None
-                ]
-                if not pairs or not inputs:
-                    continue
-                outputs, grads = zip(*pairs, strict=True)
-                grads = drain(torch.autograd.grad(outputs, inputs, grads, allow_unused=True))
-                del qkv, pairs, outputs
-                if grad_x is not None:
-                    grad = next(grads)
-                    if grad is not None:
-                        grad_x[:, start:stop].add_(grad)
-                if cut is not None:
-                    cut.sums.add(next(grads) for _ in cut_leaves)
-                sums.add(grads)
-                del grads  # or they would be there beside the next chunk's
+                places = [None if grad_x is None else grad_x[:, start:stop]]
+                grads = [None if grad is None else grad[:, :, start:stop] for grad in grads_of_qkv]
+                run = functools.partial(self._before_with_graph, chunk, i, grads)
+                backward_of_chunk(run, [chunk], places, [*cut_leaves, *leaves], all_sums, add=True)
+
+    def _before_with_graph(self, chunk: Tensor, index: int, grads: Sequence[Tensor | None]):
+        qkv = self._passes.reach(chunk, index)[0].tensors
+        pairs = [(t, grad) for t, grad in zip(qkv, grads, strict=True) if t.requires_grad and grad is not None]
+        return tuple(zip(*pairs, strict=True)) or ((), ())
 
     def _backward_by_groups(
         self, x: Tensor, grad_out: Tensor, grad_x: Tensor | None, sums: GradientSums, leaves: Sequence[Tensor]
