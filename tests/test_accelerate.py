@@ -1,5 +1,3 @@
-import dataclasses
-
 """accelerate's sources, in one process: its configuration files, the plugin, the callback, and python -m ds_minis.run."""
 
 import contextlib
