@@ -29,9 +29,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CORE = "ds_minis/tiling"
 TESTS = """
-test_tiling test_sums test_deferred test_loss test_cross_entropy_rows test_cross_entropy test_verify test_layer
-test_layer_findings test_layer_use test_layer_review test_kept_attention test_kept_attention_findings test_offload
-test_parity test_chunk_faults test_convert test_adapters test_after_conversion test_trainer
+core/test_tiled_op core/test_tiled_sum loss/test_deferred_logits loss/test_tiled_loss
+loss/test_cross_entropy_rows loss/test_cross_entropy modules/test_token_wise layer/test_tiled_layer
+layer/test_layer_analysis layer/test_layer_fallbacks layer/test_layer_calls layer/test_kept_attention
+layer/test_kept_attention_kinds memory/test_offload convert/test_parity core/test_interrupted_chunks
+convert/test_convert modules/test_adapters convert/test_after_conversion clients/test_trainer
 """.split()
 MOST_TESTS = 150  # that call a function, the quickest of them, are run for a mutation of it
 TIMEOUT = 240  # seconds; a mutation that hangs is noticed

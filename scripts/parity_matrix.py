@@ -37,8 +37,8 @@ sequence lengths and other numbers of chunks on each rank, prompts masked, one s
   order) and, in brackets, how far from float32 the converted run is, of the unconverted one's distance (allowed: 1.1x).
 - dropout: chunks draw other random numbers, so {seeds} runs of each kind are compared: the distance of the mean parameters
   beside that of the same runs divided by lot, and the difference of the runs' spread, in standard errors (allowed:
-  {errors:.0f}). `tests/test_matrix.py` shows that this finds dropout left out, applied twice or scaled wrongly, and another
-  mask in backward than in forward.
+  {errors:.0f}). `tests/engines/test_matrix.py` shows that this finds dropout left out, applied twice or scaled wrongly, and
+  another mask in backward than in forward.
 - **refused**: the engine refuses the unconverted model too, with the same words.
 
 Columns: uneven lengths are 5 tokens on one rank and 100 on the other; QLoRA is 4-bit NF4 with double quantization; gradients

@@ -11,13 +11,13 @@ cd "$ROOT"
 # One thread: the tensors of the tests are small, and threads that wait for each other cost more than they do.
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 
-QUICK="tests/test_config.py tests/test_convert.py tests/test_deferred.py tests/test_layer.py tests/test_loss.py
-    tests/test_tiling.py tests/test_verify.py"
+QUICK="tests/config/test_config.py tests/convert/test_convert.py tests/loss/test_deferred_logits.py
+    tests/layer/test_tiled_layer.py tests/loss/test_tiled_loss.py tests/core/test_tiled_op.py tests/modules/test_token_wise.py"
 if [ "${1:-}" = --quick ]; then
     "$PYTHON" -m ruff check .
     # One worker has the engine; the files of the core are for the others.
     exec "$PYTHON" -m pytest -n 2 --dist loadfile $QUICK \
-        "tests/test_engines.py::test_the_unconverted_models_parameters_or_its_refusal[ZeRO-3: full]"
+        "tests/engines/test_engines.py::test_the_unconverted_models_parameters_or_its_refusal[ZeRO-3: full]"
 elif [ "$#" -gt 0 ]; then
     exec "$PYTHON" -m pytest "$@"
 fi

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from parity import COLUMNS, ROWS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [
     *(p for p in ROOT.glob("*.md")),
     *(p for p in ROOT.glob("*/README.md")),

@@ -34,7 +34,7 @@ CASES.append((FSDP2, "RuntimeError", True, False))
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, dict]:
     output = tmp_path_factory.mktemp("faults")
-    launch(Path(__file__).with_name("fault_worker.py"), json.dumps(CASES), str(output))
+    launch(Path(__file__).parents[1] / "fault_worker.py", json.dumps(CASES), str(output))
     return {str(case): torch.load(output / f"{number}.pt") for number, case in enumerate(CASES)}
 
 

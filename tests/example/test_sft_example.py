@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from support import warm
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "sft"
 COLD = {"PYTHON": sys.executable}  # imports everything anew, as a user's first run does
 SMALL = {"MAX_LENGTH": "128", "MAX_STEPS": "4", "PER_DEVICE_BATCH_SIZE": "2", "LEARNING_RATE": "3e-3"}

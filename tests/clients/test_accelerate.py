@@ -18,8 +18,8 @@ from accelerate.commands.config.update import update_config
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 from models import build
-from test_trainer import trainer_of
 from torch import nn
+from trainers import trainer_of
 from transformers import TrainerCallback
 
 from ds_minis import (
@@ -320,7 +320,7 @@ print("RESULT", __name__, sys.argv[1:], [type(m).__qualname__ for m in model.mod
 def run(folder, *command: str, **env: str) -> subprocess.CompletedProcess:
     (folder / "script.py").write_text(SCRIPT)
     (folder / "neighbour.py").write_text("from models import build")
-    here = os.path.dirname(__file__)
+    here = str(Path(__file__).parents[1])
     path = os.pathsep.join([here, os.path.dirname(here)])
     environment = os.environ | {"DS_MINIS_AUTOLOAD": "0", "PYTHONPATH": path} | env
     return subprocess.run(

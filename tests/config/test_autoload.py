@@ -46,7 +46,7 @@ ALL = ("initialize", "op", "zero3", "config check", "config file", "prepare", "p
 def run(command: list[str], cwd: Path | str = "/tmp", **env: str) -> subprocess.CompletedProcess:
     inherited = {k: v for k, v in os.environ.items() if k not in ("DS_MINIS_AUTOLOAD", "PYTHONPATH", "RANK")}
     path = os.pathsep.join(
-        filter(None, [env.pop("PYTHONPATH", ""), str(Path(__file__).parent.parent)])
+        filter(None, [env.pop("PYTHONPATH", ""), str(Path(__file__).parents[2])])
     )  # this checkout, whatever is installed
     environment = {**inherited, "DS_ACCELERATOR": "cpu", **env, "PYTHONPATH": path}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
@@ -111,7 +111,7 @@ show(
     compatible=builder.is_compatible(), sources=builder.sources(), name=builder.absolute_name(),
 )
 """
-    return facts("import torch\n" + IMPORT_ALL + code, PYTHONPATH=str(Path(__file__).parent))
+    return facts("import torch\n" + IMPORT_ALL + code, PYTHONPATH=str(Path(__file__).parents[1]))
 
 
 def test_engines_are_attached_once_however_often_register_is_called(automatic):

@@ -164,7 +164,7 @@ def test_made_up_configuration_is_refused(tmp_path, capsys):
 
 def test_console_script_is_the_command_line():
     setup = configparser.ConfigParser()
-    setup.read(Path(__file__).parent.parent / "setup.cfg")
+    setup.read(Path(__file__).parents[2] / "setup.cfg")
     name, target = setup["options.entry_points"]["console_scripts"].strip().split(" = ")
     module, function = target.split(":")
     assert name == "ds-minis" and getattr(importlib.import_module(module), function) is main

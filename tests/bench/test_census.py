@@ -13,7 +13,7 @@ import census_page
 import pytest
 import transformers
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GOOD = {
     **{"class": "A", "exact": True, "loss_error": 0.0, "grad_error": 4e-7, "grad_name": "w", "logits_held": False},
     **{"checkpointing_error": 4e-7, "router_error": None, "loss": "tiled", "notes": []},

@@ -13,7 +13,7 @@ from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
 import ds_minis
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 YAMLS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 JSONS = sorted((ROOT / "deepspeed_configs").glob("*.json"))
 TYPES = {"ddp": "MULTI_GPU", "fsdp": "FSDP", "fsdp1": "FSDP"}

@@ -14,7 +14,7 @@ from models import assert_same_tensors
 
 @pytest.mark.engine
 def test_experts_without_tokens_get_zeros(tmp_path):
-    launch(Path(__file__).with_name("experts_worker.py"), str(tmp_path / "out.pt"))
+    launch(Path(__file__).parents[1] / "experts_worker.py", str(tmp_path / "out.pt"))
     plain, runs = torch.load(tmp_path / "out.pt")
     assert set(runs) == {"tiled", "no leaf but ours", "whole"}
     for name, params in runs.items():

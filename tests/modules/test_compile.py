@@ -14,8 +14,8 @@ from models import (
     loss_and_grads,
     twins,
 )
-from test_trainer import STEPS, trainer_of
 from torch._dynamo.utils import counters
+from trainers import STEPS, trainer_of
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
 

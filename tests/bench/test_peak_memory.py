@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "bench" / "peak_memory.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "bench" / "peak_memory.py"
 
 
 def test_peak_falls_below_half_of_plain_checkpointing(tmp_path):

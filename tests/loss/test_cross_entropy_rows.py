@@ -1,6 +1,6 @@
 """The loss of one chunk against float64: torch's implementation, or the kernel under Triton's interpreter.
 
-TRITON_INTERPRET=1 pytest tests/test_cross_entropy_rows.py      # the kernel; test_cross_entropy.py runs it so
+TRITON_INTERPRET=1 pytest tests/loss/test_cross_entropy_rows.py      # the kernel; test_cross_entropy.py runs it so
 """
 
 import os

@@ -33,14 +33,14 @@ def pretend(folder: Path, name: str, version: str) -> None:
 def convert_twice(folder: Path, **env: str) -> str:
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [warm.python(), "-c", CONVERT_TWICE, str(Path(__file__).parent)],
+        [warm.python(), "-c", CONVERT_TWICE, str(Path(__file__).parents[1])],
         env=os.environ | warm.environment() | {"PYTHONPATH": path} | env, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(("name", "bound"), [("transformers", ">=5.1"), ("torch", ">=2.6")])

@@ -72,7 +72,7 @@ def test_every_family_generates_the_same_and_trains_on(family, settings):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, list[dict]]:
     output = tmp_path_factory.mktemp("generate")
-    launch(Path(__file__).with_name("generate_worker.py"), str(output))
+    launch(Path(__file__).parents[1] / "generate_worker.py", str(output))
     return {case.name: [torch.load(output / f"{case.name}-{rank}.pt") for rank in range(RANKS)] for case in CASES}
 
 

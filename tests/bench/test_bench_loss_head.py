@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "bench" / "loss_head.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "bench" / "loss_head.py"
 SMALL = ["--device", "cpu", "--tokens", "512", "--hidden_size", "64", "--vocab_size", "1001", "--repeats", "2"]
 
 
