@@ -219,4 +219,12 @@ CLIENTS = (
     *(Client(f"LLaMA-Factory {stage}", prepare=llamafactory(stage), **_FACTORY) for stage in ("sft", "pt")),
     Client("ms-swift sft, full", prepare=swift, **_SWIFT),
     *(Client(f"axolotl, {adapter or 'full'}", prepare=axolotl(adapter), **_AXOLOTL) for adapter in ("", "lora")),
+    *(
+        Client(name, package, prepare=lambda folder: [], why_not=reason)
+        for name, package, reason in (
+            ("run_clm.py of transformers", "transformers==5.23.0", "it is in no package of the index"),
+            ("fine-tune.py of LongLoRA", "transformers==4.34.1", "it is in no package of the index"),
+            ("unsloth", "unsloth==2026.10.9", "its source refuses to be imported without a GPU"),
+        )
+    ),
 )

@@ -148,6 +148,12 @@ def compared(client: Client, on: Run, off: Run, start: dict) -> dict:
     return {"losses": off.losses, "loss_difference": losses, "weight_difference": apart / largest, "exact": exact}
 
 
+def trained_report(text: str) -> list[str]:
+    """The lines below the head of the report of the model that was trained; others (a reference model) have no last step."""
+    reports = [part.splitlines()[1:] for part in ("\n" + text).split("\nds_minis (") if part]
+    return next((r for r in reversed(reports) if any("the last step" in line for line in r)), reports[-1])
+
+
 def tried(client: Client, environments: Path, folder: Path, timeout: float) -> dict:
     """The row of a client."""
     row = {"name": client.name, "package": client.package, "engine": client.engine, "without": list(client.without)}
@@ -166,7 +172,7 @@ def tried(client: Client, environments: Path, folder: Path, timeout: float) -> d
         off = train(client, place, folder, out / "off", None, timeout)
         on = train(client, place, folder, out / "on", CHUNKS, timeout)
         row |= compared(client, on, off, load_file(folder / "model" / "model.safetensors"))
-        row["report"] = on.report.splitlines()[1:]
+        row["report"] = trained_report(on.report)
     except (CannotInstall, CannotRun) as error:
         row["not_run"] = str(error)
     return row
@@ -189,15 +195,18 @@ after the last step, relative to the largest change that training made. `python 
 def page(rows: list[dict]) -> str:
     lines = [HEAD, "| program | versions | set | ran in | losses | weights | loss | run on |", "|" + "---|" * 8]
     for row in rows:
-        versions = ", ".join(f"{name} {version}" for name, version in row.get("versions", {}).items() if version)
-        versions = f"{row['package'].replace('==', ' ')}; {versions}" if versions else row["package"].replace("==", " ")
+        own = row["package"].replace("==", " ")
+        found = [f"{name} {version}" for name, version in row.get("versions", {}).items() if version]
+        versions = ", ".join([own, *[words for words in found if words != own]])
         if "not_run" in row:
-            found = [f"not run: {row['not_run']}".replace("|", "/"), "", ""]
+            cells = [row["name"], versions, "-", "-", f"not run: {row['not_run']}".replace("|", "/"), "-", "-", "-"]
         else:
             word = "" if row["exact"] else "**differs:** "
             loss = next((line.split("loss: ")[1] for line in row["report"] if "  loss: " in line), "")
-            found = [f"{word}{row['loss_difference']:.0e}", f"{row['weight_difference']:.0e}", loss.partition(";")[0]]
-        cells = [row["name"], versions, row["set"], row["engine"], *found, f"{row['date']}, {row['machine']}"]
+            loss = "not tiled, see below" if loss.startswith("not tiled") else loss.partition(",")[0]
+            differences = [f"{word}{row['loss_difference']:.0e}", f"{row['weight_difference']:.0e}"]
+            place = f"{row['date']}, {row['machine']}"
+            cells = [row["name"], versions, row["set"], row["engine"], *differences, loss, place]
         lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
     for package, row in {row["package"]: row for row in rows if row["without"] and "not_run" not in row}.items():
