@@ -12,8 +12,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ds_minis import mini_sequence_report
 from ds_minis.tiling.memory.offload import OffloadedTensor
+from ds_minis.tiling.passes import kept_attention
 from ds_minis.tiling.passes.kept_attention import KeptAttention
-from ds_minis.tiling.passes.rematerialize import Layout, View, copy_of
+from ds_minis.tiling.passes.rematerialize import Copy, Layout, View, copy_of
 
 LAYERS = SETTINGS["layer"]
 
@@ -268,3 +269,30 @@ def test_layouts():
     assert all(map(torch.equal, placed, tensors))
     assert [t.stride() for t in placed] == [t.stride() for t in tensors]
     assert torch.equal(placed[0].as_strided((2, 4, 4), (24, 6, 1), 2), tensors[1])
+
+
+def test_values_are_searched_at_the_first_call_alone(monkeypatch):
+    """Keys and values, repeated for each query head: later calls compare with what was found, whatever the length."""
+    model, reference = converted(LAYERS, num_attention_heads=8, num_key_value_heads=2, hidden_size=64, head_dim=8)
+    searched, compared = [], []
+    search, compare = kept_attention.copy_of, Copy.is_of
+    monkeypatch.setattr(kept_attention, "copy_of", lambda *args: searched.append(1) or search(*args))
+    monkeypatch.setattr(Copy, "is_of", lambda *args: compared.append(1) or compare(*args))
+    assert_same_training(model, reference, batch(37, padding=5))
+    assert searched
+    searched.clear()
+    for length in (37, 23, 51):
+        compared.clear()
+        assert_same_training(model, reference, batch(length, padding=5))
+        assert not searched and 0 < len(compared) <= 3 * len(model.model.layers)
+
+
+def test_what_was_a_copy_once_and_is_none_now_is_kept(attention):
+    """A factor of one at first: nothing is taken for granted."""
+    factor = torch.ones(())
+    sdpa = attention.run
+    attention.run = lambda module, q, k, v, *args, **kwargs: sdpa(module, q, k * factor, v * factor, *args, **kwargs)
+    model, reference = converted(LAYERS, attention=attention.name)
+    for value in (1.0, 0.5, 2.0, 1.0):
+        factor.fill_(value)
+        assert_same_training(model, reference, unmasked(23))

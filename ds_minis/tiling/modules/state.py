@@ -39,6 +39,7 @@ class Chunking:
         unread: what need not be computed in a layer of some make (`ds_minis.tiling.layer.analysis`).
         unkept: where an attention cannot be kept -> (class name of the layer, reason); see
             `ds_minis.tiling.passes.kept_attention`.
+        kept_plans: what is kept of an attention (`ds_minis.tiling.passes.kept_attention`).
         heads: what was found out about LM heads (`ds_minis.tiling.loss.chunked_head`).
         bypassed: why the loss of the last forward pass in training could not be tiled; empty if it was.
         warnings: those that were given about the model.
@@ -53,6 +54,7 @@ class Chunking:
     layer_inputs: Any = field(default=None, repr=False, compare=False)
     dead_values: dict[tuple, Any] = field(default_factory=dict, repr=False, compare=False)
     unkept: dict[tuple, tuple[str, str]] = field(default_factory=dict, repr=False, compare=False)
+    kept_plans: dict[tuple, list] = field(default_factory=dict, repr=False, compare=False)
     heads: AnalysisCache = field(default_factory=AnalysisCache, repr=False, compare=False)
     bypassed: str = field(default="", repr=False, compare=False)
     warnings: Warnings = field(default_factory=Warnings, repr=False, compare=False)

@@ -17,9 +17,21 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from ds_minis.tiling.core.replay import graph_is_kept
 from ds_minis.tiling.modules.swap import Tiled, untiled_class, warn_once
 from ds_minis.tiling.passes.attention import AttentionRequest
-from ds_minis.tiling.passes.rematerialize import Copy, Groups, Layout, View, copy_of, storage_key, whole_storage
+from ds_minis.tiling.passes.rematerialize import (
+    Copy,
+    Groups,
+    Layout,
+    View,
+    copy_of,
+    storage_key,
+    ways_to_copy,
+    whole_storage,
+)
 
 Attend = Callable[[AttentionRequest, Sequence[Tensor]], Tensor]
+
+# Kind of call -> of each tensor that its graph saves: of which of a group it is a copy, transposed or not, how often repeated.
+Plans = dict[tuple, list[tuple[str, int, bool, int] | None]]
 
 _MOST = 2  # times the bytes of the output: what may be kept for one call
 
@@ -46,7 +58,8 @@ class KeptAttention:
     """One call of an attention.
 
     Args:
-        heads: queries, keys and values, `(B, N, S, D)`, `(B, K, S, D)` and `(B, K, S, E)`; not held after this.
+        qkv: queries, keys and values, `(B, N, S, D)`, `(B, K, S, D)` and `(B, K, S, E)`; not held after this.
+        plans: what was decided at earlier calls; filled in at the first of each layout.
 
     Attributes:
         result: the attention's output, until `free` is called.
@@ -54,15 +67,16 @@ class KeptAttention:
         reason: why this call cannot be kept, and has to be run once more; empty if it can.
     """
 
-    def __init__(self, attend: Attend, request: AttentionRequest, qkv: Sequence[Tensor]):
+    def __init__(self, attend: Attend, request: AttentionRequest, qkv: Sequence[Tensor], plans: Plans | None = None):
         self._arguments = request.argument_tensors()
         self._layout = Layout(qkv)
         # Nothing that the graph holds may hold the graph: such a cycle is out of the garbage collector's sight.
         self._now: dict[str, Sequence[Tensor]] = {}
         weights = {storage_key(t) for t in (*request.module.parameters(), *request.module.buffers())}
-        packing = _Packing(qkv, self._arguments, weights)
+        layout = (*request.way, *((t.shape[1], t.shape[3]) for t in qkv))
+        packing = _Packing(qkv, self._arguments, weights, {} if plans is None else plans, layout)
         with torch.enable_grad():
-            # Heads by way of a node of ours, as a leaf would be held by the graph.
+            # Not leaves: AccumulateGrad would keep queries, keys and values alive.
             sources = _Source.apply(qkv[0].new_empty((), requires_grad=True), *qkv)
             self._inputs = [get_gradient_edge(t) for t in sources]
             with saved_tensors_hooks(packing, functools.partial(_unpack, self._now)):
@@ -71,7 +85,7 @@ class KeptAttention:
         self.result = out.detach()
         self._out = packing(self.result)
         self._edge = get_gradient_edge(out) if out.requires_grad else None
-        self.tensors = packing.end()
+        self.tensors, self._doubts = packing.end()
         num_bytes = sum(t.nbytes for t in self.tensors)
         if self._edge is None:
             self.reason = "its attention gives no graph"
@@ -92,13 +106,21 @@ class KeptAttention:
         """The attention's output again.
 
         Args:
-            heads: the same as in forward, computed again.
+            qkv: the same as in forward, computed again.
             tensors: what was kept.
+
+        Raises:
+            RuntimeError: on a device, a saved tensor was a copy of the arguments in an earlier call, and is none now.
         """
+        if self._doubts is not None and self._doubts.are_justified():
+            raise RuntimeError(
+                "what an attention saves for its backward was a copy of its arguments in an earlier call, and is none in "
+                'this one: set "keep_attention": false in the mini-sequence configuration'
+            )
         return self._out.of(self._groups(qkv, tensors))
 
     def backward(self, qkv: Sequence[Tensor], tensors: Sequence[Tensor], grad_out: Tensor) -> list[Tensor | None]:
-        """Gradients of queries, keys and values; heads and tensors are as above."""
+        """Gradients of queries, keys and values; arguments as above."""
         self._now.update(self._groups(qkv, tensors))
         try:
             grads = torch.autograd.grad(
@@ -119,17 +141,25 @@ def _unpack(now: Groups, packed: Tensor | View | Copy) -> Tensor:
 class _Packing:
     """Decides of each tensor that the attention saves what is kept in its place. Used in forward alone.
 
+    What is a copy of what is found out by comparing values, for which a device must be waited for. So all is compared at the
+    first call of a kind; later calls compare what was found alone, and read the result in backward.
+
     Attributes:
         met_weights: whether one of them was a weight.
     """
 
-    def __init__(self, qkv: Sequence[Tensor], arguments: Sequence[Tensor], weights: set[tuple]):
+    def __init__(
+        self, qkv: Sequence[Tensor], arguments: Sequence[Tensor], weights: set[tuple], plans: Plans, key: tuple
+    ):
         self.met_weights, self._weights = False, weights
         self._kept: list[Tensor] = []
         self._arguments = set(map(storage_key, arguments))
         self._places = {storage_key(t): ("heads", i) for i, t in enumerate(qkv)}
         self._sources = [(t, View.like(t, "heads", i)) for i, t in enumerate(qkv)]
         self._sources += [(t, View.like(t, "arguments", i)) for i, t in enumerate(arguments)]
+        self._plan = plans.setdefault(key, [])
+        self._num_known = len(self._plan)
+        self._num_asked, self._same = 0, []
 
     def __call__(self, t: Tensor) -> Tensor | View | Copy:
         key = storage_key(t)
@@ -137,7 +167,7 @@ class _Packing:
         if key in self._arguments:
             return t.detach()
         if key not in self._places:
-            copy = copy_of(t.detach(), self._sources)
+            copy = self._copy_of(t.detach())
             if copy is not None:
                 return copy
             place = self._places[key] = "kept", len(self._kept)
@@ -145,14 +175,49 @@ class _Packing:
             self._sources.append((t.detach(), View.like(t, *place)))
         return View.like(t, *self._places[key])
 
-    def end(self) -> list[Tensor]:
-        """What has to be kept. Lets go of it, and of what it knows of memory that may be gone soon."""
+    def _copy_of(self, t: Tensor) -> Copy | None:
+        number, self._num_asked = self._num_asked, self._num_asked + 1
+        if number < self._num_known:
+            known = self._plan[number]
+            if known is None:
+                return None
+            source, view = next(((s, v) for s, v in self._sources if (v.group, v.index) == known[:2]), (None, None))
+            if source is not None and known[2:] in ways_to_copy(source, t):
+                copy = Copy(view, *known[2:], t.shape, t.stride(), t.dtype)
+                same = copy.is_of(source, t)
+                if same.is_cuda:
+                    self._same.append(same)
+                    return copy
+                if same:
+                    return copy
+        copy = copy_of(t, self._sources)
+        if number >= self._num_known:
+            self._plan.append(copy and (copy.view.group, copy.view.index, copy.transposed, copy.repeats))
+        return copy
+
+    def end(self) -> tuple[list[Tensor], _Doubts | None]:
+        """What has to be kept, and what is still to be seen. Holds none of it from now on."""
         kept, self._kept, self._places, self._sources = self._kept, [], {}, []
-        return kept
+        return kept, _Doubts(self._same) if self._same else None
+
+
+class _Doubts:
+    """Whether something that was taken for granted in forward did not hold, on its way from the device."""
+
+    def __init__(self, granted: Sequence[Tensor]):
+        all_granted = torch.stack(list(granted)).all()
+        self._answer = torch.empty((), dtype=torch.bool, pin_memory=True)
+        self._answer.copy_(all_granted, non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record(torch.cuda.current_stream(all_granted.device))
+
+    def are_justified(self) -> bool:
+        self._arrived.synchronize()
+        return not self._answer
 
 
 class _Source(torch.autograd.Function):
-    """Gives heads that take part in a graph, which holds none of them."""
+    """Not leaves: AccumulateGrad would keep queries, keys and values alive."""
 
     @staticmethod
     def forward(ctx, token: Tensor, *qkv: Tensor):

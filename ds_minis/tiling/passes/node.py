@@ -76,6 +76,7 @@ class LayerNode(TiledOp):
         self._untrained = Untrained(module, self.slots, self.memory.copies)
         self._passes, self._dead_values, self._groups = passes, dead_values, groups
         self.layer_input, self._keep, self._attend = layer_input, keep, attend
+        self._plans = module.mini_sequence_chunking.kept_plans
         self._kept: KeptAttention | None = None
 
     def saved(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -99,7 +100,7 @@ class LayerNode(TiledOp):
             if recomputes_attention(self.module, request.way):
                 out = self._attend(request, qkv)
             else:
-                kept = KeptAttention(self._attend_with_graph, request, qkv)
+                kept = KeptAttention(self._attend_with_graph, request, qkv, self._plans)
                 out, tensors = kept.result, [] if kept.reason else kept.tensors
                 kept.free()
                 if kept.reason:

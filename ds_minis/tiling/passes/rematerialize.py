@@ -107,6 +107,10 @@ class Copy:
         copy = torch.empty_strided(size, self.stride, dtype=self.dtype, device=source.device)
         return copy.copy_(self.made(source)).as_strided(self.shape, self.stride)
 
+    def is_of(self, source: Tensor, t: Tensor) -> Tensor:
+        """Whether a tensor of this layout is this copy of the source, to the bit: a boolean on their device."""
+        return _same_bits(self.made(source).to(t.dtype), _unexpanded(t))
+
     def made(self, source: Tensor) -> Tensor:
         if source.dtype == torch.bool and self.dtype.is_floating_point:
             return source.new_zeros((), dtype=self.dtype).masked_fill(~source, -torch.inf)
@@ -116,23 +120,25 @@ class Copy:
 
 def copy_of(t: Tensor, sources: Sequence[tuple[Tensor, View]]) -> Copy | None:
     """How a tensor `(B, N, S, D)` can be made from one of some others, to the bit; None if it cannot."""
-    small = _unexpanded(t)
     for source, view in sources:
-        for transposed, repeats in _ways(source, small):
+        for transposed, repeats in ways_to_copy(source, t):
             copy = Copy(view, transposed, repeats, t.shape, t.stride(), t.dtype)
-            if has_values(t) and _same_bits(copy.made(source).to(t.dtype), small):
+            if has_values(t) and copy.is_of(source, t):
                 return copy
     return None
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
+def _same_bits(a: Tensor, b: Tensor) -> Tensor:
     """A NaN equals itself here, and zeros of different signs are different."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(a.element_size())
-    return integers is not None and torch.equal(a.view(integers), b.view(integers))
+    if integers is None:
+        return torch.zeros((), dtype=torch.bool, device=a.device)
+    return (a.view(integers) == b.view(integers)).all()
 
 
-def _ways(source: Tensor, t: Tensor) -> Iterator[tuple[bool, int]]:
+def ways_to_copy(source: Tensor, t: Tensor) -> Iterator[tuple[bool, int]]:
     """Whether to transpose and how often to repeat, for the shapes to fit."""
+    t = _unexpanded(t)
     if source.dim() != 4 or t.dim() != 4:
         return
     for transposed in (False, True):
