@@ -30,7 +30,7 @@ from ds_minis.tiling.passes.rematerialize import (
 
 Attend = Callable[[AttentionRequest, Sequence[Tensor]], Tensor]
 
-# Kind of call -> of each tensor that its graph saves: of which of a group it is a copy, transposed or not, how often repeated.
+# Kind of call -> of each tensor that its graph saves: of which of a group it is a copy, transposed, repeated how often.
 Plans = dict[tuple, list[tuple[str, int, bool, int] | None]]
 
 _MOST = 2  # times the bytes of the output: what may be kept for one call
