@@ -46,7 +46,7 @@ class GradientSums:
         """Adds `left_CV.t() @ right_CH` to the gradient of one leaf, without a further tensor of that size."""
         left_VC = left_CV.t()
         if self._sums[index] is not None:
-            self._sums[index] = self._sums[index].to(self._sum_dtype(left_CV))  # narrow where it was settled
+            self._sums[index] = self._sums[index].to(self._sum_dtype(left_CV))  # back to float32 if it was rounded
             _add_product(self._sums[index], left_VC, right_CH)
         elif self._single or left_CV.dtype == self._sum_dtype(left_CV):
             self._sums[index] = left_VC @ right_CH
@@ -66,7 +66,7 @@ class GradientSums:
                 continue
             if self._sums[i] is not None:
                 wide = torch.promote_types(grad.dtype, torch.float32)
-                self._sums[i] = self._sums[i].to(wide).add_(grad)  # narrow where it was settled
+                self._sums[i] = self._sums[i].to(wide).add_(grad)  # back to float32 if it was rounded
             else:
                 # A copy also where it is float32 already: autograd may hand one tensor to two parameters.
                 self._sums[i] = grad.to(self._sum_dtype(grad), copy=True)
@@ -85,12 +85,12 @@ class GradientSums:
         self._sums[index][rows].add_(grad)
 
     def round_to_param_dtype(self) -> None:
-        """Rounds the sums that are there to their parameters' dtypes, when it is known that hardly any is added to again."""
+        """Rounds to the parameters' dtypes early, to free the float32 sums before the attention's backward."""
         self.result()
 
     @for_weight_gradients
     def result(self) -> list[Tensor | None]:
-        """The sums in their parameters' dtypes; to be called once, as each wide sum is let go of when it is rounded."""
+        """The sums in their parameters' dtypes; to be called once: each float32 sum is freed when it is rounded."""
         for i, leaf in enumerate(self._leaves):
             if self._sums[i] is not None:
                 self._sums[i] = self._sums[i].to(leaf.dtype)

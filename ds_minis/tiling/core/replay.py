@@ -29,7 +29,7 @@ class AutocastState:
         return next((dtype for kind, dtype in self._on() if kind == self._device.type), None)
 
     def dtype_of(self, t: Tensor) -> torch.dtype:
-        """In which a matrix product of the tensor is made. Autocast leaves float64 as it is."""
+        """The dtype that a matmul on `t` runs in under autocast, which leaves float64 as it is."""
         return t.dtype if t.dtype == torch.float64 else self.dtype() or t.dtype
 
     def _on(self) -> list[tuple[str, torch.dtype]]:

@@ -1,4 +1,4 @@
-"""Gradients written over the ones they are made of: one tensor of hidden states fewer at the peak."""
+"""Overwrites an incoming gradient with the one computed from it: one tensor of hidden states fewer at the peak."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def can_overwrite(grad: Tensor) -> bool:
     Others do where a gradient goes two ways (a residual around the layer), or where a hook has kept it.
     """
     base = grad._base
-    # Two in Python: the caller's variable and this argument (and one for the call). In C++ Python's own. The memory is held
-    # by the tensor, by what it is a view of, and by the object asked here.
+    # Expected refcount 3: the caller's local, this argument, getrefcount's. In C++, one: the Python object's. The storage is
+    # counted for the tensor, for its base, and for the object made here.
     if sys.getrefcount(grad) > 3 or grad._use_count() > 1 or not grad.is_contiguous() or grad.requires_grad:
         return False
     if torch._C._storage_Use_Count(grad.untyped_storage()._cdata) > (2 if base is None else 3):
         return False
-    # What it is a view of: the same in Python; the view and Python's own (and a fake tensor's own) in C++.
+    # Its base: the same refcount in Python; in C++ the view's and the Python object's (and a fake tensor's own).
     return base is None or (sys.getrefcount(base) <= 3 and base._use_count() <= (2 if has_values(grad) else 3))

@@ -91,7 +91,7 @@ class DeadValueSearch:
         return found
 
     def _layer_signature(self, layer_parts: dict[str, nn.Module]) -> tuple:
-        """Names and classes of a layer's parts, which of them draw random numbers (not asked), weights' shapes, all dtypes.
+        """Cache key: names and classes of the parts, weights' shapes, dtypes, active dropout.
 
         By name: a tiled class is made at run time, and could not be pickled with the model.
         """

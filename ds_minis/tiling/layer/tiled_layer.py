@@ -76,7 +76,7 @@ class TiledLayer(ItsOwnCheckpointing, Tiled):
 
 
 def one_call_fallback_reason(layer: nn.Module) -> str:
-    """Why a layer attends to all heads at once where groups were asked for; empty if it does not, or they were not."""
+    """Reason why `head_groups` fell back to one call of the attention, or ""."""
     analyses = layer.mini_sequence_analyses.values() if isinstance(layer, TiledLayer) else ()
     return next((analysis.one_call for analysis in analyses if analysis.one_call), "")
 

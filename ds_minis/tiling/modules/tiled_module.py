@@ -133,7 +133,7 @@ def with_grads_of(kind: tuple) -> bool:
 
 
 def passing_state(module: nn.Module, signature: Signature | None = None) -> str:
-    """What may be there for one call alone, and gone when a chunk is run again; empty if there is nothing of the kind."""
+    """Transient hooks or parametrizations that recomputation would miss, in words; empty if there are none."""
     signature = signature_of(module) if signature is None else signature
     hook = user_hook(signature.hooked, ALL)
     if hook:  # PEFT hands layers what they need for each sample in one
