@@ -1,4 +1,4 @@
-"""Backward of one chunk: the step that every loop over chunks has in common."""
+"""Backward of one chunk: the step that all loops over chunks share."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ def backward_of_chunk(
     *,
     add: bool = False,
 ) -> None:
-    """Runs a chunk with a graph; its inputs' gradients go to their places, those of parameters are summed.
+    """Runs a chunk with a graph, writes its inputs' gradients to `places`, and adds its parameters' gradients to `sums`.
 
-    The graph, and each gradient, is freed before the next is made: nothing of one chunk is there beside the next one's.
+    The graph and the gradients of a chunk are freed before the next chunk runs.
 
     Args:
-        run: gives the chunk's outputs and the gradients that come in for them.
+        run: returns the chunk's outputs and their incoming gradients.
         chunk: the chunk's inputs, detached.
-        places: where the gradient of each goes; None where it needs none. The first may be the memory of the incoming
-            gradient, so it is written last.
-        leaves: the parameters, in the order of those of all `sums`.
-        sums: of the parameters' gradients.
-        add: add to the places; otherwise they are overwritten, with zeros where there is no gradient.
+        places: one tensor for the gradient of each input; None where no gradient is needed. The first may share the
+            incoming gradient's memory, so it is written last.
+        leaves: the parameters, in the order of the leaves of all `sums`.
+        sums: accumulate the parameters' gradients.
+        add: add to `places`. Otherwise they are overwritten, with zeros where there is no gradient.
     """
     inputs = [t for t in (*chunk, *leaves) if t.requires_grad]
     outputs, incoming = run()
     if inputs and any(t.requires_grad for t in outputs):
         grads = drain(torch.autograd.grad(outputs, inputs, incoming, allow_unused=True))
-    else:  # trainable tensors that took no part, such as a disabled adapter's
+    else:  # the trainable tensors were not used, such as those of a disabled adapter
         grads = iter([None] * len(inputs))
     del outputs, incoming
     write = add_ if add else copy_or_zero_
@@ -53,7 +53,7 @@ def backward_of_chunk(
 
 
 def copy_or_zero_(place: Tensor, grad: Tensor | None) -> None:
-    """Writes a gradient to its place; zeros for none."""
+    """Copies a gradient to its place, or zeros if it is None."""
     if grad is None:
         place.zero_()
     else:
@@ -61,6 +61,6 @@ def copy_or_zero_(place: Tensor, grad: Tensor | None) -> None:
 
 
 def add_(place: Tensor, grad: Tensor | None) -> None:
-    """Adds a gradient to what is in its place."""
+    """Adds a gradient to its place; does nothing if it is None."""
     if grad is not None:
         place.add_(grad)

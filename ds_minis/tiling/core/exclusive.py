@@ -1,4 +1,4 @@
-"""What a run over chunks must not meet: another thread's run of the module, and hooks that follow all modules' calls."""
+"""Keeps two things out of a run over chunks: another thread's run of the module, and global hooks that track modules."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Iterator
 
 from torch import nn
 
-_RUNNING = "ds_minis_running_in"  # a name that no reading of a module's settings looks at
+_RUNNING = "ds_minis_running_in"  # a thread id; it is never compared or restored as a setting
 
 
 @contextlib.contextmanager
 def alone(module: nn.Module) -> Iterator[None]:
-    """Around a run that puts other tensors and forwards into a module.
+    """Guards a run that replaces a module's tensors and forwards.
 
     Raises:
-        RuntimeError: another thread is in the middle of one.
+        RuntimeError: another thread is inside of such a run.
     """
     here = threading.get_ident()
     entered = _RUNNING not in module.__dict__
@@ -39,7 +39,7 @@ def several_threads(module: nn.Module) -> str:
 
 
 def is_called_in(thread: int, module: nn.Module) -> bool:
-    """Whether a thread is inside of a call of the module."""
+    """Whether the thread is inside of a call of the module."""
     frame = sys._current_frames().get(thread)
     while frame is not None:
         if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module:
@@ -50,9 +50,9 @@ def is_called_in(thread: int, module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def trackers_aside() -> Iterator[None]:
-    """Inside, torch's ModuleTracker (FlopCounterMode has one) does not follow modules.
+    """Removes the hooks of torch's ModuleTracker, which FlopCounterMode uses.
 
-    It would not be told of the end of a run that ends at the attention, and puts hooks on leaves of ours.
+    A run that stops at the attention never calls its forward hook, and it would register hooks on our own leaves.
     """
     kinds = (nn.modules.module._global_forward_pre_hooks, nn.modules.module._global_forward_hooks)
     aside = [(hooks, {k: h for k, h in hooks.items() if _is_tracker(h)}) for hooks in kinds if hooks]

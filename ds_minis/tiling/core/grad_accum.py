@@ -15,7 +15,7 @@ from ds_minis.tiling.core.out_of_memory import for_weight_gradients
 
 
 def drain(tensors: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
-    """Gives one after the other and holds none that it gave: a layer's gradients together are as large as its weights."""
+    """Yields the tensors and drops each reference: all gradients of a layer together are as large as its weights."""
     waiting = list(reversed(tensors))
     del tensors
     while waiting:
@@ -29,7 +29,8 @@ class GradientSums:
     (hidden size 512).
 
     Args:
-        single: there is one chunk, so that the gradients are what they are.
+        leaves: the parameters.
+        single: there is only one chunk, so its gradients are kept in their own dtype.
     """
 
     def __init__(self, leaves: Sequence[Tensor], single: bool = False):
@@ -38,12 +39,12 @@ class GradientSums:
         self._sums: list[Tensor | None] = [None] * len(leaves)
 
     def index_of(self, leaf: Tensor) -> int | None:
-        """Where `leaf` stands among the leaves that need a gradient."""
+        """The index of `leaf`; None if it is not here or needs no gradient."""
         return next((i for i, own in enumerate(self._leaves) if own is leaf and own.requires_grad), None)
 
     @for_weight_gradients
     def add_product(self, index: int, left_CV: Tensor, right_CH: Tensor) -> None:
-        """Adds `left_CV.t() @ right_CH` to the gradient of one leaf, without a further tensor of that size."""
+        """Adds `left_CV.t() @ right_CH` to one leaf's gradient, without a temporary of that size."""
         left_VC = left_CV.t()
         if self._sums[index] is not None:
             self._sums[index] = self._sums[index].to(self._sum_dtype(left_CV))  # back to float32 if it was rounded
@@ -68,16 +69,16 @@ class GradientSums:
                 wide = torch.promote_types(grad.dtype, torch.float32)
                 self._sums[i] = self._sums[i].to(wide).add_(grad)  # back to float32 if it was rounded
             else:
-                # A copy also where it is float32 already: autograd may hand one tensor to two parameters.
+                # Copy even if it is float32 already: autograd may return one tensor for two parameters.
                 self._sums[i] = grad.to(self._sum_dtype(grad), copy=True)
 
     def watch(self) -> None:
-        """To be called when a leaf was appended to the list that was given."""
+        """Call this after appending a leaf to the list given to the constructor."""
         self._sums.append(None)
 
     @for_weight_gradients
     def add_rows(self, index: int, rows: slice, grad: Tensor) -> None:
-        """Adds to some rows of one sum."""
+        """Adds `grad` to some rows of one sum."""
         leaf = self._leaves[index]
         before = self._sums[index]
         wide = torch.promote_types(leaf.dtype, torch.float32)
@@ -90,21 +91,21 @@ class GradientSums:
 
     @for_weight_gradients
     def result(self) -> list[Tensor | None]:
-        """The sums in their parameters' dtypes; to be called once: each float32 sum is freed when it is rounded."""
+        """Rounds each sum to its parameter's dtype, freeing the float32 sum, and returns them."""
         for i, leaf in enumerate(self._leaves):
             if self._sums[i] is not None:
                 self._sums[i] = self._sums[i].to(leaf.dtype)
         return self._sums
 
 
-# Elements of a product that is made in the operands' dtype before it is added to a sum in float32.
+# Elements of a temporary product in the operands' dtype, before it is added to the float32 sum.
 _PRODUCT_ELEMENTS = 2**22
 
 
 def _add_product(total_VH: Tensor, left_VC: Tensor, right_CH: Tensor, beta: int = 1) -> None:
     """`total = beta * total + left @ right` in the total's dtype."""
     if left_VC.dtype == total_VH.dtype:
-        torch.addmm(total_VH, left_VC, right_CH, beta=beta, out=total_VH)  # as `addmm_`, and counted as FLOPs
+        torch.addmm(total_VH, left_VC, right_CH, beta=beta, out=total_VH)  # `addmm_`, but counted as FLOPs
     elif _multiplies_into_float32(total_VH, left_VC.dtype):
         torch.addmm(total_VH, left_VC, right_CH, beta=beta, out_dtype=total_VH.dtype, out=total_VH)
     else:
@@ -116,13 +117,13 @@ def _add_product(total_VH: Tensor, left_VC: Tensor, right_CH: Tensor, beta: int 
 
 
 def _multiplies_into_float32(total: Tensor, dtype: torch.dtype) -> bool:
-    real = type(total) in (Tensor, nn.Parameter) and not total.is_meta  # a fake one has no kernel to ask
+    real = type(total) in (Tensor, nn.Parameter) and not total.is_meta  # a fake tensor has no kernel to try
     return real and total.dtype == torch.float32 and _asked_to_multiply(total.device, dtype)
 
 
 @functools.cache
 def _asked_to_multiply(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this torch multiplies matrices of `dtype` on the device into a float32 sum: cuBLAS can, a CPU cannot."""
+    """Whether `addmm` on the device takes `dtype` operands and a float32 sum: cuBLAS does, the CPU does not."""
     if device.type == "cpu":
         return False
     ones, total = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, device=device)

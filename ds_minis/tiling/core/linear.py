@@ -1,8 +1,8 @@
 """`nn.Linear` inside of a chunk loop.
 
-- Its weight gradient is added to the sum of all chunks as it is computed. Autograd would make each chunk's first, in the
-  weight's dtype: a second tensor of the weight's size (1 GiB for the LM head of Llama-3-8B), and a rounding to bfloat16 each.
-- Where nobody reads its result, that is not computed: its backward reads its input and its weight.
+- Its weight gradient goes straight into the sum over all chunks. Autograd would first make each chunk's gradient in the
+  weight's dtype: a second tensor of that size (1 GiB for the LM head of Llama-3-8B), and a rounding to bfloat16 each.
+- Its output is not computed where it is a dead value: the backward reads only input and weight.
 
 Shapes: C rows of one chunk, V outputs and H inputs.
 """
@@ -28,9 +28,9 @@ class _Linear(torch.autograd.Function):
     """`F.linear(x, weight, bias)`.
 
     Args:
-        leaf: the parameter that the weight was cast from, so that the result has a graph also where nothing else is trained.
-        add: given the operands of the weight gradient, in the place of autograd; None for autograd.
-        value: given as the result, expanded, where nobody reads it; None for the product.
+        leaf: the parameter that `weight` was cast from; it gives the result a graph where nothing else is trained.
+        add: accumulates the weight gradient from its two operands; None leaves that to autograd.
+        value: fills the result where it is a dead value; None computes the product.
     """
 
     @staticmethod
@@ -46,7 +46,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.add = add
         if value is None:
-            # Not a view, as which `F.linear` gives three dimensions: the module may write to it.
+            # Not a view, which `F.linear` returns for three dimensions: the module may write to the result in place.
             y = F.linear(x.flatten(0, -2), weight, bias)
             return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
         return x.new_full((), value).expand(*x.shape[:-1], weight.shape[0])
@@ -73,7 +73,7 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether nothing but the product of a linear layer is run by the module: not quantized, no forward of an instance's."""
+    """Whether a call runs `nn.Linear.forward` and nothing else: no quantized class, patched forward or hook."""
     hooks = module._forward_hooks or module._forward_pre_hooks
     return type(module).forward is nn.Linear.forward and "forward" not in module.__dict__ and not hooks
 
@@ -81,15 +81,15 @@ def is_plain_linear(module: nn.Module) -> bool:
 def chunk_forwards(
     module: nn.Module, sums: Sequence[GradientSums], unread: Sequence[nn.Linear] = (), value: float = 0.0
 ) -> Forwards:
-    """Forwards for the plain linear layers in `module`, to be set while leaves are in the places of its parameters.
+    """Forwards for the plain linear layers in `module`, to be patched in while leaves replace its parameters.
 
-    A layer whose `forward` is not `nn.Linear`'s own, or whose weight is a tensor of another kind (DTensor), is left to
+    A layer whose `forward` is not `nn.Linear.forward`, or whose weight is a tensor subclass (DTensor), is left to
     autograd.
 
     Args:
-        sums: where the weight gradients of those layers go whose weight is among their leaves.
-        unread: layers whose result nobody reads.
-        value: what stands in the place of that.
+        sums: accumulate the gradients of the weights that are among their leaves.
+        unread: layers whose result is a dead value.
+        value: fills the results of `unread`.
     """
     forwards: Forwards = {}
     for linear in module.modules():
@@ -113,7 +113,7 @@ def _adder(leaf: Tensor, all_sums: Sequence[GradientSums]) -> Callable[[Tensor, 
 
 
 def _forward(linear: nn.Linear, add: Callable[[Tensor, Tensor], None] | None, value: float | None) -> Callable:
-    cast: dict[torch.dtype, Tensor] = {}  # once for all chunks
+    cast: dict[torch.dtype, Tensor] = {}  # cast once for all chunks
 
     def forward(input: Tensor) -> Tensor:
         leaf, bias, autocast = linear.weight, linear.bias, AutocastState(input.device)
@@ -134,14 +134,14 @@ def _forward(linear: nn.Linear, add: Callable[[Tensor, Tensor], None] | None, va
 
 
 class LastLinear:
-    """Finds the `nn.Linear` whose output is a module's result, to leave its product out of the recomputation.
+    """Finds the `nn.Linear` whose output is the module's result, so that recomputation can skip its matmul.
 
     The backward of a linear layer reads its input and its weight, never its output. Without this, tiling would cost one
-    matmul more than activation checkpointing, which stops before that product.
+    matmul more than activation checkpointing, which stops recomputing before it.
     """
 
     def __init__(self, module: nn.Module):
-        # Only the plain layer: a quantized or hooked forward may do something else.
+        # Plain layers only: a quantized or patched forward may do something else.
         self._linears = [
             m for m in module.modules() if type(m).forward is nn.Linear.forward and "forward" not in m.__dict__
         ]
@@ -149,7 +149,7 @@ class LastLinear:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[Callable[[Tensor], None]]:
-        """Yields a function to be given the result of the run inside."""
+        """Yields a function; call it with the result of the run."""
         outputs: list[tuple[nn.Linear, Tensor, int]] = []
 
         def watch(linear: nn.Linear):
@@ -163,7 +163,7 @@ class LastLinear:
         def decide(result: Tensor) -> None:
             calls = [linear for linear, _, _ in outputs]
             for linear, y, version in outputs:
-                # The same memory, not written since: a later in-place operation might need the value in its backward.
+                # Same memory, not written since: the backward of a later in-place operation might read the value.
                 is_result = _base(result) is _base(y) and result.numel() == y.numel() and y._version == version
                 if is_result and calls.count(linear) == 1:
                     self._found = linear
@@ -172,7 +172,7 @@ class LastLinear:
             yield decide
 
     def found(self) -> tuple[nn.Linear, ...]:
-        """The layer, if there is one and nothing has come to stand around it since."""
+        """The layer, if one was found and its forward is still plain."""
         return (self._found,) if self._found is not None and is_plain_linear(self._found) else ()
 
 

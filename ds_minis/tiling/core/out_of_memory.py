@@ -1,6 +1,6 @@
-"""Where memory ran out, and what needs less there: a note on torch's error, whose type and message stay torch's.
+"""Adds a note to torch's out-of-memory errors: where memory ran out, and which settings need less there.
 
-The innermost place that an error comes through is the one that it is told of.
+The error's type and message do not change. The innermost place that an error passes through writes the note.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SHORTER = "shorter sequences (sequence parallelism gives each device a part of 
 
 
 class OutOfMemoryNote(contextlib.ContextDecorator):
-    """Around what is run in one place: its note goes on an out-of-memory error that has none yet."""
+    """Adds a note to an out-of-memory error raised inside, unless the error already has one."""
 
     def __init__(self, note: str):
         self._note = note
@@ -33,7 +33,7 @@ class OutOfMemoryNote(contextlib.ContextDecorator):
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """A device's error, or the one of torch's allocator on a CPU, which has no type of its own."""
+    """A device's error, or a CPU allocator's: torch raises that one as a plain RuntimeError."""
     on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     return on_cpu or isinstance(error, torch.OutOfMemoryError)
 
@@ -44,10 +44,10 @@ def _add(error: BaseException, note: str) -> None:
 
 
 def in_a_chunk(config: MiniSequenceConfig, setting: str, chunk_rows: int, num_rows: int) -> OutOfMemoryNote:
-    """Around the chunks of one operation.
+    """The note for the chunks of one operation.
 
     Args:
-        setting: "chunk_size", or "loss_chunk_size" for those of the LM head and the loss.
+        setting: "chunk_size", or "loss_chunk_size" for the LM head and the loss.
     """
     place, change = "a chunk" if setting == "chunk_size" else "a chunk of the loss", "smaller"
     if setting == "chunk_size" and config.num_mini_sequences is not None:
@@ -59,7 +59,7 @@ def in_a_chunk(config: MiniSequenceConfig, setting: str, chunk_rows: int, num_ro
 
 
 def in_attention(config: MiniSequenceConfig, layer: str, num_tokens: int) -> OutOfMemoryNote:
-    """Around a tiled layer's attention, and its queries, keys and values, which are there for all tokens at once."""
+    """The note for a tiled layer's attention: its queries, keys and values exist for all tokens at once."""
     ways = []
     if config.keep_attention:
         ways.append('"keep_attention": false (it is computed twice, and not kept)')
@@ -73,7 +73,7 @@ def in_attention(config: MiniSequenceConfig, layer: str, num_tokens: int) -> Out
 
 
 def for_layer_inputs(config: MiniSequenceConfig, layer: str, num_tokens: int) -> OutOfMemoryNote:
-    """Around what makes room for hidden states of all tokens; of each layer, one stays until backward."""
+    """The note for allocating hidden states of all tokens; one per layer is kept until backward."""
     return OutOfMemoryNote(
         f"for the input or the result of a {layer} ({num_tokens} tokens), of which one per layer is kept until backward: no "
         f"chunk size changes that. What needs less: {_in_words([*_fewer_inputs(config), _SHORTER])}"
@@ -91,7 +91,7 @@ for_weight_gradients = OutOfMemoryNote(
 
 
 def note_outside(config: MiniSequenceConfig) -> None:
-    """To be called when a forward pass has ended: a note for an error that came from nothing that is tiled."""
+    """Call this when a forward pass ends: adds a note to an error raised outside of tiled modules."""
     error = sys.exception()
     if not is_out_of_memory(error):
         return
@@ -105,7 +105,7 @@ def note_outside(config: MiniSequenceConfig) -> None:
 
 
 def _innermost_module(error: BaseException) -> str:
-    """Class of the module whose forward an error came from."""
+    """The class of the module whose forward raised the error."""
     name, traceback = "the model", error.__traceback__
     while traceback is not None:
         owner = traceback.tb_frame.f_locals.get("self")

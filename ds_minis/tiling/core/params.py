@@ -1,4 +1,4 @@
-"""The tensors and settings of a module: which ones a call uses, others in their place, and what they were in forward."""
+"""The tensors and settings of a module: finds those that a call uses, replaces them, restores them as in forward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ds_minis.tiling.core.replay import has_values
 
-# Bytes of a buffer of which a copy is kept, so that it may change between forward and backward.
+# Largest buffer, in bytes, that is copied so that it may change between forward and backward.
 _SMALL = 2**16
 _NOTHING = object()
 
@@ -21,21 +21,21 @@ Constants = list[tuple[nn.Module, dict[str, object]]]
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often it was written to; inference tensors do not count."""
+    """How often the tensor was written to; 0 for inference tensors, which do not count writes."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 class ParameterSlots:
-    """Where a module holds its trainable tensors, and how to put others in their place.
+    """Where a module holds its trainable tensors, and how to replace them.
 
-    Those are what its parts have as parameters, and the leaves in their `__dict__`, where FSDP1 and the replicas of
-    `nn.DataParallel` hold their trainable views too. Other results of a computation there are no weights: what
-    `torch.nn.utils` made of one for an earlier call, or a loss that a part has left. A tensor held twice (tied inside the
+    These are the parameters of its submodules, and the leaves in their `__dict__`. FSDP1 and the replicas of
+    `nn.DataParallel` hold trainable views there too. Other non-leaves in `__dict__` are not weights: a weight that
+    `torch.nn.utils` computed for an earlier call, or a loss that a submodule stored. A tensor held twice (tied inside the
     module) is listed once.
 
     Attributes:
-        tensors: the trainable ones; those that take part in a call, once `leave_out` was called.
-        others: every other tensor that is held: part, kind of holder, name, tensor.
+        tensors: the trainable tensors; after `leave_out`, only those that the call uses.
+        others: all other tensors, as (submodule, kind of holder, name, tensor).
     """
 
     def __init__(self, module: nn.Module):
@@ -59,11 +59,11 @@ class ParameterSlots:
 
     @property
     def names(self) -> tuple[tuple[str, int], ...]:
-        """The same for modules of one make that are trained in the same way."""
+        """Equal for modules of the same structure that train the same parameters."""
         return tuple((name, index) for _, name, index in self._slots)
 
     def leave_out(self, idle: Iterable[int]) -> None:
-        """Tensors at these indices take no part in the call."""
+        """Removes the tensors at these indices, which the call does not use."""
         idle = set(idle)
         kept = [index for index in range(len(self.tensors)) if index not in idle]
         new_index = {index: new for new, index in enumerate(kept)}
@@ -72,7 +72,7 @@ class ParameterSlots:
 
     @contextlib.contextmanager
     def reparametrized(self, tensors: Sequence[Tensor]) -> Iterator[None]:
-        """Puts `tensors` (one for each of `self.tensors`) in place, and what was there back at the end."""
+        """Replaces each of `self.tensors` by one of `tensors`, and restores them at the end."""
         before = []
         try:
             for submodule, name, index in self._slots:
@@ -87,12 +87,12 @@ class ParameterSlots:
 
 
 def _is_weight(part: nn.Module, name: str, value: Tensor, outermost: bool) -> bool:
-    """Whether a trainable tensor that is no parameter by name stands for one in this very call."""
+    """Whether a trainable tensor outside of `_parameters` is used as a weight in this call."""
     if value.is_leaf or (value._base is not None and value._base.is_leaf):
         return True
     if name in part.__dict__.get("_former_parameters", ()):  # of a replica
         return True
-    # Made for this call, by a hook around all chunks.
+    # Computed for this call by a forward pre-hook (weight_norm), once for all chunks.
     return outermost and any(type(h).__module__.startswith("torch.nn.utils.") for h in part._forward_pre_hooks.values())
 
 
@@ -105,7 +105,7 @@ def _put_back(before: list[tuple[dict, str, object]]) -> None:
 
 
 class Copies:
-    """Copies of small buffers, one of each as long as nobody writes to it. A copy of a model has none."""
+    """Copies of small buffers; each is reused until its buffer is written to. A copied model starts with none."""
 
     def __init__(self):
         self._of: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
@@ -114,7 +114,7 @@ class Copies:
         return Copies, ()
 
     def of(self, buffer: Tensor) -> Tensor | None:
-        """A copy as the buffer is now; None for one that is not small."""
+        """A copy of the buffer's present values; None if it is too large to copy."""
         if buffer.nbytes > _SMALL or not has_values(buffer):
             return None
         key, known = id(buffer), self._of.get(id(buffer))
@@ -125,11 +125,11 @@ class Copies:
 
 
 class Untrained:
-    """The tensors of a module that its backward reads again and autograd does not watch: buffers and frozen weights.
+    """Buffers and frozen weights: backward reads them again, and autograd does not check their versions.
 
     Args:
-        slots: of the module, in forward.
-        copies: of the model's small buffers.
+        slots: the module's tensors in forward.
+        copies: copies of the model's small buffers.
     """
 
     def __init__(self, module: nn.Module, slots: ParameterSlots, copies: Copies):
@@ -137,16 +137,16 @@ class Untrained:
         self._then = [
             (part, kind, name, t, t._version, copies.of(t) if kind == "_buffers" else None)
             for part, kind, name, t in slots.others
-            # Views are an engine's, which makes them anew (FSDP1).
+            # Views belong to an engine that recreates them (FSDP1).
             if t._base is None and not t.is_inference() and not is_traceable_wrapper_subclass(t)
         ]
 
     @contextlib.contextmanager
     def as_in_forward(self) -> Iterator[None]:
-        """Around runs in backward: what was set anew since is put back for as long.
+        """Restores the tensors of forward for a run in backward, where a tensor was replaced since.
 
         Raises:
-            RuntimeError: one was changed in place, so that backward would be another forward's.
+            RuntimeError: a tensor was changed in place, so recomputation would not repeat the forward.
         """
         before = []
         try:
@@ -174,7 +174,7 @@ class Untrained:
 
 
 def untouched(tensor: Tensor) -> Tensor:
-    """A tensor whose values stay when somebody writes to the one given: only then is a copy made."""
+    """A copy-on-write clone: it keeps its values when the given tensor is written to."""
     if type(tensor) is not Tensor or tensor.is_meta or tensor.is_inference():
         return tensor
     try:
@@ -184,7 +184,7 @@ def untouched(tensor: Tensor) -> Tensor:
 
 
 def constants_of(module: nn.Module) -> Constants:
-    """What the parts of a module are set to (training, a scale, whether an adapter is on), but for DeepSpeed's counters."""
+    """The settings of all submodules (training, a scale, whether an adapter is on), without DeepSpeed's counters."""
     return [
         (part, {k: copy.copy(v) for k, v in part.__dict__.items() if _is_constant(v) and not k.startswith("ds_")})
         for part in module.modules()
@@ -195,7 +195,7 @@ _CONSTANTS = frozenset((bool, int, float, str, type(None)))
 
 
 def _is_constant(value: object) -> bool:
-    """A constant, or some of them together: PEFT's active adapters and their scales."""
+    """A constant, or a list or dict of them, such as PEFT's active adapters and their scales."""
     if type(value) in (list, dict):
         values = value.values() if isinstance(value, dict) else value
         return len(value) > 0 and all(v is not None and type(v) in _CONSTANTS for v in values)
@@ -204,7 +204,7 @@ def _is_constant(value: object) -> bool:
 
 @contextlib.contextmanager
 def restored_flags(constants: Constants) -> Iterator[None]:
-    """Parts are set as they were in forward; an evaluation or another use of the module may have come in between."""
+    """Restores the settings of forward: an evaluation or another call may have changed them since."""
     now = [
         (part, k, part.__dict__[k], v) for part, values in constants for k, v in values.items() if k in part.__dict__
     ]

@@ -1,7 +1,7 @@
-"""Which trainable tensors of a module take part in a call: not a second adapter's, nor an expert's that no token chose.
+"""Finds the trainable tensors that a call uses: not those of an inactive adapter, or of an expert that no token chose.
 
-Autograd runs the hooks of every tensor that a node has for an input, without a gradient where there is none. The plain model
-has no such tensors in its graph, and engines (ZeRO-2) are not made for them.
+Autograd runs the hooks of every input of a node, even where the gradient is None. The plain model has no unused tensors in
+its graph, and engines (ZeRO-2) do not expect them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ds_minis.tiling.core.replay import unseen_graph
 
 
 class Walk:
-    """Leaves in the places of trainable tensors, and which of them the graphs of some results reach."""
+    """Replaces trainable tensors by leaves, and finds the leaves that the graphs of given tensors reach."""
 
     def __init__(self, slots: ParameterSlots):
         self._slots = slots
@@ -31,7 +31,7 @@ class Walk:
             yield
 
     def seen(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Looks at the graphs of tensors, and gives the tensors without them."""
+        """Walks the tensors' graphs, and returns the tensors detached."""
         found, todo = set(), [t.grad_fn for t in tensors]
         for t in tensors:
             self._waiting.pop(id(t), None)
@@ -46,15 +46,15 @@ class Walk:
         return tuple(t.detach() for t in tensors)
 
     def idle(self) -> tuple[int, ...]:
-        """The indices of those that no graph has reached."""
+        """The indices of the leaves that no graph has reached."""
         return tuple(self._waiting.values())
 
 
 class Memory:
-    """What is known of a model's modules from earlier calls. A copy of the model knows nothing.
+    """What earlier calls of a model's modules have shown. A copied model starts with nothing.
 
     Attributes:
-        copies: of small buffers.
+        copies: copies of small buffers.
     """
 
     def __init__(self):
@@ -66,19 +66,19 @@ class Memory:
         return Memory, ()
 
     def all_take_part(self, module: nn.Module, signature: tuple) -> bool:
-        """Whether they did in the last call, and that was of this signature."""
+        """Whether the last call had this signature and used all trainable tensors."""
         return _of_signature(self._idle.get(module), signature) == ()
 
     def idle_when_whole(self, module: nn.Module, signature: tuple) -> tuple[int, ...] | None:
-        """The indices that `note_whole` was given; None if it was not, or for another signature."""
+        """The indices last given to `note_whole`; None if there are none for this signature."""
         return _of_signature(self._whole.get(module), signature)
 
     def note_whole(self, module: nn.Module, signature: tuple, idle: tuple[int, ...]) -> None:
-        """For calls that run whole."""
+        """Stores the unused indices of a call that was not tiled."""
         self._whole[module] = signature, idle
 
     def note(self, module: nn.Module, signature: tuple, idle: tuple[int, ...]) -> None:
-        """Of a module that chooses among its parts (experts) nothing is known beforehand."""
+        """Stores the unused indices, except for a module that chooses among its submodules (experts) at each call."""
         if not any(isinstance(part, nn.ModuleList) and len(part) > 1 for part in module.modules()):
             self._idle[module] = signature, idle
 
@@ -88,5 +88,5 @@ def _of_signature(known: tuple[tuple, tuple[int, ...]] | None, signature: tuple)
 
 
 def signature_of(slots: ParameterSlots, constants: Constants, way: object) -> tuple:
-    """What decides which tensors take part, as far as it can be seen from outside."""
+    """Cache key: all that decides which tensors take part and is known before the call."""
     return slots.names, [values for _, values in constants], way

@@ -1,4 +1,4 @@
-"""Running a chunk a second time, in backward: in the same way as the first time, and without work that nobody reads."""
+"""Runs a chunk again in backward as it ran in forward: same random numbers, same autocast, patched forwards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class AutocastState:
-    """Whether, and in which dtype, autocast is on; for one device and for the CPU."""
+    """Whether autocast is on, and its dtype, for one device and for the CPU."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -56,7 +56,7 @@ class Replay:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Random numbers go on as they did in forward; the caller's random state is back at the end."""
+        """Enters the random state and autocast state of forward, and restores the caller's random state at the end."""
         with contextlib.ExitStack() as stack:
             if self._device_rng is None:
                 stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -69,7 +69,7 @@ class Replay:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether there is anything to look at: not on the meta device, or when shapes alone are traced."""
+    """Whether the tensor holds data: False for meta and fake tensors."""
     return not tensor.is_meta and type(tensor).__name__ != "FakeTensor"
 
 
@@ -77,7 +77,7 @@ _ON_HOST = "cpu", "meta"
 
 
 def random_states(device: torch.device | None) -> list[Tensor]:
-    """The states of the generators that are drawn from by what runs on the device: the CPU's, and its own if it has one."""
+    """The states of the generators that code on the device draws from: the CPU's, and the device's if it has one."""
     states = [torch.get_rng_state()]
     if device is not None and device.type not in _ON_HOST:
         states.append(torch.get_device_module(device).get_rng_state(device))
@@ -92,7 +92,7 @@ def set_random_states(device: torch.device, states: Sequence[Tensor]) -> None:
 
 
 def refuse_gradients_of_gradients(way_out: str = "exclude the modules") -> None:
-    """To be called in a backward that makes no graph. Raises RuntimeError if one is asked for."""
+    """Call this in a backward that cannot be differentiated. Raises RuntimeError under `create_graph=True`."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "create_graph=True (a gradient of a gradient) is not supported through mini-sequences: call "
@@ -101,9 +101,9 @@ def refuse_gradients_of_gradients(way_out: str = "exclude the modules") -> None:
 
 
 class Seeds:
-    """Random numbers for the parts of one call, each part with a seed of its own: it draws the same ones whenever it is run.
+    """Gives each part of a call its own seed, so that the part draws the same random numbers whenever it runs.
 
-    The first seed is taken from the CPU's generator, which is left where it was if no part drew anything.
+    The first seed comes from the CPU's generator. That generator advances only if a part drew something.
     """
 
     def __init__(self, device: torch.device):
@@ -115,7 +115,7 @@ class Seeds:
 
     @contextlib.contextmanager
     def part(self, index: int) -> Iterator[None]:
-        """Inside, the generators begin at the part's seed; the caller's random state is back at the end."""
+        """Seeds the generators for one part, and restores the caller's random state at the end."""
         devices = [] if self._device is None else [self._device]
         with torch.random.fork_rng(devices, device_type="cuda" if self._device is None else self._device.type):
             torch.default_generator.manual_seed(self._first + index)
@@ -133,19 +133,19 @@ class Seeds:
                     )
 
     def advance(self) -> None:
-        """To be called after forward: the next call gets other random numbers, if this one drew any."""
+        """Call this after forward: advances the CPU's generator if this call drew random numbers."""
         if self._drawn:
             torch.rand((), device="cpu")
 
 
 def graph_is_kept() -> bool:
-    """Whether the backward in progress is to be followed by another one through the same graph."""
+    """Whether the backward in progress runs with `retain_graph=True`."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def unseen_graph() -> contextlib.AbstractContextManager:
-    """Inside, nobody around (activation checkpointing, offloading) sees what a graph saves that is used up inside."""
-    # Detached, or what an operation saves of its own output would hold that operation, and never be freed.
+    """Hides the tensors that a graph saves and frees inside from outer saved-tensor hooks (checkpointing, offloading)."""
+    # Detached: an operation that saves its own output would otherwise form a reference cycle and never be freed.
     return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _as_it_is)
 
 
@@ -155,7 +155,7 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def patched_forwards(forwards: dict[nn.Module, Callable | None]) -> Iterator[None]:
-    """Each module runs the given forward (None: its class's) in the place of its own; hooks around it run as ever."""
+    """Replaces the forward of each module by the given one (None: its class's). Hooks still run."""
     before = {module: module.__dict__.get("forward") for module in forwards}
     _set_forwards(forwards)
     try:

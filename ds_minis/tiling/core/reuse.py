@@ -11,16 +11,16 @@ from ds_minis.tiling.core.replay import has_values
 
 
 def can_overwrite(grad: Tensor) -> bool:
-    """Whether nobody else holds an incoming gradient or its memory, so that it may be written over.
+    """Whether nothing else holds an incoming gradient or its memory, so that it may be overwritten.
 
-    Others do where a gradient goes two ways (a residual around the layer), or where a hook has kept it.
+    Something else does where a gradient flows to two places (a residual around the layer), or where a hook has kept it.
     """
     base = grad._base
-    # Expected refcount 3: the caller's local, this argument, getrefcount's. In C++, one: the Python object's. The storage is
-    # counted for the tensor, for its base, and for the object made here.
+    # Expected refcount 3: the caller's local, this argument, getrefcount's. Expected C++ use count 1: the Python object's.
+    # The storage is counted for the tensor, for its base, and for the object made here.
     if sys.getrefcount(grad) > 3 or grad._use_count() > 1 or not grad.is_contiguous() or grad.requires_grad:
         return False
     if torch._C._storage_Use_Count(grad.untyped_storage()._cdata) > (2 if base is None else 3):
         return False
-    # Its base: the same refcount in Python; in C++ the view's and the Python object's (and a fake tensor's own).
+    # The base: same refcount; C++ use count 2 for the view and the Python object (3 for a fake tensor).
     return base is None or (sys.getrefcount(base) <= 3 and base._use_count() <= (2 if has_values(grad) else 3))

@@ -1,4 +1,4 @@
-"""One call of a token-wise module: which of its arguments have a row per token, and the same call for some of the rows."""
+"""The arguments of a token-wise module's call: finds those with a row per token, and rebuilds the call for some rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FEW = 32  # rows; fewer would show nothing
 
 
 def spread(index: Tensor, size: int) -> Tensor:
-    """As many indices: a third each from the beginning, the middle and the end of `size`."""
+    """`len(index)` indices below `size`: a third each from its beginning, middle and end."""
     count = len(index)
     if size <= count:
         return index
@@ -32,8 +32,8 @@ def spread(index: Tensor, size: int) -> Tensor:
 class RowArgs:
     """The arguments of a call, seen as rows.
 
-    The first tensor decides: `(*L, H)` has one row for each index of its leading dimensions `*L`. Other tensors must have
-    the same leading dimensions (a residual, token ids, the experts chosen for each token), or all R of them in one.
+    The first tensor `(*L, H)` has one row for each index of its leading dimensions `*L`. Other tensors must have the same
+    leading dimensions (a residual, token ids, the experts chosen for each token), or one leading dimension of all R rows.
 
     Attributes:
         keys: positions and names of the arguments that have rows.
@@ -85,7 +85,7 @@ class RowArgs:
 
     @property
     def choices(self) -> int:
-        """How many experts are chosen for each token: the width of the first whole-number argument; 0 if there is none."""
+        """Experts chosen per token: the width of the first integer argument, or 0 if there is none."""
         chosen = (
             v for v in map(self._argument, self.keys) if not v.is_floating_point() and v.dim() > len(self._leading)
         )
@@ -93,7 +93,7 @@ class RowArgs:
 
     @property
     def flags(self) -> tuple:
-        """Those of the other arguments that say how to run; numbers may be another at each call."""
+        """The arguments that say how to run. Numbers are left out: they may differ at each call."""
         flags = bool, str, torch.dtype, enum.Enum, type(None)
         return tuple((k, v) for k, v in (*enumerate(self._args), *self._kwargs.items()) if isinstance(v, flags))
 
@@ -102,8 +102,8 @@ class RowArgs:
         return [v.reshape(self.num_rows, *v.shape[self._num_leading(v) :]) for v in map(self._argument, self.keys)]
 
     def without_rows(self) -> RowArgs:
-        """The same call, good for `with_rows` alone: it keeps no tensor that has rows alive."""
-        # A single number beside the rows stays what it is, whoever writes to it before backward.
+        """The same call without its row tensors, which are freed; only `with_rows` may be called on it."""
+        # Copy-on-write: a scalar tensor keeps its value if it is written to before backward.
         args = [untouched(v) if isinstance(v, Tensor) else v for v in self._args]
         kwargs = {k: untouched(v) if isinstance(v, Tensor) else v for k, v in self._kwargs.items()}
         for key in self.keys:
@@ -113,7 +113,7 @@ class RowArgs:
         return bare
 
     def with_rows(self, rows: Sequence[Tensor]) -> tuple[list, dict[str, Any]]:
-        """The arguments of the same call for other rows; leading dimensions but the last are 1."""
+        """The arguments of the same call for other rows; all leading dimensions but the last are 1."""
         args, kwargs = list(self._args), dict(self._kwargs)
         for key, value in zip(self.keys, rows, strict=True):
             ones = [1] * (self._leading_of[key] - 1)
@@ -121,7 +121,7 @@ class RowArgs:
         return args, kwargs
 
     def whole(self, rows: Sequence[Tensor]) -> tuple[list, dict[str, Any]]:
-        """The arguments of this very call, with other values in their rows."""
+        """The arguments of this call in their own shapes, with other values in their rows."""
         args, kwargs = list(self._args), dict(self._kwargs)
         for key, value in zip(self.keys, rows, strict=True):
             (args if isinstance(key, int) else kwargs)[key] = value.view(self._argument(key).shape)
@@ -130,8 +130,8 @@ class RowArgs:
     def narrowed(self, batch: int, tokens: int, replace: Callable[[Tensor], Tensor]) -> RowArgs:
         """The same call for the first `tokens` of the last leading dimension, and the first `batch` of those before.
 
-        A call of fewer rows than `FEW` is made longer: its rows are repeated. `replace` gives other values for the first
-        tensor, if that holds real numbers; it is given the first rows, some in the middle and the last.
+        A call of fewer than `FEW` rows repeats its rows. If the first tensor is floating point, `replace` maps it to other
+        values; it gets rows from the beginning, the middle and the end.
         """
         *before, last = self._leading
         rows = math.prod(min(batch, n) for n in before) * min(tokens, last)
@@ -149,7 +149,7 @@ class RowArgs:
         return RowArgs(tuple(args), kwargs)
 
     def _num_leading(self, value: Tensor) -> int:
-        """How many of an argument's dimensions count its rows: all leading ones of the first tensor, or one for all."""
+        """How many leading dimensions of an argument index rows: as many as the first tensor has, or one."""
         count = len(self._leading)
         return count if tuple(value.shape[:count]) == self._leading else 1
 

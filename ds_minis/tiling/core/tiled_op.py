@@ -1,13 +1,13 @@
-"""The tiling core: a function of rows, run chunk by chunk, as one autograd node per parameter.
+"""The tiling core: runs a function of rows chunk by chunk, as one autograd operation.
 
-Row i of the result must depend on row i of each input alone. Nothing of a chunk is kept after it: backward runs each
-chunk again and sums every parameter's gradient itself, so that the parameter receives ONE gradient per backward. That
-is what DDP's buckets, FSDP's post-backward hooks and ZeRO's reduction hooks expect; a `backward()` per chunk fires them
-once per chunk.
+Row i of the result must depend on row i of each input alone. Forward keeps no activations of a chunk. Backward runs each
+chunk again and sums the parameters' gradients itself, so that each parameter receives ONE gradient per backward. DDP's
+buckets, FSDP's post-backward hooks and ZeRO's reduction hooks expect that; a `backward()` per chunk would fire them once
+per chunk.
 
 The operation is split in two autograd nodes. `_Record` saves the inputs and nothing else; `_Compute` produces the
-result and saves nothing. Non-reentrant activation checkpointing stops its recomputation once the last saved tensor is
-back, hence before `_Compute`: a tiled module at the end of a decoder layer is not run a third time.
+result and saves nothing. Non-reentrant activation checkpointing stops recomputing once it has the last saved tensor, hence
+before `_Compute`: a tiled module at the end of a decoder layer does not run a third time.
 
 Shapes: R rows of the whole input, C rows of one chunk; trailing dimensions are free.
 """
@@ -36,16 +36,16 @@ Guard = Callable[[], contextlib.AbstractContextManager]
 
 
 class TiledOp(abc.ABC):
-    """One call of something tiled: what its forward and its backward share.
+    """One call of a tiled module: the state that its forward and its backward share.
 
     Attributes:
-        module: what is called.
+        module: the module that is called.
         slots: the trainable tensors that it uses.
-        constants: what its parts are set to.
-        way: how it is called; calls of one way are alike.
-        memory: what is known of the model's modules from earlier calls.
-        walk: finds out which of its trainable tensors take part, while that is being done.
-        grad_output: the gradient of the result, from its arrival to the backward that uses it up.
+        constants: the settings of its submodules.
+        way: how it is called, as part of a cache key: calls of one way use the same tensors.
+        memory: what earlier calls of the model's modules have shown.
+        walk: finds the trainable tensors that the call uses; None at other times.
+        grad_output: the gradient of the result; set by `_Compute`, consumed by `backward`.
     """
 
     module: nn.Module
@@ -58,22 +58,22 @@ class TiledOp(abc.ABC):
     _result: Tensor | None = None
 
     def saved(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """What autograd has to save of the rows and parameters (in that order)."""
+        """The tensors to save for backward, out of rows and parameters (in that order)."""
         return tensors
 
     @abc.abstractmethod
     def forward(self, rows: Sequence[Tensor], *, with_backward: bool) -> Tensor:
-        """The result of all chunks, computed without a graph."""
+        """Computes the result of all chunks without a graph."""
 
     @abc.abstractmethod
     def backward(self, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
-        """Gradients of rows and parameters for `self.grad_output`, given what was saved."""
+        """The gradients of rows and parameters, given the saved tensors and `self.grad_output`."""
 
     def leave_out_idle(self, rows: Sequence[Tensor]) -> None:
-        """Trainable tensors that take no part are not the node's: autograd would run their hooks, without a gradient.
+        """Drops the trainable tensors that the call does not use: autograd would run their hooks without a gradient.
 
-        Where it is not known from earlier calls that all of them take part, forward is run here, with the graph of one
-        chunk at a time, and not once more.
+        Unless an earlier call used all of them, this runs the forward, with the graph of one chunk at a time, and keeps its
+        result for `result`.
         """
         signature = signature_of(self.slots, self.constants, self.way)
         if self.memory.all_take_part(self.module, signature):
@@ -90,17 +90,17 @@ class TiledOp(abc.ABC):
             self.slots.leave_out(idle)
 
     def result(self, rows: Sequence[Tensor]) -> Tensor:
-        """What forward gives, or has given."""
+        """The result of forward; computed only if `leave_out_idle` has not done so."""
         result, self._result = self._result, None
         return self.forward(rows, with_backward=True) if result is None else result
 
     def seen(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The same without the graph that they have while it is found out what takes part."""
+        """The tensors; while `walk` is set, their graphs are recorded and they come back detached."""
         return tensors if self.walk is None else self.walk.seen(tensors)
 
 
 class TiledRows(TiledOp):
-    """A row function over chunks."""
+    """One call of a row function over chunks."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class TiledRows(TiledOp):
             with alone(self.module), self._guard():
                 return self._forward(rows, with_backward)
         finally:
-            # Weights that autocast cast in here were cast without a graph; a later use with gradients must not find them.
+            # Autocast has cached weights that were cast without a graph; a later forward with gradients must not use them.
             torch.clear_autocast_cache()
 
     def _forward(self, rows: Sequence[Tensor], with_backward: bool) -> Tensor:
@@ -159,7 +159,7 @@ class TiledRows(TiledOp):
         num_rows = len(tensors) - len(self.slots.tensors)
         rows, params = tensors[:num_rows], tensors[num_rows:]
         reuse = reuse and needs_grad[0] and grad_output.dtype == rows[0].dtype and grad_output.shape == rows[0].shape
-        # A chunk of the incoming gradient is not needed any more once the chunk is done.
+        # Once a chunk is done, its part of the incoming gradient may be overwritten.
         row_grads = [grad_output if reuse else torch.empty_like(rows[0]) if needs_grad[0] else None]
         row_grads += [torch.empty_like(x) if need else None for x, need in zip(rows[1:], needs_grad[1:], strict=False)]
         leaves = [p.detach().requires_grad_(need) for p, need in zip(params, needs_grad[num_rows:], strict=True)]
@@ -183,7 +183,7 @@ class TiledRows(TiledOp):
 
 
 class _Record(torch.autograd.Function):
-    """Saves the inputs; gives a token that carries the graph; its backward does all the work."""
+    """Saves the inputs and returns a scalar token that carries the graph. Its backward does all the work."""
 
     @staticmethod
     def forward(ctx, call: TiledOp, *tensors: Tensor):
@@ -197,7 +197,7 @@ class _Record(torch.autograd.Function):
 
 
 class _Compute(torch.autograd.Function):
-    """Computes the result and saves nothing; hands its gradient to `_Record` beside the graph (shapes may differ)."""
+    """Computes the result and saves nothing. Its gradient reaches `_Record` through `call`, since the token is a scalar."""
 
     @staticmethod
     def forward(ctx, call: TiledOp, token: Tensor, *rows: Tensor):
@@ -212,11 +212,11 @@ class _Compute(torch.autograd.Function):
 
 
 def runs_whole(num_rows: int, chunk_rows: int) -> bool:
-    """Whether a row function is run on all rows at once, without recomputation.
+    """Whether a row function runs on all rows at once, without recomputation.
 
-    Not where other ranks may have more rows: a tiled call hands over its parameters' gradients together, and an untiled one
-    each as it is computed. ZeRO-2 adds the ranks' gradients up in the order in which they come, so one rank that differs
-    would have its gradients added to other parameters' without an error.
+    Not while training with other ranks, which may have more rows. A tiled call returns its parameters' gradients together, an
+    untiled one returns each when it is computed. ZeRO-2 reduces gradients in the order of their arrival, so a rank with
+    another order would have its gradients added to those of other parameters, without an error.
     """
     return num_rows <= chunk_rows and not (torch.is_grad_enabled() and has_other_ranks())
 
@@ -230,19 +230,19 @@ def tile_rows(
     memory: Memory | None = None,
     way: object = None,
 ) -> Tensor:
-    """Runs `function(*rows)` over chunks of rows, with the gradients of the whole.
+    """Runs `function(*rows)` over chunks of rows, with the gradients of one untiled call.
 
     Args:
-        function: takes C rows of each input, gives a tensor of C rows; row i of it depends on row i of the inputs alone.
-        module: holds every trainable tensor that `function` uses. Frozen ones get no gradient work.
+        function: maps C rows of each input to a tensor of C rows; its row i depends on row i of the inputs alone.
+        module: holds every trainable tensor that `function` uses. No gradients are computed for frozen ones.
         rows: inputs of R rows each, `(R, ...)`.
-        chunk_rows: C, at least 1. What fits into one chunk may be run as it is, see `runs_whole`.
+        chunk_rows: C, at least 1. Input of one chunk may run untiled, see `runs_whole`.
         guard: makes a context for the chunks of forward, and one for those of backward.
-        memory: what is known of the model's modules from earlier calls; None for nothing.
+        memory: what earlier calls of the model's modules have shown; None for nothing.
         way: how the module is called, if there are several ways.
 
     Returns:
-        The result of all R rows. A gradient of its gradient is refused (`create_graph=True`).
+        The result of all R rows. Its backward raises RuntimeError under `create_graph=True`.
     """
     num_rows = rows[0].shape[0]
     if runs_whole(num_rows, chunk_rows):

@@ -1,7 +1,7 @@
-"""The sum of a function of rows, chunk by chunk, with its gradients computed in forward: no chunk is run again in backward.
+"""Sums a function of rows over chunks and computes the gradients in forward: backward runs no chunk again.
 
-A sum is linear in its terms, so its gradients for one incoming gradient are those for any other, scaled. They are computed
-while a chunk's intermediates (its logits) are there: three matmuls of the LM head in place of four.
+The gradients of a sum are proportional to its incoming gradient, a scalar, so backward only scales them. They are computed
+while a chunk's intermediates (its logits) exist: three matmuls of the LM head instead of four.
 
 Shapes: R rows of the whole input, C rows of one chunk; trailing dimensions are free.
 """
@@ -25,7 +25,7 @@ from ds_minis.tiling.core.tiled_op import Guard
 
 
 class TiledSum:
-    """One call: what its forward and its backward share."""
+    """One call: the state that its forward and its backward share."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class TiledSum:
     def value_and_grads(
         self, tensors: Sequence[Tensor], needs_grad: Sequence[bool]
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """The sum, and its gradients for rows and parameters (in that order), for the expected incoming gradient."""
+        """The sum, and the gradients of rows and parameters (in that order) for the expected incoming gradient."""
         num_rows = len(tensors) - len(self.slots.tensors)
         rows, params = tensors[:num_rows], tensors[num_rows:]
         row_grads = [torch.empty_like(x) if need else None for x, need in zip(rows, needs_grad, strict=False)]
@@ -78,7 +78,7 @@ class TiledSum:
             with alone(self._module), self._guard(), unseen_graph():
                 yield
         finally:
-            # Weights that autocast cast in here have no graph, or one that ends at copies; a later use must not find them.
+            # Autocast has cached weights with no graph, or one that ends at our leaves; a later forward must not use them.
             torch.clear_autocast_cache()
 
     def grads_again(self, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
@@ -97,8 +97,8 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total):
         refuse_gradients_of_gradients('set "loss": false')
-        tensors = ctx.saved_tensors  # torch's own error where they are freed
-        # The gradients are handed over, so that no copy of them is made; after `retain_graph=True` they are made again.
+        tensors = ctx.saved_tensors  # raises torch's own error if they are freed
+        # Scaled in place and handed over without a copy; a second backward (`retain_graph=True`) computes them again.
         grads, ctx.grads = ctx.grads, None
         grads = ctx.call.grads_again(tensors, ctx.needs_input_grad[1:]) if grads is None else grads
         factor = grad_total / ctx.call.expected
@@ -113,19 +113,19 @@ def sum_rows(
     expected: Tensor,
     guard: Guard = contextlib.nullcontext,
 ) -> Tensor:
-    """`function(*rows).sum(0)`, over chunks of rows, with the gradients of the whole.
+    """`function(*rows).sum(0)` over chunks of rows, with the gradients of one untiled call.
 
     Args:
-        function: takes C rows of each input, gives a tensor of C rows; row i of it depends on row i of the inputs alone.
+        function: maps C rows of each input to a tensor of C rows; its row i depends on row i of the inputs alone.
         module: holds every trainable tensor that `function` uses.
         rows: inputs of R rows each, `(R, ...)`.
         chunk_rows: C, at least 1.
-        expected: the gradient that will probably come in, a scalar and not zero. Any other gives the same gradients, but
-            for one more rounding where these are bfloat16.
+        expected: the incoming gradient that backward will probably get, a nonzero scalar. For any other, the gradients are
+            the same up to one more rounding in bfloat16.
         guard: makes a context for the chunks.
 
     Returns:
-        The sum. A gradient of its gradient is refused (`create_graph=True`).
+        The sum. Its backward raises RuntimeError under `create_graph=True`.
     """
     call = TiledSum(function, module, rows, chunk_rows, expected, guard)
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in (*rows, *call.slots.tensors)):

@@ -1,4 +1,4 @@
-"""Warnings about a model."""
+"""Warnings that are given once per model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ logger = logging.getLogger("ds_minis")
 
 
 class Warnings:
-    """The warnings of one model: each is given once, on the main process. Another model is warned of anew."""
+    """The warnings of one model: each is given once, on the main process. Another model has its own."""
 
     def __init__(self):
         self._given: set[str] = set()
