@@ -1,5 +1,6 @@
 """Packages that are too old, or older than those that CI tests: said once, on rank 0, at the first conversion."""
 
+import configparser
 import importlib.metadata
 import os
 import subprocess
@@ -13,6 +14,7 @@ from support import warm
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report, versions
 
+ROOT = Path(__file__).resolve().parents[2]
 CONVERT_TWICE = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -23,11 +25,25 @@ convert_to_mini_sequence(build("qwen2"))
 """
 
 
-def pretend(folder: Path, name: str, version: str) -> None:
+def pretend(folder: Path, name: str, version: str, *requires: str) -> None:
     """Metadata as an installed package of that version has it, to be found before the real one."""
     info = folder / f"{name}-{version}.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    lines = [
+        "Metadata-Version: 2.1",
+        f"Name: {name}",
+        f"Version: {version}",
+        *(f"Requires-Dist: {r}" for r in requires),
+    ]
+    (info / "METADATA").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(autouse=True)
+def own_bounds(tmp_path):
+    """Those of this checkout, whatever ds_minis was installed from."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    pretend(tmp_path, "ds_minis", "0.1.0", *setup["options"]["install_requires"].split())
 
 
 def convert_twice(folder: Path, **env: str) -> str:
@@ -38,9 +54,6 @@ def convert_twice(folder: Path, **env: str) -> str:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
-
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(("name", "bound"), [("transformers", ">=5.1"), ("torch", ">=2.6")])
