@@ -1,1 +1,1 @@
-"""One call of a decoder layer over chunks: up to its attention, and after it, as one autograd node."""
+"""Runs a decoder layer over chunks, up to its attention and after it, as one autograd node."""

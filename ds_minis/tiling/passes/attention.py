@@ -1,8 +1,8 @@
 """The seam between a decoder layer and its attention: transformers' attention interface.
 
-Layers look their attention function up in `ALL_ATTENTION_FUNCTIONS` at each call. While a layer is run here, that lookup
-gives a function of ours, which is told what the layer would have called. transformers is not imported: a layer that uses
-its interface has done so already.
+Layers look up their attention function in `ALL_ATTENTION_FUNCTIONS` at each call. While a tiled layer runs, that lookup
+returns a function of ours, which receives the function and the arguments of the layer's call. transformers is not imported: a
+layer that uses its interface has imported it already.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class AttentionRequest:
         return cls(function, args[0], tuple(args[1:4]), args[4:], kwargs)
 
     def for_whole(self, whole_of: Callable[[Any], Any]) -> AttentionRequest:
-        """The call for all tokens, given what stands for each argument there; without queries, keys and values."""
+        """The call for all tokens, without queries, keys and values; `whole_of` maps a chunk's argument to the whole one."""
         kwargs = {name: whole_of(value) for name, value in self.kwargs.items()}
         return dataclasses.replace(self, tensors=(), args=tuple(map(whole_of, self.args)), kwargs=kwargs)
 
     def per_head(self, num_heads: int) -> str:
-        """The name of an argument that has a part for each head; empty if none has.
+        """The name of an argument with a dimension of heads; empty if none has one.
 
         A mask `(B, N, S, S)`, a bias `(N, S, S)`, slopes `(N, 1)` or sinks `(N,)`.
         """
@@ -65,18 +65,18 @@ class AttentionRequest:
 
     @property
     def way(self) -> tuple:
-        """Which function is called how: for what module, in which dtypes, with which tensors among its arguments."""
+        """Cache key: function, class of the module, dtypes, names of the tensor arguments."""
         arguments = (*enumerate(self.args), *self.kwargs.items())
         names = (name for name, value in arguments if isinstance(value, Tensor))
         function = getattr(self.function, "__qualname__", type(self.function).__qualname__)
         return function, type(self.module).__qualname__, *(t.dtype for t in self.tensors), *names
 
     def argument_tensors(self) -> list[Tensor]:
-        """All tensors among the other arguments, lists and tuples of them included."""
+        """All tensors in `args` and `kwargs`, also those in lists and tuples."""
         return tensors_in((self.args, self.kwargs))
 
     def call(self, tensors: Sequence[Tensor]) -> tuple:
-        """What the function gives for these queries, keys and values: the attention's output, and its weights or None."""
+        """Calls the function with these queries, keys and values; returns the output, and the attention weights or None."""
         return self.function(self.module, *tensors, *self.args, **self.kwargs)
 
     def run(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -88,27 +88,27 @@ _ABSENT = object()
 
 
 def settings_of(request: AttentionRequest) -> dict[int | str, Any]:
-    """The arguments of an attention's call but for tensors and lists of them, which the layer was given."""
+    """The constants among the arguments of an attention's call. For any other value: whether it is a tensor."""
     arguments = (*enumerate(request.args), *request.kwargs.items())
     return {name: value if isinstance(value, CONSTANTS) else isinstance(value, Tensor) for name, value in arguments}
 
 
 def differing_setting(a: dict, b: dict) -> str:
-    """The name of an argument that is another one in two calls of the attention; empty if none is."""
+    """The name of an argument that differs between two calls of the attention; empty if none does."""
     if a == b:
         return ""
     return next((repr(n) for n in {**a, **b} if a.get(n, _ABSENT) != b.get(n, _ABSENT)), "")
 
 
 class AttentionReached(Exception):
-    """Ends a run of a layer at its attention."""
+    """Raised to stop a layer at its attention."""
 
 
 Handler = Callable[[Callable[..., Any], tuple, dict[str, Any]], tuple]
 
 
 class _Answers(threading.local):
-    """Who answers the attention of layers that this thread runs, innermost last."""
+    """The handlers of attention calls in this thread, innermost last."""
 
     def __init__(self):
         self.stack: list[Handler] = []
@@ -120,7 +120,7 @@ _num_answering = 0  # in all threads
 
 
 def attention_answered_by(answer: Callable[[AttentionRequest], Tensor]) -> contextlib.AbstractContextManager[None]:
-    """Inside, `answer` is given each call of an attention function in this thread, and gives its output."""
+    """Inside, `answer` replaces each call of an attention function in this thread, and returns its output."""
 
     def handler(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> tuple:
         return answer(AttentionRequest.of_call(function, args, kwargs)), None
@@ -130,7 +130,7 @@ def attention_answered_by(answer: Callable[[AttentionRequest], Tensor]) -> conte
 
 @contextlib.contextmanager
 def attention_handled_by(handler: Handler) -> Iterator[None]:
-    """Inside, `handler(function, args, kwargs)` is run in the place of `function(*args, **kwargs)`."""
+    """Inside, this thread runs `handler(function, args, kwargs)` instead of the attention `function(*args, **kwargs)`."""
     _set_answering(1)
     _answers.stack.append(handler)
     try:
@@ -141,7 +141,7 @@ def attention_handled_by(handler: Handler) -> Iterator[None]:
 
 
 def _set_answering(step: int) -> None:
-    """The lookup is replaced as long as some thread needs it, and asks each time which thread it is called in."""
+    """Replaces the lookup while any thread has a handler. The replacement looks for a handler of its own thread."""
     global _num_answering
     registry = getattr(sys.modules["transformers.modeling_utils"], _REGISTRY)
     with _lock:
@@ -171,7 +171,7 @@ def _answering(get_interface: Callable[..., Callable], *args, **kwargs) -> Calla
 
 
 def why_unanswered() -> str:
-    """Why nobody's call of an attention function can be answered here; empty if it can."""
+    """The reason why attention calls cannot be replaced here; empty if they can."""
     transformers, modeling = map(sys.modules.get, ("transformers", "transformers.modeling_utils"))
     registry = getattr(modeling, _REGISTRY, None)
     if registry is None or hasattr(registry, "get_interface"):
@@ -181,7 +181,7 @@ def why_unanswered() -> str:
 
 
 def num_attentions(layer: nn.Module) -> int:
-    """How many parts of a layer look their attention function up in the interface."""
+    """How many submodules of a layer look up their attention function in the interface."""
     return sum(_uses_interface(type(part)) for part in layer.modules())
 
 

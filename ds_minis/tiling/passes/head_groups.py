@@ -1,7 +1,7 @@
-"""Attention for one group of heads at a time: the projections in front of it are cut to the rows that make those heads.
+"""Attention for one group of heads at a time: the weights of its projections are cut to the rows of those heads.
 
-Which linear layers these are is found by `layer_verify`: with their weights cut, the layer must make the very heads that it
-makes with the whole ones.
+The analysis of the layer finds these projections: with cut weights, the layer must compute the same heads as with whole
+ones.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from ds_minis.tiling.core.grad_accum import GradientSums
 
 
 class WrongGroups(ValueError):
-    """The groups of heads that were asked for cannot be made."""
+    """The number of KV heads is not divisible by the number of groups in the setting."""
 
 
 def count_groups(wanted: int | str, num_kv_heads: int) -> int:
-    """How many groups of KV heads a setting of `head_groups` means.
+    """The number of groups of KV heads for a `head_groups` setting.
 
     Raises:
-        WrongGroups: the heads cannot be shared out evenly.
+        WrongGroups: the heads cannot be divided evenly.
     """
     count = num_kv_heads if wanted == AUTO else wanted
     if num_kv_heads % count:
@@ -37,9 +37,9 @@ def count_groups(wanted: int | str, num_kv_heads: int) -> int:
 
 
 def num_kv_heads(layer: nn.Module) -> int | None:
-    """KV heads of a layer's attention as transformers' modules state them; None where they do not.
+    """The KV heads of a layer's attention, from the attributes of transformers' modules; None if these are missing.
 
-    `num_key_value_groups` is what their attention functions repeat keys and values by.
+    Their attention functions repeat keys and values `num_key_value_groups` times.
     """
     for part in layer.modules():
         repeats, config = part.__dict__.get("num_key_value_groups"), part.__dict__.get("config")
@@ -51,11 +51,11 @@ def num_kv_heads(layer: nn.Module) -> int | None:
 
 @dataclass(frozen=True)
 class HeadGroups:
-    """Groups of KV heads, each with its queries' heads.
+    """Groups of KV heads, each with its query heads.
 
     Attributes:
-        count: G, how many groups there are.
-        linears: the projections whose output is heads, side by side.
+        count: G, the number of groups.
+        linears: the projections whose output is the concatenated heads.
     """
 
     count: int
@@ -63,7 +63,7 @@ class HeadGroups:
 
     @contextlib.contextmanager
     def cut(self, group: int, cut: CutWeights | None = None) -> Iterator[None]:
-        """Inside, the projections make the heads of one group. `cut` is given the weights that they are cut from."""
+        """Inside, the projections compute the heads of one group. `cut` makes the parts of the weights, if given."""
         before = []
         try:
             for linear in self.linears:
@@ -88,7 +88,7 @@ class HeadGroups:
 
 
 class CutWeights:
-    """Rows of weights, as leaves of their own: their gradients are as small as they are.
+    """Rows of weights as leaves of their own, so that a gradient is only as large as those rows.
 
     Attributes:
         leaves: the rows that need a gradient.
@@ -113,7 +113,7 @@ class CutWeights:
         return self._parts[index][1]
 
     def add_to(self, sums: GradientSums) -> None:
-        """Adds what was summed to the sums of the whole weights."""
+        """Adds the summed gradients to the sums of the whole weights."""
         for (index, (rows, _)), grad in zip(self._parts.items(), self.sums.result(), strict=True):
             if grad is not None:
                 sums.add_rows(index, rows, grad)

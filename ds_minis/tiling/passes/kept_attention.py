@@ -1,8 +1,8 @@
-"""An attention whose graph lives from forward to backward, so that backward does not run its forward once more.
+"""Keeps an attention's graph from forward to backward, so that backward does not recompute the attention.
 
-What an attention saves for its backward are queries, keys and values, its output, and little else (a log-sum-exp per query).
-Queries, keys and values, and copies of them, are cheap to make again; the output is kept. Source: DistFlashAttn (arXiv
-2310.03294, section 3.3), which places checkpoints so that attention is not recomputed.
+An attention saves queries, keys and values, its output, and little else (a log-sum-exp per query). Queries, keys, values and
+copies of them are cheap to recompute, so only the rest is kept. Source: DistFlashAttn (arXiv 2310.03294, section 3.3), which
+places checkpoints so that attention is not recomputed.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from ds_minis.tiling.passes.rematerialize import (
 
 Attend = Callable[[AttentionRequest, Sequence[Tensor]], Tensor]
 
-# Kind of call -> of each tensor that its graph saves: of which of a group it is a copy, transposed, repeated how often.
+# Kind of call -> for each saved tensor that is a copy: group and index of its source, transposed, number of repeats.
 Plans = dict[tuple, list[tuple[str, int, bool, int] | None]]
 
-_MOST = 2  # times the bytes of the output: what may be kept for one call
+_MOST = 2  # most that one call may keep, in multiples of the output's bytes
 
 
 def recomputes_attention(layer: Tiled, way: tuple) -> bool:
-    """Whether attentions that layers of this class call in this way are known not to be kept."""
+    """Whether it is known that attentions of this kind, in layers of this class, cannot be kept."""
     return (untiled_class(type(layer)).__qualname__, *way) in layer.mini_sequence_chunking.unkept
 
 
 def recompute_attention(layer: Tiled, reason: str, way: tuple | None = None) -> None:
-    """Tells why a layer's attention is computed again in backward; from now on, so is any that is called in this way."""
+    """Warns that a layer recomputes its attention in backward; later calls of the same kind will, too."""
     cls = untiled_class(type(layer))
     key = (cls.__qualname__, *((reason,) if way is None else way))
     layer.mini_sequence_chunking.unkept[key] = cls.__name__, reason
@@ -50,7 +50,7 @@ def recompute_attention(layer: Tiled, reason: str, way: tuple | None = None) -> 
 
 
 def attend_once(request: AttentionRequest, tensors: Sequence[Tensor]) -> Tensor:
-    """The attention of the layer itself, for all tokens."""
+    """Runs the layer's own attention, for all tokens."""
     return request.run(tensors)
 
 
@@ -58,19 +58,19 @@ class KeptAttention:
     """One call of an attention.
 
     Args:
-        qkv: queries, keys and values, `(B, N, S, D)`, `(B, K, S, D)` and `(B, K, S, E)`; not held after this.
-        plans: what was decided at earlier calls; filled in at the first of each layout.
+        qkv: queries, keys and values, `(B, N, S, D)`, `(B, K, S, D)` and `(B, K, S, E)`; not held afterwards.
+        plans: which saved tensors were copies in earlier calls; filled in at the first call of each layout.
 
     Attributes:
         result: the attention's output, until `free` is called.
-        tensors: what has to be kept from forward to backward, until then too; flat, of different dtypes.
-        reason: why this call cannot be kept, and has to be run once more; empty if it can.
+        tensors: the tensors to keep from forward to backward, until `free` is called; flat, of different dtypes.
+        reason: why this call cannot be kept and must be recomputed; empty if it can be kept.
     """
 
     def __init__(self, attend: Attend, request: AttentionRequest, qkv: Sequence[Tensor], plans: Plans | None = None):
         self._arguments = request.argument_tensors()
         self._layout = Layout(qkv)
-        # Nothing that the graph holds may hold the graph: such a cycle is out of the garbage collector's sight.
+        # Nothing that the graph holds may hold the graph: the garbage collector cannot see such a cycle.
         self._now: dict[str, Sequence[Tensor]] = {}
         weights = {storage_key(t) for t in (*request.module.parameters(), *request.module.buffers())}
         layout = (*request.way, *((t.shape[1], t.shape[3]) for t in qkv))
@@ -89,7 +89,7 @@ class KeptAttention:
         num_bytes = sum(t.nbytes for t in self.tensors)
         if self._edge is None:
             self.reason = "its attention gives no graph"
-        elif packing.met_weights:  # which an engine may take away after forward
+        elif packing.met_weights:  # an engine may free them after forward
             self.reason = "its attention reads weights"
         elif num_bytes > _MOST * self.result.nbytes:
             self.reason = f"its attention saves {num_bytes / self.result.nbytes:.1f} times its output's bytes"
@@ -97,20 +97,20 @@ class KeptAttention:
             self.reason = _keep_fallback_reason(self._edge, self._inputs)
 
     def free(self) -> None:
-        """Holds nothing but the graph from now on; not even that if the call cannot be kept."""
+        """Drops all references but the graph; the graph too if the call cannot be kept."""
         self.tensors, self.result = [], None
         if self.reason:
             self._edge = self._inputs = None
 
     def output(self, qkv: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
-        """The attention's output again.
+        """The attention's output, from the kept tensors.
 
         Args:
-            qkv: the same as in forward, computed again.
-            tensors: what was kept.
+            qkv: queries, keys and values, recomputed.
+            tensors: the kept tensors.
 
         Raises:
-            RuntimeError: on a device, a saved tensor was a copy of the arguments in an earlier call, and is none now.
+            RuntimeError: on a device, a saved tensor was a copy of an argument in an earlier call, but not in this one.
         """
         if self._doubts is not None and self._doubts.are_justified():
             raise RuntimeError(
@@ -120,7 +120,7 @@ class KeptAttention:
         return self._out.of(self._groups(qkv, tensors))
 
     def backward(self, qkv: Sequence[Tensor], tensors: Sequence[Tensor], grad_out: Tensor) -> list[Tensor | None]:
-        """Gradients of queries, keys and values; arguments as above."""
+        """The gradients of queries, keys and values; arguments as for `output`."""
         self._now.update(self._groups(qkv, tensors))
         try:
             grads = torch.autograd.grad(
@@ -139,13 +139,13 @@ def _unpack(now: Groups, packed: Tensor | View | Copy) -> Tensor:
 
 
 class _Packing:
-    """Decides of each tensor that the attention saves what is kept in its place. Used in forward alone.
+    """The pack hook: decides for each tensor that the attention saves what is kept instead. Used only in forward.
 
-    What is a copy of what is found out by comparing values, for which a device must be waited for. So all is compared at the
-    first call of a kind; later calls compare what was found alone, and read the result in backward.
+    Copies are found by comparing values, which waits for the device. So only the first call of a kind compares every pair.
+    Later calls compare the copies found then, and read the result in backward.
 
     Attributes:
-        met_weights: whether one of them was a weight.
+        met_weights: whether a saved tensor was a weight.
     """
 
     def __init__(
@@ -196,13 +196,13 @@ class _Packing:
         return copy
 
     def end(self) -> tuple[list[Tensor], _Doubts | None]:
-        """What has to be kept, and what is still to be seen. Holds none of it from now on."""
+        """Returns the tensors to keep, and the pending comparisons (None if there are none). Holds neither afterwards."""
         kept, self._kept, self._places, self._sources = self._kept, [], {}, []
         return kept, _Doubts(self._same) if self._same else None
 
 
 class _Doubts:
-    """Whether something that was taken for granted in forward did not hold, on its way from the device."""
+    """Results of the comparisons in forward, copied from the device without waiting; read in backward."""
 
     def __init__(self, granted: Sequence[Tensor]):
         all_granted = torch.stack(list(granted)).all()
@@ -224,12 +224,12 @@ class _Source(torch.autograd.Function):
         return tuple(t.view_as(t) for t in qkv)
 
     @staticmethod
-    def backward(ctx, *grads):  # never run: gradients are asked for at its outputs
+    def backward(ctx, *grads):  # never run: gradients are taken at its outputs
         return None, *grads
 
 
 def _keep_fallback_reason(edge: GradientEdge, inputs: Sequence[GradientEdge]) -> str:
-    """Why a graph cannot be used for gradients of these inputs alone; empty if it can."""
+    """The reason why a graph cannot give the gradients of these inputs alone; empty if it can."""
     own, seen, todo = {e.node for e in inputs}, set(), [edge.node]
     while todo:
         node = todo.pop()
@@ -239,7 +239,7 @@ def _keep_fallback_reason(edge: GradientEdge, inputs: Sequence[GradientEdge]) ->
         following = [n for n, _ in node.next_functions]
         if not following:
             return "its attention reads weights"
-        if "CheckpointFunction" in node.name():  # which wants backward(), and no gradients of some inputs
+        if "CheckpointFunction" in node.name():  # it supports backward(), but no gradients of chosen inputs
             return "its attention is checkpointed by itself, in the reentrant way"
         todo += following
     return ""

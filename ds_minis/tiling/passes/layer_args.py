@@ -1,4 +1,4 @@
-"""One call of a decoder layer: which of its arguments have a position for each token, and the same call for some tokens.
+"""The arguments of a decoder layer's call: finds those with a position per token, and rebuilds the call for some tokens.
 
 B batch, S tokens of the whole sequence, H hidden size.
 """
@@ -18,12 +18,12 @@ from ds_minis.tiling.core.row_args import CONSTANTS, FEW, spread
 class LayerArgs:
     """The arguments of a call, seen as positions of tokens.
 
-    The first tensor is the hidden states, `(B, S, H)`. Of the others those are cut with it that hold S positions in their
-    second dimension (or in their only one), masks never: what belongs to the attention alone is given to it whole.
+    The first tensor is the hidden states, `(B, S, H)`. Another tensor is cut with it if its second dimension, or its only
+    one, has size S. Masks are never cut: arguments of the attention are passed whole.
 
     Attributes:
-        hidden: the hidden states; whoever keeps a call for later takes them out of it.
-        key: position or name of each other argument, with what it is and where it counts tokens; calls of one key are alike.
+        hidden: the hidden states; set to None by a caller that keeps the object until later.
+        key: place, kind and token dimension of each other argument; calls with equal keys run the same way.
         reason: why the call cannot be run for some of its tokens; empty if it can.
     """
 
@@ -55,10 +55,10 @@ class LayerArgs:
         return ChunkArgs(self, x, start, stop)
 
     def narrowed(self, batch: int, tokens: int, replace: Callable[[Tensor], Tensor]) -> LayerArgs:
-        """The call for the first tokens of the first sequences, with other hidden states; masks stay as they are.
+        """The call for the first tokens of the first sequences; masks stay whole.
 
-        A call of a few tokens is made longer: they are repeated. `replace` is given the hidden states of the first tokens, of
-        some in the middle and of the last.
+        A call of too few tokens repeats them. `replace` maps the hidden states to other values; it gets tokens from the
+        beginning, the middle and the end.
         """
         num_tokens, x = self.hidden.shape[1], self.hidden[:batch].detach()
         if x.shape[0] * min(num_tokens, tokens) < FEW:
@@ -77,15 +77,15 @@ class LayerArgs:
         return value if dim is None else value.index_select(dim, index)
 
     def arguments(self, x: Tensor, part: Callable[[int | str, Any], Any]) -> tuple[list, dict[str, Any]]:
-        """The arguments, with `x` for the hidden states and `part(place, value)` for each other one."""
+        """The arguments, with `x` as the hidden states and `part(place, value)` as every other one."""
         args = [x if place == self._place else part(place, v) for place, v in enumerate(self._args)]
         return args, {place: x if place == self._place else part(place, v) for place, v in self._kwargs.items()}
 
     def until_backward(self) -> None:
-        """To be called before forward where backward runs the call again: its arguments must stay what they are.
+        """Call this before forward if backward recomputes the call: protects its arguments from changes until then.
 
-        Of masks and indices autograd saves what is made of them, so they may be written to: the call gets tensors of its
-        own (for which no copy is made before that). Real numbers are watched, as autograd does.
+        Masks and indices may be written to between forward and backward, as in a plain model. They are replaced by
+        copy-on-write clones. Versions of floating-point tensors are checked, as autograd does.
         """
         self._args, self._kwargs = self.arguments(None, self._until_backward)
 
@@ -110,13 +110,13 @@ class LayerArgs:
                 )
 
     def _dims(self, place: int | str, value: Any) -> Any:
-        """The dimension that counts tokens, of each tensor in a value: one of other lengths is another way of calling."""
+        """The token dimension of each tensor in a value, for the key."""
         if isinstance(value, tuple | list):
             return tuple(self._dims(place, v) for v in value)
         return self.dim_of_tokens(place, value) if isinstance(value, Tensor) else None
 
     def dim_of_tokens(self, place: int | str, value: Tensor) -> int | None:
-        """The dimension of an argument that counts tokens; None for one that is given whole to each chunk."""
+        """The dimension of an argument that has size S; None for one that each chunk gets whole."""
         if "mask" in str(place):
             return None
         if value.dim() >= 2 and value.shape[1] == self._num_tokens and value.shape[0] in (1, self._batch):
@@ -125,15 +125,15 @@ class LayerArgs:
 
 
 class ChunkArgs:
-    """A call for some of the tokens.
+    """The arguments of a call for some of the tokens.
 
     Attributes:
-        args, kwargs: its arguments.
+        args, kwargs: the arguments.
     """
 
     def __init__(self, call: LayerArgs, x: Tensor, start: int, stop: int, batch: int | None = None):
         self._call, self._slice, self._batch = call, slice(start, stop), batch
-        self._whole_of: dict[int, Tensor] = {}  # id of a part -> what it is a part of
+        self._whole_of: dict[int, Tensor] = {}  # id of a part -> the whole argument
         self.args, self.kwargs = call.arguments(x, self._part)
 
     def _part(self, place: int | str, value: Any) -> Any:
@@ -148,23 +148,23 @@ class ChunkArgs:
             if self._batch is not None and dim == 1:
                 part = part[: self._batch]
         if self._batch is not None and part.is_inference():
-            part = part.clone()  # gradients are asked for, in inference mode too
+            part = part.clone()  # the analysis takes gradients, in inference mode too
         self._whole_of[id(part)] = value
         return part
 
     def whole_of(self, value: Any) -> Any:
-        """What an argument of the attention stands for in the whole call."""
+        """The whole argument that a chunk's argument is a part of."""
         if isinstance(value, tuple | list):
             return type(value)(map(self.whole_of, value))
         return self._whole_of.get(id(value), value) if isinstance(value, Tensor) else value
 
     def is_argument(self, value: Tensor) -> bool:
-        """Whether the layer handed this tensor on as it was given it."""
+        """Whether the layer passed on this tensor exactly as it got it."""
         return id(value) in self._whole_of
 
 
 def _described(value: Any) -> tuple[str, Any]:
-    """Why a value cannot be an argument of a tiled layer (empty if it can), and what kind of value it is."""
+    """The reason why a value cannot be an argument of a tiled layer (empty if it can), and its kind."""
     if isinstance(value, tuple | list):
         parts = [_described(v) for v in value]
         return next((reason for reason, _ in parts if reason), ""), tuple(kind for _, kind in parts)

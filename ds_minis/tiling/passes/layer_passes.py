@@ -1,6 +1,6 @@
-"""Runs of a decoder layer on chunks of tokens: up to its attention (*before*), and with the attention answered (*after*).
+"""Runs a decoder layer on chunks of tokens: up to its attention, and again with the attention's output given.
 
-Shapes: B batch, S tokens of the whole, C of a chunk, H hidden size, N heads, K KV heads.
+Shapes: B batch, S tokens of the whole sequence, C of a chunk, H hidden size, N heads, K KV heads.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from ds_minis.tiling.passes.layer_args import ChunkArgs, LayerArgs
 
 @dataclass(frozen=True)
 class DeadValues:
-    """What nobody reads in a run of a layer, and need not be computed; found by `ds_minis.tiling.layer.dead_value_search`.
+    """Values of a layer that are never read and need not be computed; found by `ds_minis.tiling.layer.dead_value_search`.
 
     Attributes:
-        outputs: modules in front of the attention whose output only the attention sees, with its width and dtype.
-        values_pre_attention, values_post_attention: linear layers in front of the attention, and behind it, whose output no
-            gradient depends on.
-        value: what stands in their place: NaN during analysis, 0 in training.
+        outputs: modules before the attention whose output only the attention reads, with its width and dtype.
+        values_pre_attention, values_post_attention: linear layers before and after the attention whose output no gradient
+            depends on.
+        value: the fill value: NaN during analysis, 0 in training.
     """
 
     outputs: tuple[tuple[nn.Module, int, torch.dtype], ...] = ()
@@ -66,7 +66,7 @@ NO_DEAD_VALUES = DeadValues()
 
 
 class DifferentSettings(RuntimeError):
-    """A layer calls its attention for a chunk otherwise than it would for all tokens."""
+    """A layer calls its attention with other settings for a chunk than for all tokens."""
 
 
 class NoAttention(RuntimeError):
@@ -74,15 +74,15 @@ class NoAttention(RuntimeError):
 
 
 class LayerPasses:
-    """One call of a layer, to be run on its chunks any number of times, in the same way each time.
+    """One call of a layer. Its chunks can be run any number of times, with the same result each time.
 
     Args:
         forward: the layer's own forward.
-        bounds: first and last token of each chunk, in the order in which they are run.
-        settings: with what the layer calls its attention, but for tensors; None: as for the first chunk.
+        bounds: start and end (exclusive) of each chunk, in tokens, in the order in which the chunks run.
+        settings: the non-tensor arguments that the attention must get; None for those of the first chunk.
 
     Attributes:
-        constants: what the layer's parts are set to.
+        constants: the settings of the layer's submodules.
         way: the call's key.
     """
 
@@ -96,7 +96,7 @@ class LayerPasses:
         settings: dict | None = None,
     ):
         self._settings = settings
-        x, call.hidden = call.hidden, None  # which autograd saves, or somebody keeps
+        x, call.hidden = call.hidden, None  # autograd or the layer-input store saves them
         self.bounds, self._batch = bounds, x.shape[0]
         self.autocast = AutocastState(x.device)
         self._module = module
@@ -108,9 +108,9 @@ class LayerPasses:
     def pre_attention(
         self, x: Tensor, seen: Callable[..., Sequence[Tensor]] | None = None
     ) -> tuple[AttentionRequest, list[Tensor]]:
-        """The attention's call, for all tokens, and its queries, keys and values; without a graph.
+        """The attention's call for all tokens, and its queries, keys and values, without a graph.
 
-        `seen` gives tensors without their graphs; None where there are none.
+        `seen` detaches tensors that have a graph; None runs without graphs.
         """
         whole: list[Tensor] = []
         with contextlib.nullcontext() if seen is not None else torch.no_grad():
@@ -149,7 +149,7 @@ class LayerPasses:
         return reached[0], part
 
     def post_attention(self, chunk: Tensor, out: Tensor, index: int) -> Tensor:
-        """The layer's result for a chunk, given the attention's."""
+        """The layer's result for a chunk, given the attention's output."""
         part = self._call.with_tokens(chunk, *self.bounds[index])
         with attention_answered_by(lambda request: out), self._seeded(index + 1):
             y = self._forward(*part.args, **part.kwargs)
@@ -157,39 +157,39 @@ class LayerPasses:
 
     @contextlib.contextmanager
     def attending(self, group: int = 0) -> Iterator[None]:
-        """Around the attention of a group of heads."""
+        """Context for the attention of one group of heads."""
         with self.attention_memory(), self._seeded(-group):
             yield
 
     def attention_memory(self) -> OutOfMemoryNote:
-        """Around what takes memory for the attention of all tokens."""
+        """Context for allocations of the attention, for all tokens."""
         return in_attention(self._chunking.config, *self._size())
 
     def layer_memory(self) -> OutOfMemoryNote:
-        """Around what takes memory for hidden states of all tokens."""
+        """Context for allocations of hidden states, for all tokens."""
         return for_layer_inputs(self._chunking.config, *self._size())
 
     def _size(self) -> tuple[str, int]:
-        """The layer's class, and how many tokens there are in all."""
+        """The name of the layer's class, and the number of tokens in the batch."""
         return untiled_class(type(self._module)).__name__, self._batch * sum(
             stop - start for start, stop in self.bounds
         )
 
     def advance(self) -> None:
-        """To be called once, after forward."""
+        """Call this once, after forward."""
         if self._seeds is not None:
             self._seeds.advance()
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        """Around runs in backward: as in forward."""
+        """Context for runs in backward: restores autocast and settings of forward."""
         self._call.require_unchanged()
         with self.autocast.entered(), restored_flags(self.constants):
             yield
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Around all runs."""
+        """Context for all runs."""
         rows = [self._batch * (stop - start) for start, stop in self.bounds]
         try:
             with (
@@ -199,7 +199,7 @@ class LayerPasses:
             ):
                 yield
         finally:
-            # Weights that autocast cast in here were cast without a graph; a later use with gradients must not find them.
+            # Autocast has cached weights that were cast without a graph; a later forward with gradients must not use them.
             torch.clear_autocast_cache()
 
     def _seeded(self, index: int) -> contextlib.AbstractContextManager:
@@ -207,12 +207,12 @@ class LayerPasses:
 
 
 def chunk_of(x: Tensor, start: int, stop: int) -> Tensor:
-    """Tokens of all sequences, without gaps: layers view them as rows."""
+    """Tokens of all sequences, contiguous: layers view them as rows."""
     return x[:, start:stop].contiguous()
 
 
 def _for_all_tokens(qkv: Tensor, num_tokens: int) -> Tensor:
-    """Memory like that of queries `(B, N, C, D)`, for S tokens; with the heads of a token side by side if they are here."""
+    """An empty tensor `(B, N, S, D)` for a chunk's `(B, N, C, D)`, in the same memory order of tokens and heads."""
     batch, num_heads, _, width = qkv.shape
     if qkv.stride(1) < qkv.stride(2):
         return qkv.new_empty(batch, num_tokens, num_heads, width).transpose(1, 2)

@@ -1,12 +1,13 @@
-"""A whole decoder layer as one autograd node that saves the layer's input alone. Source: issue 5 and DESIGN finding 4.
+"""A whole decoder layer as one autograd node that saves only the layer's input. Source: issue 5 and DESIGN finding 4.
 
-All but the attention is token-wise. So the layer is run on one chunk after the other up to its attention (*before*), then
-the attention once for all tokens, then the layer on each chunk once more with the attention answered (*after*). Backward
-does the same and goes back: *after* chunk by chunk, the attention, *before* chunk by chunk.
+All but the attention is token-wise. Forward runs the layer on each chunk up to its attention (`pre_attention`), then the
+attention once for all tokens, then the layer on each chunk again with the attention's output given (`post_attention`).
+Backward goes through the three in reverse order and recomputes each: `post_attention` by chunks, the attention,
+`pre_attention` by chunks.
 
-With groups of heads, queries, keys, values and their gradients exist for one group at a time: *before* and the attention are
-run group by group, in backward once more than without groups. With the attention kept, its output stays from forward to
-backward beside the layer's input, and backward does not run it forward.
+With `head_groups`, queries, keys, values and their gradients exist for one group at a time. `pre_attention` and the attention
+run group by group, and once more in backward than without groups. With `keep_attention`, the attention's output stays until
+backward beside the layer's input, and backward does not recompute the attention.
 
 Shapes: B batch, S tokens, H hidden size, N heads of D.
 """
@@ -46,15 +47,15 @@ class LayerNode(TiledOp):
     """One call of a layer over chunks of tokens.
 
     Args:
-        groups: of heads; None for one call of the attention.
-        source: where the layer's input is until backward; None for autograd's own.
-        keep: keep the attention there too, where it can be.
-        attend: stands for the attention while a layer is being verified.
-        slots: of the module; None: as they are now. bitsandbytes replaces a weight in the first forward under FSDP1.
+        groups: groups of heads; None for one call of the attention.
+        layer_input: stores the layer's input until backward; None leaves that to autograd.
+        keep: store the attention's output there too, if possible.
+        attend: replaces the attention while the layer is analyzed.
+        slots: the module's tensors; None finds them now. bitsandbytes replaces a weight in the first forward under FSDP1.
 
     Attributes:
-        source: as above.
-        one_call: why the attention cannot be run by groups of heads, in no call of this kind; empty if it can.
+        layer_input: as above.
+        one_call: reason why head_groups fell back to one call, for all calls of this kind; empty if it did not.
     """
 
     one_call = ""
@@ -116,14 +117,14 @@ class LayerNode(TiledOp):
 
     def _attend_with_graph(self, request: AttentionRequest, qkv: Sequence[Tensor]) -> Tensor:
         out = self._attend(request, qkv)
-        self.seen(out)  # a weight that the attention function reads takes part, too
+        self.seen(out)  # the attention function may use weights, too
         return out
 
     def _forward(self, x: Tensor) -> Tensor:
         return self._post_attention_all(x, self._attended(x))
 
     def _post_attention_all(self, x: Tensor, out: Tensor) -> Tensor:
-        """The layer's result, given the attention's."""
+        """The layer's result, given the attention's output."""
         output = None
         with patched_forwards(self._dead_values.output_forwards()):
             for i, (start, stop) in enumerate(self._passes.bounds):
@@ -150,7 +151,7 @@ class LayerNode(TiledOp):
             try:
                 with self._passes.attending(group):
                     (part,) = self.seen(self._attend(request, qkv))
-            except Exception as error:  # one that is made for this many heads; another error comes again
+            except Exception as error:  # the function may need all heads; another error is raised again below
                 if is_out_of_memory(error):
                     raise
                 if group:
@@ -184,7 +185,7 @@ class LayerNode(TiledOp):
         leaves = [p.detach().requires_grad_(need) for p, need in zip(params, params_need_grad, strict=True)]
         sums, grad_x = GradientSums(leaves, single=len(self._passes.bounds) == 1 and self._groups is None), None
         if x_needs_grad:
-            # A chunk of the incoming gradient is not needed any more once the chunk is done.
+            # Once a chunk is done, its part of the incoming gradient may be overwritten.
             reuse = reuse and grad_y.dtype == x.dtype and grad_y.shape == x.shape
             with self._passes.layer_memory():
                 grad_x = grad_y if reuse else torch.empty_like(x)
@@ -199,7 +200,7 @@ class LayerNode(TiledOp):
                 with self._passes.attention_memory():
                     grad_out = torch.empty_like(out)
             else:
-                out = grad_out = self._attended(x)  # which is computed again, so that its gradient may take its place
+                out = grad_out = self._attended(x)  # recomputed, so its gradient may overwrite it
             self._backward_of_post_attention(x, out, grad_y, grad_x, grad_out, sums, leaves)
             del out, grad_y
             sums.round_to_param_dtype()
@@ -231,7 +232,7 @@ class LayerNode(TiledOp):
         qkv = [t.requires_grad_() for t in qkv]
         with torch.enable_grad(), self._passes.attending(group):
             out = self._attend(request, qkv)
-        # Through the edge nothing holds the output, which not every attention needs in its backward.
+        # An edge does not hold the output, which not every attention needs in its backward.
         return request, qkv, torch.autograd.graph.get_gradient_edge(out), out.detach()
 
     def _backward_of_post_attention(
@@ -244,7 +245,7 @@ class LayerNode(TiledOp):
         sums: GradientSums,
         leaves: Sequence[Tensor],
     ) -> None:
-        """Gradients of the layer's input (but for what came by way of the attention) and of the attention's output."""
+        """Gradients of the attention's output, and of the layer's input except through the attention."""
         forwards = chunk_forwards(self.module, [sums], self._dead_values.values_post_attention, self._dead_values.value)
         forwards |= self._dead_values.output_forwards()
         with torch.enable_grad(), patched_forwards(forwards):
@@ -261,8 +262,8 @@ class LayerNode(TiledOp):
     def _backward_of_attention(
         self, request: AttentionRequest, qkv: list[Tensor], edge, grad_out: Tensor, sums: GradientSums, leaves
     ) -> list[Tensor | None]:
-        """Gradients of queries, keys and values; those of parameters among the attention's arguments are added."""
-        # All, as an attention function may read a weight from its module, beside those among its arguments.
+        """Gradients of queries, keys and values; those of parameters that the attention uses are added to `sums`."""
+        # All leaves: an attention function may read weights from its module, beside those among its arguments.
         own = [leaf for leaf in leaves if leaf.requires_grad]
         with self._passes.attention_memory():
             grads = torch.autograd.grad(edge, [*qkv, *own], grad_out, allow_unused=True)

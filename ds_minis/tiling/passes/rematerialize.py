@@ -1,7 +1,7 @@
-"""What an operation saves for its backward and need not: what can be made again from tensors that are there then.
+"""Recomputes tensors that an operation saves for its backward from tensors that backward has anyway.
 
-Either a view of one of them, or a copy of one, as attentions make them: in another dtype (autocast), in another order of
-dimensions, with keys and values repeated for each query head, or a mask of booleans as numbers that are added.
+Such a tensor is a view of one of those, or a copy as attentions make them: in another dtype (autocast), with dimensions
+transposed, with keys and values repeated for each query head, or a boolean mask turned into an additive one.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Groups = Mapping[str, Sequence[Tensor]]
 
 
 def storage_key(t: Tensor) -> tuple:
-    """The same for tensors that share memory, as long as one of them lives."""
+    """Equal for tensors of one dtype that share memory, while one of them is alive."""
     return t.untyped_storage()._cdata, t.dtype
 
 
 def whole_storage(t: Tensor) -> Tensor:
-    """All memory that a tensor is a view of, flat."""
+    """The tensor's whole storage, flat."""
     return t.detach().as_strided((_storage_size(t),), (1,), 0)
 
 
@@ -32,13 +32,13 @@ def _storage_size(t: Tensor) -> int:
 
 
 class Layout:
-    """How some tensors lie in memory, which views of them count on."""
+    """Strides, offsets and shared storages of some tensors, which views of them rely on."""
 
     def __init__(self, tensors: Sequence[Tensor]):
         self._all = self._places(tensors)
 
     def of(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Tensors of the same values that lie as those did. Saved tensor hooks may have copied them in between."""
+        """The given tensors in the recorded layout; saved-tensor hooks may have copied them into another."""
         if self._places(tensors) == self._all:
             return tensors
         memory: dict[int, Tensor] = {}
@@ -51,14 +51,14 @@ class Layout:
 
     @staticmethod
     def _places(tensors: Sequence[Tensor]) -> list[tuple]:
-        """Of each: shape, strides, offset and size of its memory, and the first that shares it."""
+        """For each tensor: shape, strides, offset, size of its storage, index of the first tensor that shares it."""
         keys = list(map(storage_key, tensors))
         pairs = zip(tensors, keys, strict=True)
         return [(t.shape, t.stride(), t.storage_offset(), _storage_size(t), keys.index(key)) for t, key in pairs]
 
 
 def _part(stride: Sequence[int]) -> tuple[slice, ...]:
-    """Without what is there again by expansion."""
+    """The index that removes expanded dimensions."""
     return tuple(slice(0, 1) if step == 0 else slice(None) for step in stride)
 
 
@@ -68,7 +68,7 @@ def _unexpanded(t: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class View:
-    """A view of a tensor: which one of a group of them, and where it lies in that one's memory."""
+    """A view of tensor `index` of a group: shape, strides and offset in its storage."""
 
     group: str
     index: int
@@ -89,9 +89,9 @@ class Copy:
     """A copy of a view.
 
     Attributes:
-        transposed: whether its second and third dimension are changed round.
+        transposed: whether the second and third dimensions are swapped.
         repeats: how often each head is repeated.
-        shape, stride, dtype: of the copy; a dimension of stride 0 is an expanded one.
+        shape, stride, dtype: of the copy; a dimension of stride 0 is expanded.
     """
 
     view: View
@@ -108,7 +108,7 @@ class Copy:
         return copy.copy_(self.made(source)).as_strided(self.shape, self.stride)
 
     def is_of(self, source: Tensor, t: Tensor) -> Tensor:
-        """Whether a tensor of this layout is this copy of the source, to the bit: a boolean on their device."""
+        """Whether `t`, of this layout, is this copy of the source bit for bit: a boolean tensor on their device."""
         return _same_bits(self.made(source).to(t.dtype), _unexpanded(t))
 
     def made(self, source: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class Copy:
 
 
 def copy_of(t: Tensor, sources: Sequence[tuple[Tensor, View]]) -> Copy | None:
-    """How a tensor `(B, N, S, D)` can be made from one of some others, to the bit; None if it cannot."""
+    """The copy of one of `sources` that equals `t` `(B, N, S, D)` bit for bit; None if there is none."""
     for source, view in sources:
         for transposed, repeats in ways_to_copy(source, t):
             copy = Copy(view, transposed, repeats, t.shape, t.stride(), t.dtype)
@@ -129,7 +129,7 @@ def copy_of(t: Tensor, sources: Sequence[tuple[Tensor, View]]) -> Copy | None:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> Tensor:
-    """A NaN equals itself here, and zeros of different signs are different."""
+    """Compares bits: a NaN equals itself, and 0.0 differs from -0.0."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(a.element_size())
     if integers is None:
         return torch.zeros((), dtype=torch.bool, device=a.device)
@@ -137,7 +137,7 @@ def _same_bits(a: Tensor, b: Tensor) -> Tensor:
 
 
 def ways_to_copy(source: Tensor, t: Tensor) -> Iterator[tuple[bool, int]]:
-    """Whether to transpose and how often to repeat, for the shapes to fit."""
+    """Yields each (transposed, repeats) that maps the source's shape to that of `t`."""
     t = _unexpanded(t)
     if source.dim() != 4 or t.dim() != 4:
         return
