@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import ast
+import collections
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -21,7 +23,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,15 +46,15 @@ OPERATORS = {
 }  # fmt: skip
 
 
-def mutations_of(tree: ast.Module) -> Iterator[tuple[str, int, ast.Module]]:
-    """Every mutation of a module: what it is, its line, and the tree with it."""
+def mutations_of(tree: ast.Module) -> Iterator[tuple[str, int, Callable[[], ast.Module]]]:
+    """Every mutation of a module: what it is, its line, and what makes the tree with it."""
     for function in ast.walk(tree):
         if not isinstance(function, ast.FunctionDef) or function.name in ("__repr__", "__init_subclass__"):
             continue
         for node in ast.walk(function):
             for what, change in _changes(node):
-                mutated = _with_change(tree, node, change)
-                yield f"{function.name}: {what}: {ast.unparse(node).splitlines()[0][:70]}", node.lineno, mutated
+                mutate = functools.partial(_with_change, tree, node, change)
+                yield f"{function.name}: {what}: {ast.unparse(node).splitlines()[0][:70]}", node.lineno, mutate
 
 
 def _changes(node: ast.AST):
@@ -87,15 +89,16 @@ def _with_change(tree: ast.Module, node: ast.AST, change) -> ast.Module:
 
 
 def chosen(count: int, only: str) -> list[tuple[str, Path, str]]:
-    """Name, file and new source of mutations, spread over the core by a hash of each."""
-    found = []
+    """Name, file and new source of mutations, spread over the core by a hash of each, which a move does not change."""
+    found, seen = [], collections.Counter()
     for path in sorted((ROOT / CORE).rglob("*.py")):
         if only not in path.stem or "kernel" in path.stem:  # Triton's source is no Python that CPU tests run
             continue
-        for what, line, tree in mutations_of(ast.parse(path.read_text(encoding="utf-8"))):
-            name = f"{path.stem}:{line} {what}"
-            found.append((hashlib.sha256(name.encode()).hexdigest(), name, path.relative_to(ROOT), tree))
-    return [(name, path, ast.unparse(tree)) for _, name, path, tree in sorted(found, key=lambda f: f[0])[:count]]
+        for what, line, mutate in mutations_of(ast.parse(path.read_text(encoding="utf-8"))):
+            seen[what] += 1
+            digest = hashlib.sha256(f"{what} {seen[what]}".encode()).hexdigest()
+            found.append((digest, f"{path.stem}:{line} {what}", path.relative_to(ROOT), mutate))
+    return [(name, path, ast.unparse(mutate())) for _, name, path, mutate in sorted(found, key=lambda f: f[0])[:count]]
 
 
 def run_tests(tree: Path, tests: list[str]) -> str | None:
