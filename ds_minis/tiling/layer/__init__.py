@@ -1,1 +1,1 @@
-"""Whole decoder layers: can one be tiled, and which of its values does nobody read?"""
+"""Tiles whole decoder layers: analyzes whether one can be tiled, and finds its dead values."""

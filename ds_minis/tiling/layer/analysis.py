@@ -1,8 +1,8 @@
-"""Is all of a layer but its attention token-wise? Asked of its behaviour, as of modules (`verify`).
+"""Analyzes whether a layer is token-wise outside of its attention, from its behavior (as `verify` does for modules).
 
-A few random tokens go through the layer as a whole and by chunks in reversed order, both with a stand-in for the attention
-that mixes all tokens. Then it is found out what need not be computed: that which may be no number without changing any
-result or gradient.
+A few random tokens run through the layer, at once and by chunks in reversed order. Both runs use a stand-in for the attention
+that mixes all tokens, and must agree. Then dead values are searched: those that may be NaN without changing any result or
+gradient.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ _HEADS_DIFFER = "its attention function gives something else for a part of the h
 def analyze_layer(
     layer: nn.Module, forward: Callable[..., Any], call: LayerArgs, chunking: Chunking, chunk_tokens: int = 0
 ) -> LayerAnalysis | None:
-    """Follows a call without values, and runs a few tokens of it on detached weights, forward and backward.
+    """Traces a call on the meta device, and runs a few of its tokens on detached weights, forward and backward.
 
     Args:
-        chunk_tokens: tokens of a chunk of this call; 0: a third.
+        chunk_tokens: tokens in a chunk of this call; 0 for a third of all.
 
     Returns:
-        None where it cannot be told: nothing that was asked for differs from token to token.
+        None if the runs cannot tell: all gradients are zero.
     """
     x = call.hidden
     if not has_values(x):
@@ -84,8 +84,8 @@ def analyze_layer(
     with quietly(layer, x.device):
         analysis = _ask(layer, forward, call, chunking, reach)
         if analysis is not None and analysis.reason == _MIXES:
-            # Once more, with other random numbers: the gradient of a single number may happen to be next to nothing, and all
-            # rounding in bfloat16.
+            # Again, with other random numbers: a single gradient may happen to be near zero, and pure rounding error in
+            # bfloat16.
             analysis = _ask(layer, forward, call, chunking, reach)
         if analysis is None:
             return None
@@ -104,7 +104,7 @@ def _ask(
         few = call.narrowed(PROBE_BATCH, tokens, real_and_random)
         return LayerProbe(layer, forward, few, chunking, shape).analysis()
     except WrongGroups:
-        raise  # says nothing about the layer
+        raise  # a wrong setting, not a property of the layer
     except NoAttention:
         return LayerAnalysis("it does not call the attention interface")
     except Exception as error:
@@ -116,7 +116,7 @@ def _ask(
 
 
 class LayerProbe:
-    """Runs of a few tokens of a call; `shape` is that of the hidden states of the call itself."""
+    """Runs a layer on a few tokens of a call; `shape` is that of the whole call's hidden states."""
 
     def __init__(
         self,
@@ -134,8 +134,8 @@ class LayerProbe:
         self._params = [p.detach() for p in self._slots.tensors]
         self._asked = [p.numel() <= LARGEST_WEIGHT for p in self._params]
         self._grad: Tensor | None = None
-        self._settings: dict[int | str, Any] = {}  # of the attention's call for all tokens
-        self._num_counting = 0  # of the chunks
+        self._settings: dict[int | str, Any] = {}  # of the attention, called for all tokens
+        self._num_counting = 0  # chunks that call torch.arange
         self._sentinels: list = []
 
     def analysis(self) -> LayerAnalysis | None:
@@ -177,7 +177,7 @@ class LayerProbe:
         return analysis if self._chunking.config.head_groups == 1 else self._with_groups(analysis, actual)
 
     def finding_by_shapes(self) -> LayerAnalysis:
-        """Without values there is nothing to compare; that heads can be cut shows in their number."""
+        """The analysis on meta tensors: compares no values; head groups are accepted if the numbers of heads match."""
         if self._chunking.config.head_groups == 1:
             return LayerAnalysis()
         groups, shapes = self._groups()
@@ -187,7 +187,7 @@ class LayerProbe:
         return LayerAnalysis(groups=groups if cut else None)
 
     def _whole(self) -> tuple[list[Tensor | None], tuple | None, str]:
-        """Result and gradients of the layer in one run; what it gives beside; why it cannot be tiled."""
+        """Runs the layer at once: result and gradients, further outputs, the reason why it cannot be tiled."""
         leaves = [p.detach().requires_grad_(asked) for p, asked in zip(self._params, self._asked, strict=True)]
         x = self._x.clone().requires_grad_()
         requests: list[AttentionRequest] = []
@@ -219,16 +219,16 @@ class LayerProbe:
             return [], None, reason
         self._grad = torch.randn_like(y)
         inputs = [t for t in (x, *leaves) if t.requires_grad]
-        with self._slots.reparametrized(leaves):  # a backward may run the module again
+        with self._slots.reparametrized(leaves):  # backward may call the module again
             grads = iter(torch.autograd.grad(y, inputs, self._grad.clone(), allow_unused=True))
         if writes_gradients(leaves):
             return [], None, WRITES_GRADIENTS
         return [y.detach(), *(next(grads) if t.requires_grad else None for t in (x, *leaves))], rest, ""
 
     def _differing_setting(self) -> str:
-        """The name of an argument that the attention is given for a chunk otherwise than for all; empty if none is.
+        """The name of an argument of the attention that differs between a chunk and all tokens; empty if none does.
 
-        The stand-in for the attention does not look at a scale or a window, so no result would show it.
+        The stand-in for the attention ignores scale and window, so results would not show the difference.
         """
         passes = self._passes()
         with torch.no_grad():
@@ -249,11 +249,11 @@ class LayerProbe:
     def _by_chunks(
         self, dead_values: DeadValues, groups: HeadGroups | None = None, at_once: bool = False
     ) -> list[Tensor | None]:
-        """The same, by chunks in reversed order, in the way in which the layer would be run."""
+        """Result and gradients by chunks in reversed order, run as a tiled layer runs them."""
         node = LayerNode(self._layer, self._passes(at_once), dead_values, groups, attend=stand_in, slots=self._slots)
         with torch.no_grad():
             y = node.forward([self._x], with_backward=True)
-            node.grad_output = self._grad.clone()  # a backward may write over it
+            node.grad_output = self._grad.clone()  # backward may overwrite it
             return [y, *node.backward([self._x, *self._params], [True, *self._asked])]
 
     def _search(self) -> DeadValueSearch:
@@ -263,7 +263,7 @@ class LayerProbe:
         )
 
     def _attention_fallback_reason(self) -> tuple[str, bool]:
-        """Why the real attention cannot be run apart from the layer, and whether it could be run at all on a few tokens."""
+        """The reason why the real attention cannot run apart from the layer, and whether it could run on a few tokens."""
         request, qkv = self._passes().pre_attention(self._x)
         few = narrowed_request(request, self._shape, self._x.shape)
         if few is None:
@@ -292,7 +292,7 @@ class LayerProbe:
         return failed, True
 
     def _with_groups(self, analysis: LayerAnalysis, expected: Sequence[Tensor | None]) -> LayerAnalysis:
-        """The finding, with the groups of heads that were asked for, or the reason why there are none."""
+        """The analysis with the configured head groups, or with the reason for falling back to one call."""
         groups, _ = self._groups()
         try:
             actual = self._by_chunks(analysis.dead_values, groups)
@@ -306,7 +306,7 @@ class LayerProbe:
         return dataclasses.replace(analysis, one_call=why) if why else dataclasses.replace(analysis, groups=groups)
 
     def _head_groups_fallback_reason(self, groups: HeadGroups, coarse: float) -> str:
-        """Whether the attention function itself gives the same for some of the heads as for all of them."""
+        """The reason why the real attention function cannot run on some of the heads; empty if it can."""
         with torch.no_grad():
             request, qkv = self._passes().pre_attention(self._x)
             name = request.per_head(qkv[0].shape[1])
@@ -330,7 +330,7 @@ class LayerProbe:
         return ""
 
     def _groups(self) -> tuple[HeadGroups, list[torch.Size]]:
-        """The groups that were asked for, of the projections as wide as heads; and the shapes of all heads."""
+        """The configured groups, of the linear layers as wide as all heads; and the shapes of queries, keys and values."""
         wanted = self._chunking.config.head_groups
         _, (queries, keys, values) = self._passes().pre_attention(self._x)
         count = count_groups(wanted, keys.shape[1])

@@ -1,4 +1,4 @@
-"""Layers that see to their activation checkpointing themselves: a tiled layer needs none."""
+"""Layers that do their own activation checkpointing, because a tiled layer needs none."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ _CHECKPOINT = "_gradient_checkpointing_func"
 
 
 class ItsOwnCheckpointing:
-    """Mixed into the class of a decoder layer, in front of `Tiled`: where it is checkpointed, its forward does so."""
+    """Mixin for a decoder layer's class, before `Tiled`: moves activation checkpointing into the layer's forward."""
 
     def _as_it_is(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any], gated: bool = False) -> Any:
-        """The class's own forward, checkpointed if that was asked for.
+        """Runs the class's own forward, checkpointed if that is enabled.
 
-        `gated`: the parameters' gradients come from one node, whose place in the graph is lost with the reentrant kind.
+        `gated`: one node returns all parameters' gradients. It then uses non-reentrant checkpointing, which keeps the node's
+        place in the graph.
         """
         checkpoint = self.__dict__.get(_CHECKPOINT)
         if checkpoint is None or not (self.gradient_checkpointing and self.training):
@@ -26,7 +27,7 @@ class ItsOwnCheckpointing:
 
     @property
     def _gradient_checkpointing_func(self) -> Callable[..., Any]:
-        """What transformers checkpoints a layer with; for transformers, nothing."""
+        """The function that transformers checkpoints the layer with. Read by transformers, it checkpoints nothing."""
         if _CHECKPOINT not in self.__dict__:
             raise AttributeError(_CHECKPOINT)
         return _run

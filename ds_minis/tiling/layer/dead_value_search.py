@@ -1,4 +1,4 @@
-"""What nobody reads in a run of a layer: that which may be no number without changing any result or gradient."""
+"""Finds the dead values of a layer: those that may be NaN without changing any result or gradient."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from ds_minis.tiling.passes.layer_args import LayerArgs
 from ds_minis.tiling.passes.layer_passes import NO_DEAD_VALUES, DeadValues
 from ds_minis.tiling.verify.token_wise import is_close
 
-_MOST_LINEARS = 32  # of those asked behind the attention; a mixture of experts may have hundreds
+_MOST_LINEARS = 32  # linear layers checked after the attention; a mixture of experts may have hundreds
 
 
 class DeadValueSearch:
     """The search in one layer.
 
     Args:
-        forward: the layer's own.
-        call: of a few tokens, with the hidden states `x`.
-        unasked: weights that are too large to be asked for gradients.
-        by_chunks: result and gradients of the layer, with something left out.
+        forward: the layer's own forward.
+        call: the call for a few tokens.
+        x: its hidden states.
+        unasked: weights whose gradients are not computed because they are too large.
+        by_chunks: computes result and gradients of the layer without the given dead values.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class DeadValueSearch:
         self._unasked, self._chunking, self._by_chunks = unasked, chunking, by_chunks
 
     def found(self, expected: Sequence[Tensor | None]) -> DeadValues:
-        """Linear layers are asked by halves, and all at last; first, what held for a layer of the same make."""
+        """Tries the dead values of a layer with the same signature, else searches by bisection and checks all together."""
 
         def matters(dead_values: DeadValues, at_once: list[Tensor | None] | None = None) -> bool:
             wanted = expected if at_once is None else at_once
@@ -54,7 +55,7 @@ class DeadValueSearch:
                     actual = (
                         self._by_chunks(dead_values) if at_once is None else self._by_chunks(dead_values, None, True)
                     )
-            except RuntimeError:  # what stands for an output cannot be written to, say
+            except RuntimeError:  # such as an in-place write to an expanded fill value
                 return True
             if reached and not dead_values.outputs:
                 return True
@@ -69,7 +70,7 @@ class DeadValueSearch:
             if not matters(values) and not matters(dataclasses.replace(found, value=nan)):
                 return found
         before, after = self.calls()
-        # Candidates are asked of all tokens in one chunk, as that is quicker; what is found is asked of several.
+        # Candidates are checked with all tokens in one chunk, which is faster; the result is checked with several chunks.
         whole = self._by_chunks(NO_DEAD_VALUES, None, True)
         outputs = tuple(
             _dead_outputs(self._layer, before, lambda o: not matters(DeadValues(outputs=(o,), value=nan), whole))
@@ -93,7 +94,7 @@ class DeadValueSearch:
     def _layer_signature(self, layer_parts: dict[str, nn.Module]) -> tuple:
         """Cache key: names and classes of the parts, weights' shapes, dtypes, active dropout.
 
-        By name: a tiled class is made at run time, and could not be pickled with the model.
+        Classes by name: a tiled class is created at run time and could not be pickled with the model.
         """
         autocast = AutocastState(self._x.device).dtype()
         parts = (
@@ -104,9 +105,9 @@ class DeadValueSearch:
 
     @contextlib.contextmanager
     def _large_weights_watched(self) -> Iterator[list[nn.Module]]:
-        """Gives the parts whose weights are too large to be asked for gradients, where what they are given is no number.
+        """Yields a list of the submodules with large weights that get NaN as input.
 
-        What is left out in front of them would be missing in those gradients, and nowhere else.
+        Their weight gradients read that input, but are not computed here, so no result would show the NaN.
         """
         large = {id(p) for p in self._unasked}
         parts = [m for m in self._layer.modules() if large and any(id(p) in large for p in m._parameters.values())]
@@ -124,7 +125,7 @@ class DeadValueSearch:
                 handle.remove()
 
     def calls(self) -> tuple[dict[nn.Module, tuple[int, torch.dtype]], dict[nn.Module, tuple[int, torch.dtype]]]:
-        """The parts that are called once, in front of the attention and in all, with width and dtype of their outputs."""
+        """Submodules called exactly once, before and after the attention, with width and dtype of their outputs."""
         calls: dict[nn.Module, list] = {}
         before: list[nn.Module] = []
         handles = []
@@ -135,7 +136,7 @@ class DeadValueSearch:
                 and bool(args)
                 and isinstance(args[0], Tensor)
                 and output.shape[:-1] == args[0].shape[:-1]
-                and output.numel() > 0  # nobody reads the result of an expert that no token was sent to, here
+                and output.numel() > 0  # an expert without tokens looks dead only in this run
             )
             calls.setdefault(module, []).append((output.shape[-1], output.dtype) if row_wise else None)
 
@@ -158,7 +159,7 @@ class DeadValueSearch:
 
 
 def _which(linears: Sequence[nn.Module], dead_values: Callable[[tuple], bool]) -> tuple:
-    """Those of some layers that nobody reads; what is not read together is not read alone."""
+    """The dead ones among some layers, by bisection: if all are dead together, each one is."""
     if not linears or dead_values(tuple(linears)):
         return tuple(linears)
     if len(linears) == 1:
@@ -178,9 +179,9 @@ def _shapes(part: nn.Module) -> tuple:
 def _dead_outputs(
     module: nn.Module, before: dict[nn.Module, tuple[int, torch.dtype]], is_unread: Callable[[tuple], bool]
 ) -> Iterator[tuple[nn.Module, int, torch.dtype]]:
-    """The outermost parts, called in front of the attention, that may be left out behind it.
+    """The outermost submodules called before the attention whose output is dead after it.
 
-    Not those that draw random numbers: what is drawn after them has to be drawn again in the same way.
+    Submodules that draw random numbers are left out: skipping them would change the numbers drawn later.
     """
     for child in module.children():
         output = (child, *before[child]) if child in before and not any(map(_draws, child.modules())) else None
@@ -193,7 +194,7 @@ def _dead_outputs(
 def stand_in(request: AttentionRequest, tensors: Sequence[Tensor]) -> Tensor:
     """An attention without a mask, over all tokens, `(B, T, N, E)`.
 
-    No softmax: its result does not depend on a bias of the keys, whose gradient would be all rounding.
+    No softmax: its result would not depend on the keys' bias, whose gradient would be pure rounding error.
     """
     queries, keys, values = tensors
     groups = queries.shape[1] // keys.shape[1]

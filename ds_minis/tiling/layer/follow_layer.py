@@ -1,4 +1,4 @@
-"""A decoder layer followed without values, up to its attention and after it: at a call's own length, and at a chunk's."""
+"""Traces a decoder layer on the meta device, with the attention replaced, at the lengths of a call and of its chunks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ds_minis.tiling.verify.follow import Reach, chunk_lengths, compare_runs, ma
 def follow_layer(
     forward: Callable[..., Any], layer: nn.Module, call: LayerArgs, x: Tensor, chunk_tokens: int, reach: Reach
 ) -> tuple[str, dict | None]:
-    """`follow_module` for a layer without its attention; and the arguments of the attention that are no tensors."""
+    """`follow_module` for a layer without its attention; also returns the attention's non-tensor arguments."""
     num_tokens = x.shape[1]
     parts = chunk_lengths(num_tokens, chunk_tokens)
     reach.set(num_tokens, chunk_tokens, parts)

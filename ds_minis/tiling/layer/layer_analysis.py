@@ -1,4 +1,4 @@
-"""What was found out about a layer, and for which lengths; asked again for others, without values."""
+"""The result of analyzing a layer, the lengths it holds for, and its extension to other lengths on the meta device."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from ds_minis.tiling.verify.snapshot import State
 
 @dataclass(frozen=True)
 class LayerAnalysis:
-    """What was found out about a layer.
+    """The result of analyzing a layer.
 
     Attributes:
         reason: why it cannot be tiled as a whole; empty if it can.
-        rest: what its forward gives behind the hidden states; None where it gives the hidden states alone.
-        unread: what need not be computed.
-        groups: how its attention can be run in groups of heads, where that was asked for.
-        one_call: why it cannot; empty if it can, or was not asked for.
+        rest: what its forward returns after the hidden states; None if it returns the hidden states alone.
+        dead_values: values that need not be computed.
+        groups: how its attention runs in groups of heads; None for one call.
+        one_call: reason why head_groups fell back to one call; empty if it did not, or is not set.
         reach: the lengths for which this holds.
-        settings: the arguments of the attention's call that are no tensors; None if they are not known.
-        attention_asked: the attention function itself was run, and left nothing behind.
-        versions: of the tensors that this rests on; None where their values decide nothing.
+        settings: the non-tensor arguments of the attention's call; None if unknown.
+        attention_asked: whether the real attention function was run on a few tokens.
+        versions: versions of the tensors that this depends on; None if it depends on no values.
     """
 
     reason: str = ""
@@ -53,20 +53,20 @@ class LayerAnalysis:
 def analyze_again(
     layer: nn.Module, forward: Callable[..., Any], call: LayerArgs, chunk_tokens: int, analysis: LayerAnalysis
 ) -> LayerAnalysis | None:
-    """What was found out, for another length; None where that cannot be told without values."""
+    """The analysis for another length; None if a trace without values cannot tell."""
     reach = Reach()
     reason, settings = followed(layer, forward, call, chunk_tokens, reach)
     if not reach.complete:
         return None
     if not reason and settings and analysis.settings and differing_setting(settings, analysis.settings):
-        settings = None  # they may depend on the length, as long as all chunks agree with the whole
+        settings = None  # may depend on the length if all chunks agree with the whole
     return dataclasses.replace(analysis, reason=reason, reach=reach.extended(analysis.reach), settings=settings)
 
 
 def followed(
     layer: nn.Module, forward: Callable[..., Any], call: LayerArgs, chunk_tokens: int, reach: Reach
 ) -> tuple[str, dict | None]:
-    """What shows without values: why the layer cannot be tiled, and the arguments of its attention that are no tensors."""
+    """Traces a call without values: why the layer cannot be tiled, and the attention's non-tensor arguments."""
     state, x = State(layer), call.hidden
     with quietly(layer, x.device, with_dropout=True):
         try:
@@ -78,7 +78,7 @@ def followed(
 def read_attributes(
     layer: nn.Module, forward: Callable[..., Any], call: LayerArgs, slots: list[tuple[int, str]], signature: Signature
 ) -> list[str]:
-    """Which of some attributes of its parts a layer reads."""
+    """Which of the given attributes of its submodules a layer reads."""
     state, few = State(layer), call.narrowed(PROBE_BATCH, PROBE_TOKENS, torch.randn_like)
     part = few.with_tokens(few.hidden, 0, few.hidden.shape[1])
 

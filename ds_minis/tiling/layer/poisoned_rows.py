@@ -1,7 +1,7 @@
-"""A layer without its attention, some of whose tokens are no numbers: no other token may notice.
+"""Sets some tokens of a layer without attention to NaN and checks that no other token changes.
 
-Zero times what is no number is no number, so a mixing weight of zero, or one that rounding would hide, shows too. The
-attention is cut out: from the hidden states and its output, `(x, out)`, the layer makes queries, keys, values and its result.
+Zero times NaN is NaN, so this also finds a mixing weight that is zero or that rounding would hide. Without attention, the
+layer maps `(x, out)`, the hidden states and the attention's output, to queries, keys, values and its result.
 
 B batch, T tokens, H hidden size, N heads, E width of a value's head.
 """
@@ -23,7 +23,7 @@ from ds_minis.tiling.verify.token_wise import LARGE, is_close
 
 
 class PoisonedRows:
-    """Runs of a call of a layer, whose weights get no gradients."""
+    """Runs a call of a layer on poisoned tokens, without gradients of its weights."""
 
     def __init__(self, forward: Callable[..., Any], call: LayerArgs, slots: ParameterSlots, x: Tensor):
         self._forward, self._call, self._slots, self._x = forward, call, slots, x
@@ -31,26 +31,26 @@ class PoisonedRows:
         self._grads: list[Tensor] | None = None
 
     def spread(self, tolerance: float) -> bool:
-        """Whether something of a token reaches another one, in forward or in backward."""
+        """Whether a value of one token reaches another one, in forward or in backward."""
         none = torch.zeros(self._x.shape[:2], dtype=torch.bool, device=self._x.device)
         results, grads = self._run(1.0, none)
         clean = torch.rand(self._x.shape[:2], device=self._x.device) < 0.5
         for value in (float("nan"), LARGE):
             try:
                 poisoned, poisoned_grads = self._run(value, ~clean)
-            except Exception as error:  # says nothing: it may look for numbers that are none
+            except Exception as error:  # not a finding: the layer may check for NaN
                 if is_out_of_memory(error):
                     raise
                 continue
             pairs = list(zip(poisoned, results, strict=True))
-            if value != value:  # a large gradient of a large row says nothing that a missing number does not
+            if value != value:  # large gradients would find no more than NaN does
                 pairs += zip(poisoned_grads, grads, strict=True)
             if not all(b is None or (a is not None and is_close(a[clean], b[clean], tolerance)) for a, b in pairs):
                 return True
         return False
 
     def _run(self, value: float, rows: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
-        """What the layer makes, and the gradients of what it is given, where some tokens are times `value`; `(B, T, ...)`."""
+        """Outputs and input gradients of the layer, `(B, T, ...)`, with `rows` of inputs and gradients times `value`."""
         x, made = _times(self._x, rows, value).requires_grad_(), []
         out_leaf: Tensor | None = None
 
@@ -85,11 +85,11 @@ def _times(t: Tensor, rows: Tensor, value: float) -> Tensor:
 
 
 def narrowed_request(request: AttentionRequest, shape: Sequence[int], few: Sequence[int]) -> AttentionRequest | None:
-    """The attention's call for a few tokens, with masks as long; None where it cannot be told how to cut an argument.
+    """The attention's call for a few tokens, with masks cut to match; None if an argument cannot be cut.
 
     Args:
-        shape: of the hidden states of the whole call, `(B, S, H)`.
-        few: of those of the few tokens.
+        shape: shape of the whole call's hidden states, `(B, S, H)`.
+        few: shape of the few tokens' hidden states.
     """
     values = [*request.args, *request.kwargs.values()]
     if any(not _can_be_narrowed(v) for v in values):
@@ -102,7 +102,7 @@ def narrowed_request(request: AttentionRequest, shape: Sequence[int], few: Seque
 def _can_be_narrowed(value: Any) -> bool:
     if isinstance(value, tuple | list):
         return all(map(_can_be_narrowed, value))
-    if isinstance(value, Tensor):  # lengths of packed sequences, which a kernel would trust
+    if isinstance(value, Tensor):  # one-dimensional integers: lengths of packed sequences, which a kernel trusts
         return value.is_floating_point() or value.dtype == torch.bool or value.dim() != 1
     return type(value).__name__ != "BlockMask"
 

@@ -1,4 +1,4 @@
-"""What is looked for where a few tokens are run through a layer."""
+"""Checks of a layer on a few tokens."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ds_minis.tiling.passes.attention import AttentionRequest, attention_answere
 from ds_minis.tiling.passes.layer_args import LayerArgs
 from ds_minis.tiling.verify.token_wise import are_close, is_close
 
-PROBE_BATCH, PROBE_TOKENS, PROBE_CHUNKS = 2, 37, 3  # a prime, which hardly any width is a multiple of
+PROBE_BATCH, PROBE_TOKENS, PROBE_CHUNKS = 2, 37, 3  # 37 is prime: few widths are multiples of it
 
 
 class CountsTokens(TorchFunctionMode):
-    """Sees whether as many numbers are counted as there are tokens: positions that are no argument of the layer.
+    """Detects a `torch.arange` over all tokens: positions that the layer makes itself.
 
-    What is made of them may show at thousands of tokens alone: the temperature of Llama 4's attention is 1 below 8,192.
+    Their effect may appear only after thousands of tokens: the temperature of Llama 4's attention is 1 below 8,192.
     """
 
     def __init__(self, num_tokens: int):
@@ -36,14 +36,14 @@ class CountsTokens(TorchFunctionMode):
 
 
 def all_close(actual: Sequence[Tensor | None], expected: Sequence[Tensor | None], coarse: float) -> bool:
-    """Result and gradient of the hidden states by tokens, the other gradients as they are."""
+    """Compares the result and the gradient of the hidden states token by token, the other gradients as a whole."""
     pairs = list(zip(actual, expected, strict=True))
     by_tokens = ((None if t is None else t.transpose(0, 1) for t in pair) for pair in pairs[:2])
     return all(are_close(*pair, coarse) for pair in by_tokens) and all(is_close(a, e, coarse) for a, e in pairs[2:])
 
 
 def gradients_fallback_reason(result: Tensor, heads: Sequence[Tensor]) -> str:
-    """Whether gradients of queries, keys and values alone can be asked for; the reentrant kind of checkpointing refuses."""
+    """The reason why `autograd.grad` for queries, keys and values fails (reentrant checkpointing); empty if it works."""
     if not result.requires_grad:
         return ""
     try:
@@ -57,7 +57,7 @@ def gradients_fallback_reason(result: Tensor, heads: Sequence[Tensor]) -> str:
 
 
 def a_few_tokens(forward: Callable[..., Any], call: LayerArgs) -> list[Tensor]:
-    """What the layer makes of a few random tokens, with the stand-in for its attention, and what it gives that."""
+    """Runs the layer on a few random tokens with the stand-in; returns its outputs and the attention's arguments."""
     few = call.narrowed(PROBE_BATCH, PROBE_TOKENS, torch.randn_like)
     part, given = few.with_tokens(few.hidden, 0, few.hidden.shape[1]), []
 
@@ -73,7 +73,7 @@ def a_few_tokens(forward: Callable[..., Any], call: LayerArgs) -> list[Tensor]:
 def layer_fallback_reason(
     request: AttentionRequest, is_argument: Callable[[Tensor], bool], leaves: Sequence[Tensor], num_tokens: int
 ) -> str:
-    """Whether a call of the attention for a part of the tokens tells what the call for all of them would be."""
+    """The reason why a chunk's call of the attention does not determine the call for all tokens; empty if it does."""
     if any(t.shape[2] != num_tokens for t in request.tensors):
         return "its attention is given keys of other tokens too"
     held = {id(t) for t in (*leaves, *request.module.parameters(), *request.module.buffers())}

@@ -1,4 +1,4 @@
-"""Whole decoder layers over chunks of tokens, in the place of activation checkpointing."""
+"""Runs whole decoder layers over chunks of tokens, instead of activation checkpointing."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from ds_minis.tiling.verify.snapshot import State
 
 
 class TiledLayer(ItsOwnCheckpointing, Tiled):
-    """Mixed into a decoder layer's class; runs that class's own forward over chunks, and attention once for all.
+    """Mixin for a decoder layer's class: runs that class's own forward over chunks, and attention once for all tokens.
 
-    It saves its input and recomputes the rest in backward, so activation checkpointing is left to it. Where a call cannot be
-    tiled, the layer runs as its class does, checkpointed if it was asked to be; its norms and its feed-forward part are
-    then tiled each for itself.
+    It saves its input and recomputes the rest in backward, so it replaces activation checkpointing. A call that cannot be
+    tiled runs the class's own forward, checkpointed if that is enabled. Its norms and its feed-forward module are then tiled
+    on their own.
     """
 
     def forward(self, *args, **kwargs):
@@ -45,7 +45,7 @@ class TiledLayer(ItsOwnCheckpointing, Tiled):
             num_tokens = call.hidden.shape[:2].numel()
             chunking.note("layer", num_tokens, _chunk_tokens(self, call) * call.hidden.shape[0], as_it_is=True)
             return self._as_it_is(forward, args, kwargs)
-        hidden = call.hidden  # which a tiled call lets go of
+        hidden = call.hidden  # a tiled call frees it
         analysis = _found_out(self, forward, call)
         if analysis.reason:
             return self._run_whole(forward, args, kwargs, call)
@@ -56,7 +56,7 @@ class TiledLayer(ItsOwnCheckpointing, Tiled):
             _told(self, ("call", str(error)), LayerAnalysis(str(error)))
             return self._run_whole(forward, args, kwargs, call)
         except NoAttention:
-            # Which it chose for this call, by random numbers, say: nothing was drawn yet.
+            # The layer skips its attention in this call, for example at random. The random state has not advanced yet.
             _leave_whole(self)
             call.hidden = hidden
             return self._run_whole(forward, args, kwargs, call)
@@ -66,7 +66,7 @@ class TiledLayer(ItsOwnCheckpointing, Tiled):
     @outside_of_graphs
     def _run_whole(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any], call: LayerArgs) -> Any:
         own = forward
-        self.mini_sequence_chunking.last_calls.pop("layer", None)  # its parts tell
+        self.mini_sequence_chunking.last_calls.pop("layer", None)  # its tiled submodules report instead
 
         def run(forward: Callable[..., Any]) -> Any:
             return self._as_it_is(forward, args, kwargs, gated=forward is not own)
@@ -83,7 +83,7 @@ def one_call_fallback_reason(layer: nn.Module) -> str:
 
 @outside_of_graphs
 def _found_out(layer: TiledLayer, forward: Callable[..., Any], call: LayerArgs) -> LayerAnalysis:
-    """Examined once for each way of calling and all that it rests on (`signature`); a hook on a part may come and go."""
+    """Analyzes the layer once per kind of call and signature. Hooks are checked at each call: they may come and go."""
     analyses = layer.mini_sequence_analyses
     signature = signature_of(layer, analyses.ignored)
     with_grads = torch.is_grad_enabled() or layer.training
@@ -111,7 +111,7 @@ _NOTHING_SHOWS = "its weights are such that nothing shows"
 def _asked(
     layer: TiledLayer, forward: Callable[..., Any], call: LayerArgs, chunk: int, kind: tuple, signature: Signature
 ) -> LayerAnalysis | None:
-    """A new finding; None where nothing can be told."""
+    """A new analysis; None if the runs cannot tell."""
     require_weights(layer)
     chunking, analyses = layer.mini_sequence_chunking, layer.mini_sequence_analyses
     often = analyses.often_changed(kind, signature.stable)
@@ -129,7 +129,7 @@ def _asked(
 
 
 def _left_behind(layer: TiledLayer, forward: Callable[..., Any], call: LayerArgs, chunk: int) -> str:
-    """Whether the attention function leaves something behind, where a few tokens could not show it: by a real call."""
+    """Runs the real attention on all tokens, where a few were not enough; the reason if it changes state, else empty."""
     x = call.hidden
     with torch.no_grad():
         passes = LayerPasses(layer, forward, call, _bounds(x.shape[1], chunk), layer.mini_sequence_chunking)
@@ -158,14 +158,14 @@ def _told(layer: TiledLayer, key: tuple, analysis: LayerAnalysis) -> LayerAnalys
 
 
 def _attend_in_one_call(layer: TiledLayer, analysis: LayerAnalysis, reason: str) -> None:
-    """From now on, where this was found."""
+    """Replaces this analysis, wherever it is cached, by one without head groups."""
     for key, known in layer.mini_sequence_analyses.items():
         if known is analysis:
             layer.mini_sequence_analyses[key] = dataclasses.replace(analysis, groups=None, one_call=reason)
 
 
 def _leave_whole(layer: TiledLayer) -> None:
-    """A layer that was found to attend once in each call has not: it does not always."""
+    """Replaces all cached analyses: the layer called its attention when analyzed, but not in this call."""
     analysis = LayerAnalysis("it does not call its attention in each of its calls")
     for key in layer.mini_sequence_analyses:
         layer.mini_sequence_analyses[key] = analysis
@@ -174,22 +174,22 @@ def _leave_whole(layer: TiledLayer) -> None:
 
 
 def _runs_whole(layer: TiledLayer, call: LayerArgs) -> bool:
-    """Where one chunk is enough, as for a tiled module (`rows.runs_whole`)."""
+    """Whether the call fits into one chunk and runs untiled, as for a tiled module (`tiled_op.runs_whole`)."""
     chunk = _chunk_tokens(layer, call)
-    # In training without gradients too: dropout must be what it is with them (GradCache).
+    # Also in training without gradients: dropout must draw the same numbers as with gradients (GradCache).
     trains = torch.is_grad_enabled() or layer.training
     return call.hidden.shape[1] <= chunk and not (trains and has_other_ranks())
 
 
 def _chunk_tokens(layer: TiledLayer, call: LayerArgs) -> int:
-    """Tokens of each sequence in a chunk; two at least, as models take a single one for a step of a generation."""
+    """Tokens per sequence in a chunk; at least two, since models treat a single one as a generation step."""
     batch, num_tokens, width = call.hidden.shape
     rows = layer.mini_sequence_chunking.module_rows(batch * num_tokens, width, experts_per_choice(layer))
     return max(2, rows // batch)
 
 
 def experts_per_choice(layer: nn.Module) -> float:
-    """How many experts there are for each that a token is sent to, in the layer's mixture of experts; else 1."""
+    """Experts per expert that a token is routed to, in the layer's mixture of experts; 1 without experts."""
     experts = max((p.shape[0] for p in layer.parameters() if p.dim() == 3), default=0)
     names = ("top_k", "num_experts_per_tok", "num_experts_per_token")
     choices = max((getattr(m, n, 0) or 0 for m in layer.modules() for n in names if n in m.__dict__), default=0)
