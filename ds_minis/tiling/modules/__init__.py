@@ -1,1 +1,1 @@
-"""Token-wise modules over chunks: classes swapped in place, and what must not be inside of a chunk loop."""
+"""Tiles token-wise modules by swapping their classes, and detects what must not run inside a chunk loop."""

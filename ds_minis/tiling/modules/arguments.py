@@ -1,4 +1,4 @@
-"""Arguments of a module's forward by name, wherever a call gives them."""
+"""Finds arguments of a module's forward by name, whether a call passes them by position or by keyword."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:
-    """Those of the module's class's forward, without `self`."""
+    """The argument names of the class's forward, without `self`."""
     return _names(type(module).forward)
 
 
@@ -32,12 +32,12 @@ def takes_any_keyword(forward: Callable) -> bool:
 
 
 def argument(module: nn.Module, name: str, args: tuple, kwargs: dict) -> Any:
-    """What a call gives for an argument; None if it does not."""
+    """The value that a call passes for an argument; None if it passes none."""
     return kwargs.get(name, dict(zip(argument_names(module), args, strict=False)).get(name))
 
 
 def with_argument(module: nn.Module, name: str, value: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The arguments of a call with one of them set, in the place where it was given."""
+    """The arguments of a call with one of them replaced or added."""
     position = argument_names(module).index(name)
     if position < len(args):
         return (*args[:position], value, *args[position + 1 :]), kwargs

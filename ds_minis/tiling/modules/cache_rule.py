@@ -1,6 +1,6 @@
-"""No cache of all keys and values in training, or in an evaluation with labels, where nobody asked for one.
+"""Sets `use_cache=False` in training and in evaluations with labels, unless the caller sets it.
 
-transformers makes none under activation checkpointing, in whose place tiled layers are; a layer that is given one cannot be
+transformers makes no cache under activation checkpointing, which tiled layers replace. A layer that gets a cache cannot be
 tiled as a whole.
 """
 
@@ -20,17 +20,17 @@ _BESIDE_THE_MODEL = (
 
 
 class NoCacheUnasked:
-    """Forward pre-hook of a decoder, and of what is built around one, that may make a cache.
+    """Forward pre-hook of a decoder, and of modules around one, that may make a cache.
 
-    Where the cache would change the result it is made, and the layers run as a whole: positions that tell packed sequences
-    apart are looked at by transformers where there is neither a mask nor a cache.
+    It keeps the cache where this changes the result, and the layers then run as a whole. That is so for packed sequences:
+    transformers reads their positions only if there is neither a mask nor a cache.
     """
 
     def __init__(self, chunking: Chunking, has_loss: bool):
         self._chunking, self._has_loss = chunking, has_loss
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        # Without a break in a compiled graph where a model around this one has decided, or nothing is trained.
+        # No graph break if a model around this one has set use_cache, or if nothing is trained.
         if kwargs.get("use_cache") is not None or not (model.training or self._evaluates()):
             return None
         if torch.compiler.is_compiling() and not torch.is_grad_enabled():
@@ -38,7 +38,7 @@ class NoCacheUnasked:
         return self._decided(model, args, kwargs)
 
     def _evaluates(self) -> bool:
-        """Whether a loss is computed of this pass: it is no step of a generation, whose keys and values are read again."""
+        """Whether this pass has labels, so that it is no generation step, which would need the cache."""
         return not torch.compiler.is_compiling() and any(begun.with_labels for begun in self._chunking.passes)
 
     @outside_of_graphs
@@ -54,9 +54,9 @@ class NoCacheUnasked:
 
 
 def _are_packed(model: nn.Module, args: tuple, kwargs: dict) -> bool:
-    """Whether positions alone tell several sequences in one row apart, and the model's attention would look at a mask.
+    """Whether a row holds several sequences, marked by positions alone, and the attention uses a mask.
 
-    Flash attention has none: it reads the positions itself, cache or not.
+    Flash attention uses none: it reads the positions itself, with or without a cache.
     """
     positions = argument(model, "position_ids", args, kwargs)
     if not isinstance(positions, Tensor) or argument(model, "attention_mask", args, kwargs) is not None:
@@ -67,7 +67,7 @@ def _are_packed(model: nn.Module, args: tuple, kwargs: dict) -> bool:
 
 
 def attach_cache_rule(model: nn.Module, layers: list[nn.Module], chunking: Chunking, has_loss: bool) -> None:
-    """Has whatever makes a cache for some of the tiled layers make none that nobody asked for."""
+    """Registers the hook on every module that may make a cache for some of the tiled layers."""
     held = set(layers)
     for module in model.modules():
         makes = takes(module, "use_cache") and takes(module, "past_key_values")
@@ -76,7 +76,7 @@ def attach_cache_rule(model: nn.Module, layers: list[nn.Module], chunking: Chunk
 
 
 def detach_cache_rule(module: nn.Module) -> None:
-    """Undoes `attach_cache_rule` for one module."""
+    """Removes the hook from one module."""
     for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, NoCacheUnasked)]:
         module._forward_pre_hooks.pop(key)
         module._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -1,21 +1,20 @@
-"""What `torch.compile` leaves to Python, as a graph break.
+"""Keeps chunk loops out of `torch.compile`, by a graph break.
 
-Traced, a chunk loop would be unrolled and compiled anew for every number of chunks, and the deferred logits are no tensor
-that a graph could hold.
+A traced chunk loop would be unrolled and recompiled for every number of chunks. Deferred logits cannot be held by a graph.
 """
 
 import torch
 from torch import nn
 
-# `torch.compiler.disable` imports torch._dynamo at once, which takes a second; this one does when it is first called.
+# `torch.compiler.disable` imports torch._dynamo immediately, which takes a second; this one imports it at the first call.
 # DeepSpeed and torch itself use it for the same reason.
 outside_of_graphs = torch._disable_dynamo
 
 
 def compiled_inside(module: nn.Module) -> str:
-    """Which part of a module is compiled by itself, in words; empty if none is.
+    """The reason that a submodule is compiled by itself; empty if none is.
 
-    Such a graph would be compiled anew for each chunk of a layer, and for each time at which its attention is answered.
+    Its graph would be recompiled for each chunk of a layer, and for each handler of its attention.
     """
     for name, part in module.named_modules():
         compiled = part._compiled_call_impl is not None or type(part).__name__ == "OptimizedModule"

@@ -1,8 +1,8 @@
-"""A call that runs whole, whose parameters get their gradients as those of a tiled one do: together, when all are there.
+"""Runs an untiled call so that its parameters get their gradients together, as in a tiled call.
 
-ZeRO-1 and ZeRO-2 add up the ranks' gradients in the order in which they come. A tiled call hands over its parameters'
-gradients from one node; autograd gives an untiled call's one by one, as each is computed. So where one rank may run whole
-(a hook, an output that was asked for, another verdict) and another rank by chunks, their sums would mix parameters.
+ZeRO-1 and ZeRO-2 reduce gradients in the order of their arrival. A tiled call returns its parameters' gradients from one
+node; autograd returns an untiled call's one by one, as each is computed. If one rank ran untiled (a hook, a requested output,
+a different analysis) and another one by chunks, the sums would mix parameters.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from ds_minis.tiling.verify.snapshot import State
 
 
 class _Gate(torch.autograd.Function):
-    """Gives inputs and parameters as they are; their gradients pass when the last one is there.
+    """Identity on inputs and parameters; its backward runs when all of their gradients are computed.
 
-    Inputs too, as a tiled call's node has both: which parameter autograd takes first depends on what else is ready. They are
-    copies, as a module may write to its input.
+    Inputs are included as in a tiled call's node, so that autograd reaches the parameters in the same order. They are copies,
+    since a module may write to its input.
     """
 
     @staticmethod
@@ -48,20 +48,20 @@ def run_whole(
     way: object,
     few: Callable[[], list[Tensor]] | None,
 ) -> Any:
-    """`run(forward)`, with the gradients of the module's parameters from one node where there are other ranks.
+    """`run(forward)`; with other ranks, one node returns the gradients of all the module's parameters.
 
-    The graph inside is the plain model's: hooks, outputs of any kind and activation checkpointing see no difference.
+    The graph inside is that of the plain model, so hooks, outputs of any kind and activation checkpointing work unchanged.
 
     Args:
         module: holds every trainable tensor that `forward` uses.
-        run: calls what it is given, once or (under activation checkpointing) again in backward.
-        memory: what is known of the model's modules from earlier calls.
-        way: how the module is called, as a tiled call would have it.
-        few: runs a few tokens and gives tensors of whose graphs all weights are that take part; None if that cannot be done.
+        run: calls the given forward once, and again in backward under activation checkpointing.
+        memory: what earlier calls of the model's modules have shown.
+        way: how the module is called; the same as for a tiled call.
+        few: runs a few tokens and returns tensors whose graphs reach all weights that are used; None if it cannot.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not has_other_ranks():
         return run(forward)
-    if any(engine_of(part) for part in module.modules() if part is not module):  # which gathers its weights inside
+    if any(engine_of(part) for part in module.modules() if part is not module):  # it gathers its weights inside
         return run(forward)
     slots = ParameterSlots(module)
     if not slots.tensors or not all(map(_is_held_whole, slots.tensors)):
@@ -92,9 +92,9 @@ def run_whole(
 
 
 def _idle_for(module: nn.Module, slots: ParameterSlots, few: Callable[[], list[Tensor]] | None) -> tuple[int, ...]:
-    """The trainable tensors that a few tokens do not use, or (a Function that runs its module again) not in their graph.
+    """The indices of trainable tensors that the graphs of a few tokens do not reach.
 
-    They are left to autograd, which has no node for them or one of its own.
+    The call does not use these, or uses them in an autograd.Function of its own. They are left to autograd.
     """
     if few is None:
         return ()
@@ -102,7 +102,7 @@ def _idle_for(module: nn.Module, slots: ParameterSlots, few: Callable[[], list[T
     try:
         with quietly(module, device), walk.running():
             walk.seen(few())
-    except Exception as error:  # on a few tokens alone, perhaps
+    except Exception as error:  # perhaps only for a few tokens
         if is_out_of_memory(error):
             raise
         return ()
@@ -112,8 +112,9 @@ def _idle_for(module: nn.Module, slots: ParameterSlots, few: Callable[[], list[T
 
 
 def _is_held_whole(param: Tensor) -> bool:
-    """Not where ZeRO-3 or FSDP gathers it: they put gradients in order themselves, and a view would keep it gathered.
+    """Whether the parameter is a plain leaf.
 
-    Nor where a module around has a gate.
+    Not under ZeRO-3 and FSDP: they order gradients themselves, and a view would keep the weight gathered. Not inside of a
+    module that has a gate already.
     """
     return param.is_leaf and not hasattr(param, "ds_id") and not is_traceable_wrapper_subclass(param)

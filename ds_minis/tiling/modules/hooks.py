@@ -1,4 +1,4 @@
-"""Hooks on modules: an engine's gather weights and may run around all chunks, anybody else's must see all tokens."""
+"""Classifies hooks: an engine's hook gathers weights and may run around all chunks; a user hook must see all tokens."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import nn
 
 _FSDP = {"FSDPModule": "fully_shard", "FullyShardedDataParallel": "FullyShardedDataParallel"}
 _ENGINES = "torch.distributed.", "torch.utils.", "deepspeed.", "accelerate."
-_NO_ENGINES = "torch.distributed.tensor"  # tensor parallelism's lay the output out anew
+_NO_ENGINES = "torch.distributed.tensor"  # tensor parallelism's hooks redistribute the output
 _SHARDING = "torch.distributed.fsdp", "deepspeed."
 FORWARD = ("forward_hooks", "forward_pre_hooks")
 ALL = (*FORWARD, "backward_hooks", "backward_pre_hooks")
 
 
 def user_hook(modules: Iterable[nn.Module], kinds: tuple[str, ...] = FORWARD) -> str:
-    """The name of a hook on one of the modules that is no engine's; empty if there is none."""
+    """The name of a hook on one of the modules that does not belong to an engine; empty if there is none."""
     for module in modules:
         for kind in kinds:
             hooks = module.__dict__[f"_{kind}"]
@@ -32,13 +32,13 @@ def user_hook(modules: Iterable[nn.Module], kinds: tuple[str, ...] = FORWARD) ->
 
 
 def _is_captured(module: nn.Module) -> bool:
-    """Whether transformers (5.1, which has no hooks for it) collects a module's outputs in this pass: router outputs, say."""
+    """Whether transformers collects the module's outputs in this pass, by a patched forward (5.1): router outputs, say."""
     forward = module.__dict__.get("forward")
     return isinstance(forward, types.FunctionType) and "collected_outputs" in forward.__code__.co_freevars
 
 
 def global_user_hook(kinds: tuple[str, ...] = ALL) -> str:
-    """The same for the hooks that torch runs for every module."""
+    """The same for torch's global module hooks."""
     return next(filter(None, (_foreign(getattr(nn.modules.module, f"_global_{kind}").values()) for kind in kinds)), "")
 
 
@@ -49,7 +49,7 @@ def engine_forward_hook(module: nn.Module) -> str:
 
 
 def _captures_nothing(hook: Callable) -> bool:
-    """Whether a hook is one of transformers', which hand router outputs or attentions on, and is not asked for any now."""
+    """Whether it is one of transformers' hooks that capture router outputs or attentions, and none are requested now."""
     if getattr(hook, "__module__", None) != "transformers.utils.output_capturing":
         return False
     collector = sys.modules[hook.__module__]._active_collector.get()
@@ -69,7 +69,7 @@ def _foreign(hooks: Iterable[Callable]) -> str:
 
 
 def engine_of(module: nn.Module) -> str:
-    """The name of what FSDP was applied with to the module itself; empty if it was not."""
+    """The name of the FSDP function or class that was applied to the module itself; empty if none was."""
     return _engine_of_class(type(module))
 
 

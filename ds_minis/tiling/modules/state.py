@@ -1,4 +1,4 @@
-"""How many rows go into one chunk. A row is one vector of the last dimension: usually one token's hidden state."""
+"""State of one converted model: settings, chunk sizes, caches. A row is one vector of the last dimension, usually a token."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ds_minis.tiling.core.participation import Memory
 from ds_minis.tiling.core.warn import Warnings
 from ds_minis.tiling.verify.signature import AnalysisCache
 
-# A feed-forward module needs about this many rows in one matmul before the weights' own traffic stops to show; beyond
-# it a larger chunk only costs memory.
+# With about this many rows, a feed-forward module's matmul is no longer bound by reading the weights. A larger chunk only
+# costs memory.
 _MIN_AUTO_TOKENS, _MAX_AUTO_TOKENS = 1024, 3072
-# A chunk that is shared out among many experts must leave each of them so many tokens on average.
+# Each expert should get this many tokens of a chunk on average.
 _AUTO_TOKENS_PER_EXPERT, _MAX_AUTO_EXPERT_TOKENS = 128, 16384
-# Bytes of one chunk's logits, at most.
+# Largest size of one chunk's logits, in bytes.
 _MAX_AUTO_LOGIT_BYTES = 2**29
 _MIN_AUTO_LOSS_TOKENS = 256
 _lock = threading.Lock()
@@ -30,22 +30,22 @@ _lock = threading.Lock()
 
 @dataclass
 class Chunking:
-    """Chunk sizes of one converted model; all of its tiled modules hold the same object.
+    """The state of one converted model; all of its tiled modules share this object.
 
     Attributes:
         config: the user's settings.
-        hidden_size: width of the model's hidden states, in elements; what one token is for `chunk_size`.
-        layer_inputs: where its tiled layers keep their inputs (`ds_minis.tiling.memory`); None: with autograd.
-        unread: what need not be computed in a layer of some make (`ds_minis.tiling.layer.analysis`).
-        unkept: where an attention cannot be kept -> (class name of the layer, reason); see
+        hidden_size: width of the model's hidden states, in elements; the width of one token for `chunk_size`.
+        layer_inputs: stores the inputs of its tiled layers (`ds_minis.tiling.memory`); None leaves that to autograd.
+        dead_values: dead values by layer signature (`ds_minis.tiling.layer.dead_value_search`).
+        unkept: kind of call whose attention cannot be kept -> (class name of the layer, reason); see
             `ds_minis.tiling.passes.kept_attention`.
-        kept_plans: what is kept of an attention (`ds_minis.tiling.passes.kept_attention`).
-        heads: what was found out about LM heads (`ds_minis.tiling.loss.chunked_head`).
+        kept_plans: which tensors an attention saves are copies (`ds_minis.tiling.passes.kept_attention`).
+        heads: analyses of LM heads (`ds_minis.tiling.loss.chunked_head`).
         bypassed: why the loss of the last forward pass in training could not be tiled; empty if it was.
-        warnings: those that were given about the model.
-        memory: what is known of its modules from earlier calls.
-        passes: what the end of each forward pass in progress must undo (`ds_minis.tiling.loss.forward_hooks`).
-        last_calls: "layer" or "module" -> (tokens, tokens of a chunk, whether it ran as it is) of the last one in training.
+        warnings: the warnings given about the model.
+        memory: what earlier calls of its modules have shown.
+        passes: for each forward pass in progress, what its end must undo (`ds_minis.tiling.loss.forward_hooks`).
+        last_calls: "layer" or "module" -> (tokens, tokens in a chunk, whether it ran untiled) of the last call in training.
     """
 
     config: MiniSequenceConfig
@@ -64,11 +64,10 @@ class Chunking:
 
     @contextlib.contextmanager
     def guarded(self, setting: str = "", chunk_rows: int = 0, num_rows: int = 0) -> Iterator[None]:
-        """Around the chunks of one operation: what a fault in there must not leave behind, and should tell.
+        """Context for the chunks of one operation, or with `chunk_rows` 0 for an analysis: cleans up after errors.
 
-        With `chunk_rows` 0, around a first call's questions. An interrupt (Ctrl-C) ends the forward passes in progress, as
-        torch calls no hooks for it. Out of memory gets a note that names the place and the setting
-        (`ds_minis.tiling.core.out_of_memory`).
+        An interrupt (Ctrl-C) ends the forward passes in progress, since torch calls no hooks for it. An out-of-memory error
+        gets a note that names the place and the setting (`ds_minis.tiling.core.out_of_memory`).
         """
         try:
             note = in_a_chunk(self.config, setting, chunk_rows, num_rows) if chunk_rows else in_a_first_call
@@ -82,14 +81,14 @@ class Chunking:
             raise
 
     def described(self) -> str:
-        """Scope and chunk size."""
+        """Scope and chunk size, for `extra_repr`."""
         count = self.config.num_mini_sequences
         size = f"chunk_size={self.config.chunk_size}" if count is None else f"num_mini_sequences={count}"
         return f"scope={self.config.scope}, {size}"
 
     @contextlib.contextmanager
     def untiled(self) -> Iterator[None]:
-        """Inside, tiled modules run as they are: what they are given is a chunk already."""
+        """Inside, tiled modules run untiled, since their input is a chunk already."""
         self.suspend(1)
         try:
             yield
@@ -97,12 +96,12 @@ class Chunking:
             self.suspend(-1)
 
     def note(self, role: str, num_tokens: int, chunk_tokens: int, *, as_it_is: bool = False) -> None:
-        """Takes down a call with gradients, for the report; not in a compiled graph."""
+        """Records a call with gradients for the report; not in a compiled graph."""
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.last_calls[role] = num_tokens, chunk_tokens, as_it_is
 
     def last_step(self) -> str:
-        """What the last forward pass in training was cut into: its layers, or, where none was tiled, the modules in them."""
+        """Describes the chunks of the last forward pass in training: of its layers, or else of the modules in them."""
         call = self.last_calls.get("layer") or self.last_calls.get("module")
         if call is None:
             return ""
@@ -117,21 +116,21 @@ class Chunking:
 
     @property
     def suspended(self) -> bool:
-        """True while the model runs a forward pass that must equal the unconverted model's to the bit, or a chunk."""
+        """True while the model runs a chunk, or a forward pass that must equal the unconverted model's bit for bit."""
         return self._suspensions > 0
 
     def suspend(self, step: int) -> None:
-        """Counted, as replicas of a model (`nn.DataParallel`) share this, each in a thread of its own."""
+        """Counts, because replicas of a model (`nn.DataParallel`) share this object across threads."""
         with _lock:
             self._suspensions += step
 
     def module_rows(self, num_rows: int, width: int, experts_per_choice: float = 1.0) -> int:
         """Rows per chunk for a module whose input has `num_rows` rows of `width` elements.
 
-        Narrower rows (the heads that a query norm sees) are counted as the fraction of a token that they are.
+        A narrower row (a head in a query norm) counts as a fraction of a token.
 
         Args:
-            experts_per_choice: experts, divided by the number of them that each token is sent to.
+            experts_per_choice: number of experts, divided by the number of them that each token is routed to.
         """
         if self.config.num_mini_sequences is not None:
             return max(1, -(-num_rows // self.config.num_mini_sequences))
@@ -145,23 +144,23 @@ class Chunking:
     def loss_rows(self, hidden_bytes: int, row_bytes: int) -> int:
         """Rows of logits per chunk.
 
-        "auto" keeps to a fixed budget, so that runs are reproducible and no rank depends on another's memory:
+        "auto" uses fixed budgets, so that runs are reproducible and no rank depends on another's memory:
 
-        - the logits of one chunk take at most 512 MiB, in the dtype in which the loss gets them. A plain head and loss hold
-          nothing else of that size; what a model does to its logits before (a softcap) holds a few times as much.
-        - below that, half of the bytes of the hidden states: with their gradient, as large as themselves, the loss takes 1.5
-          times their bytes (3 x hidden size per token in bfloat16).
-        - but as many rows as the hidden size at least (and 256): every chunk adds to the weight gradient's sum, which is
-          read and written each time, and with fewer rows that takes longer than the product.
+        - The logits of one chunk take at most 512 MiB, in the dtype in which the loss gets them. A plain head and loss hold
+          nothing else of that size. A model that changes its logits before (a softcap) holds a few times as much.
+        - Below that, they take half of the bytes of the hidden states. With the gradient of the hidden states, the loss takes
+          1.5 times their bytes (3 x hidden size per token in bfloat16).
+        - A chunk has at least as many rows as the hidden size, and at least 256. Every chunk reads and writes the weight
+          gradient's sum; with fewer rows that takes longer than the matmul.
 
-        The sum of the weight gradient is fixed, whatever the chunk: 4 bytes x vocabulary x hidden size, where the head is
-        trained, and the gradient in the weight's dtype at the end. The paper's own rule (section 3.2: as many chunks as
-        vocabulary / hidden size, so that a chunk of logits is as large as the hidden states) is a `loss_chunk_size` of
-        tokens x hidden size / vocabulary.
+        The weight gradient does not depend on the chunk: if the head is trained, its sum takes 4 bytes x vocabulary x hidden
+        size, and the gradient in the weight's dtype comes on top at the end. The paper's rule (section 3.2: vocabulary /
+        hidden size chunks, so that a chunk of logits is as large as the hidden states) is a `loss_chunk_size` of tokens x
+        hidden size / vocabulary.
 
         Args:
-            hidden_bytes: of all hidden states.
-            row_bytes: of one row of logits.
+            hidden_bytes: bytes of all hidden states.
+            row_bytes: bytes of one row of logits.
         """
         if self.config.loss_chunk_size != AUTO:
             return self.config.loss_chunk_size

@@ -1,7 +1,7 @@
-"""Tiled classes: a module is tiled by a swap of its class, in place.
+"""Tiles a module by swapping its class in place.
 
-`module.__class__ = tiled_class(mixin, type(module))` keeps parameter names, hooks, `isinstance`, copies and adapter
-injection as they were, and one assignment undoes it.
+`module.__class__ = tiled_class(mixin, type(module))` leaves parameter names, hooks, `isinstance`, copies and adapter
+injection unchanged, and one assignment undoes it.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import nn
 from ds_minis.tiling.modules.state import Chunking
 from ds_minis.tiling.verify.signature import AnalysisCache
 
-_BOUND = "mini_sequence_bound_forward"  # of the instance, from before it was tiled
+_BOUND = "mini_sequence_bound_forward"  # the instance's own forward, from before it was tiled
 
 
 class Tiled(nn.Module):
-    """Mixed into a module's class, by way of a subclass that has a forward of its own.
+    """Base of the mixins that tile a module's class; each subclass overrides `forward`.
 
     Attributes:
-        mini_sequence_chunking: the chunk sizes; None (as on a module built from such a class directly) means untiled.
-        mini_sequence_name: its qualified name in the model that was converted.
-        mini_sequence_analyses: what was found out about this module, for each way of calling it: the reason why it is run as
-            a whole (empty if it is tiled), or something that has it as its `reason`.
+        mini_sequence_chunking: the model's shared state; None (on a module built directly from such a class) means untiled.
+        mini_sequence_name: its qualified name in the converted model.
+        mini_sequence_analyses: the analyses of this module, one for each kind of call. `reason` says why it is run as a whole
+            (empty if it is tiled).
     """
 
     mini_sequence_chunking: Chunking | None = None
@@ -34,7 +34,7 @@ class Tiled(nn.Module):
     mini_sequence_analyses: AnalysisCache
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows: that it is tiled, into what, and what was found out at its calls."""
+        """For `print(model)`: scope and chunk size, or the reason why the module is run as a whole."""
         own, chunking = super().extra_repr(), self.mini_sequence_chunking
         if chunking is None:
             return own
@@ -43,33 +43,33 @@ class Tiled(nn.Module):
         return ", ".join(filter(None, (own, f"mini_sequence=({state})")))
 
     def __reduce_ex__(self, protocol):
-        # The class is made at run time, so copies and pickles name the classes it was made from.
+        # The class is created at run time, so copies and pickles refer to the two classes that it was made from.
         _, _, *state = super().__reduce_ex__(protocol)
         return _new_tiled, (mixin_of(type(self)), untiled_class(type(self))), *state
 
 
 @functools.cache
 def tiled_class(mixin: type[Tiled], base: type[nn.Module]) -> type[nn.Module]:
-    """The tiled subclass of a module class; the same one each time.
+    """The tiled subclass of a module class; the same class each time.
 
-    It has its base's name: FSDP's wrapping policies and others look for modules by the names of their classes.
+    It has its base's name: FSDP's wrapping policies and others find modules by class name.
     """
     own = {"__module__": base.__module__, "__qualname__": f"MiniSequence[{base.__qualname__}]"}
     return type(base.__name__, (mixin, base), own)
 
 
 def untiled_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class that a tiled class was made from; any other class as it is."""
+    """The class that a tiled class was made from; returns any other class unchanged."""
     return cls.__mro__[cls.__mro__.index(Tiled) + 1] if issubclass(cls, Tiled) else cls
 
 
 def mixin_of(cls: type[nn.Module]) -> type[Tiled]:
-    """What makes a tiled class tiled: the first of its classes that stands on `Tiled` alone."""
+    """The mixin of a tiled class: the first class in its MRO with `Tiled` among its bases."""
     return next(c for c in cls.__mro__ if Tiled in c.__bases__)
 
 
 def tile(module: nn.Module, mixin: type[Tiled], chunking: Chunking, name: str = "") -> None:
-    """Makes a module run over chunks from now on, where its behaviour allows it; `name` is for reports."""
+    """Makes a module run over chunks from now on, if its behavior allows it; `name` is for reports."""
     _swap_class(module, tiled_class(mixin, type(module)))
     module.mini_sequence_chunking, module.mini_sequence_name, module.mini_sequence_analyses = (
         chunking,
@@ -82,7 +82,7 @@ def untile(module: nn.Module) -> None:
     """Undoes `tile`.
 
     Raises:
-        RuntimeError: an engine has put a class of its own on top since.
+        RuntimeError: an engine has since put its own class on top.
     """
     cls = type(module)
     if not any(Tiled in base.__bases__ for base in cls.__bases__):
@@ -92,33 +92,33 @@ def untile(module: nn.Module) -> None:
         )
     _swap_class(module, untiled_class(cls))
     for name in ("mini_sequence_chunking", "mini_sequence_name", "mini_sequence_analyses"):
-        module.__dict__.pop(name, None)  # a module that was built from a tiled class has none of them
+        module.__dict__.pop(name, None)  # a module built directly from a tiled class has none of these
 
 
 def whole_fallback_reason(module: Tiled) -> str:
-    """The reason why the module runs as a whole in training, as its last call did; empty if it does not.
+    """The reason why the module's last call in training ran as a whole; empty if it was tiled.
 
-    Calls without gradients count where there were no others.
+    Calls without gradients count if there were no others.
     """
     return module.mini_sequence_analyses.whole_fallback_reason()
 
 
 def warn_once(module: Tiled, what: str, reason: str) -> None:
-    """Says, once for each class in a model, what a module does otherwise than it was asked to, and why."""
+    """Warns, once per class in a model, that a module deviates from the configuration, and why."""
     module.mini_sequence_chunking.warnings.once(f"{untiled_class(type(module)).__name__} {what}: {reason}")
 
 
 def own_forward(module: nn.Module, of_class: Callable[..., Any]) -> Callable[..., Any]:
-    """What a tiled module runs: the forward that was bound to the instance before it was tiled, else that of its class."""
+    """The forward that a tiled module runs: one bound to the instance before it was tiled, else that of its class."""
     return module.__dict__.get(_BOUND, of_class)
 
 
 def replaced_forward(module: nn.Module) -> str:
-    """What stands on the instance in front of its class's forward, and would go on running after a class swap.
+    """The name of a forward on the instance that would keep overriding the class's after a class swap.
 
-    Empty where nothing does, and where a class swap can take it over: a method that was bound to the instance (Liger's
-    kernels, axolotl's), which is then the module's own forward; accelerate's hooks (`device_map`), which call what they
-    stand before, and the bound method that they leave behind when they are removed.
+    Empty if there is none, or if a class swap can take it over. That is so for a method bound to the instance (Liger's
+    kernels, axolotl's), which becomes the module's own forward; for accelerate's hooks (`device_map`), which call the forward
+    that they wrap; and for the bound method that these hooks leave behind when they are removed.
     """
     value = module.__dict__.get(_forward_attribute(module))
     if value is None or _is_bound_to(module, value):
@@ -127,9 +127,9 @@ def replaced_forward(module: nn.Module) -> str:
 
 
 def replaced_by(module: nn.Module) -> str:
-    """The Python module of a function that an instance has in the place of its class's forward; empty where there is none.
+    """The Python module of a function that replaces the class's forward on an instance; empty if there is none.
 
-    Nor where it is torch's or accelerate's, which call the forward that was there.
+    Also empty for torch's and accelerate's functions, which call the forward that they replaced.
     """
     value = module.__dict__.get(_forward_attribute(module))
     function = getattr(value, "__func__", value)
@@ -143,15 +143,15 @@ def _is_bound_to(module: nn.Module, value: Any) -> bool:
 
 
 def _forward_attribute(module: nn.Module) -> str:
-    """Where an instance holds its class's forward, if it holds it: accelerate's hooks keep it aside, and call it."""
+    """The attribute that may hold an instance's own forward; accelerate's hooks move it to `_old_forward` and call it."""
     hooked = getattr(getattr(module.__dict__.get("forward"), "func", None), "__module__", "")
     return "_old_forward" if hooked == "accelerate.hooks" else "forward"
 
 
 def _swap_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Gives the module another class, and that class's forward wherever the instance holds the one it had.
+    """Sets the module's class, and replaces a bound forward of the old class by that of the new one.
 
-    A forward of the instance's own is kept aside by a tiled class, and is back with the class that it was bound in front of.
+    A tiled class stores another forward of the instance aside; the swap back restores it.
     """
     name, before = _forward_attribute(module), type(module)
     value, aside = module.__dict__.get(name), module.__dict__.pop(_BOUND, None)

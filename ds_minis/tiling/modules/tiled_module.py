@@ -1,4 +1,4 @@
-"""Token-wise modules (feed-forward, norms) over chunks of tokens."""
+"""Runs token-wise modules (feed-forward, norms) over chunks of tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ds_minis.tiling.verify.token_wise import read_attributes, token_wise_fallba
 
 
 class TiledModule(Tiled):
-    """Mixed into a token-wise module's class; runs that class's own forward over chunks."""
+    """Mixin for a token-wise module's class: runs that class's own forward over chunks."""
 
     def forward(self, *args, **kwargs):
         forward, chunking = own_forward(self, super().forward), self.mini_sequence_chunking
@@ -40,12 +40,12 @@ class TiledModule(Tiled):
 
 @outside_of_graphs
 def _forward_by_rows(module: TiledModule, forward: Callable[..., Any], call: RowArgs, chunk_rows: int) -> Any:
-    """By chunks, if the module is token-wise; else as it is, with one line that says why."""
+    """Runs the module by chunks if it is token-wise; otherwise untiled, with one warning that says why."""
     if not _is_token_wise(module, forward, call, chunk_rows):
         return _run_whole(module, forward, call)
     require_weights(module)
 
-    bare = call.without_rows()  # the graph holds `run` until the loss is let go of, long after its own backward
+    bare = call.without_rows()  # the graph holds `run` until the loss is freed, long after this backward
 
     def run(*rows: Tensor) -> Tensor:
         args, kwargs = bare.with_rows(rows)
@@ -68,7 +68,7 @@ def _run_whole(module: TiledModule, forward: Callable[..., Any], call: RowArgs) 
 
 
 def _is_token_wise(module: TiledModule, forward: Callable[..., Any], call: RowArgs, chunk_rows: int) -> bool:
-    """Verified once for each way of calling and all that it rests on (`signature`); a hook on a part may come and go."""
+    """Checks the module once per kind of call and signature. Hooks are checked at each call: they may come and go."""
     analyses = module.mini_sequence_analyses
     signature = signature_of(module, analyses.ignored)
     passing, with_grads = passing_state(module, signature), torch.is_grad_enabled() or module.training
@@ -98,7 +98,7 @@ def _asked(
     signature: Signature,
     earlier: ModuleAnalysis | None,
 ) -> ModuleAnalysis | None:
-    """A new verdict; None where nothing can be told."""
+    """A new analysis; None if the runs cannot tell."""
     analyses = module.mini_sequence_analyses
     passing = kind[4]
     reason, reach = call.reason or passing or analyses.changing, Reach()
@@ -136,7 +136,7 @@ def passing_state(module: nn.Module, signature: Signature | None = None) -> str:
     """Transient hooks or parametrizations that recomputation would miss, in words; empty if there are none."""
     signature = signature_of(module) if signature is None else signature
     hook = user_hook(signature.hooked, ALL)
-    if hook:  # PEFT hands layers what they need for each sample in one
+    if hook:  # PEFT passes per-sample arguments to layers in a hook
         return f"a part of it has the hook {hook}, which may look at all tokens"
     hook = global_user_hook()
     if hook:
@@ -147,7 +147,7 @@ def passing_state(module: nn.Module, signature: Signature | None = None) -> str:
 
 
 def _experts_per_choice(module: nn.Module, call: RowArgs) -> float:
-    """How many experts there are for each that a token is sent to; 1 for a module without experts."""
+    """Experts per expert that a token is routed to; 1 for a module without experts."""
     experts = max(
         (param.shape[0] for param in module._parameters.values() if param is not None and param.dim() == 3), default=0
     )
@@ -155,7 +155,7 @@ def _experts_per_choice(module: nn.Module, call: RowArgs) -> float:
 
 
 def engine_inside(module: nn.Module, signature: Signature | None = None) -> str:
-    """Which engine gathers the weights of a part of the module on its own; empty if none does."""
+    """The reason that an engine gathers the weights of a submodule separately; empty if none does."""
     if not any(engine_of(part) for part in (signature_of(module) if signature is None else signature).parts):
         return ""
     for name, child in module.named_modules():
@@ -168,7 +168,10 @@ def engine_inside(module: nn.Module, signature: Signature | None = None) -> str:
 def require_weights(module: nn.Module) -> None:
     """Refuses weights that an engine would gather inside, once per chunk: ranks that differ in length would hang.
 
-    FSDP2 gathers when a module is called, which happens once; FSDP1 when its wrapper's forward runs, which a chunk does.
+    FSDP2 gathers when a module is called, which happens once. FSDP1 gathers in its wrapper's forward, which every chunk runs.
+
+    Raises:
+        RuntimeError: a submodule is wrapped by FSDP, or a weight is partitioned by ZeRO-3.
     """
     for name, child in module.named_modules():
         wrapper = engine_of(child)
