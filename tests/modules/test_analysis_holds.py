@@ -282,6 +282,6 @@ def test_an_attention_argument_that_differs_at_a_real_call(monkeypatch):
     """Where no probe shows it, the chunks' own calls are compared."""
     model, reference = (with_class(m, LogScale) for m in twins("llama"))
     convert_to_mini_sequence(model, {"chunk_size": 130, "loss_chunk_size": 50})
-    monkeypatch.setattr(tiled_layer, "examine", lambda *_: tiled_layer.LayerAnalysis())
+    monkeypatch.setattr(tiled_layer, "analyze_layer", lambda *_: tiled_layer.LayerAnalysis())
     assert_same_training(model, reference, batch(80))
     assert "'scaling' depends on the number of tokens" in whole_fallback_reason(model.model.layers[0])
