@@ -1,1 +1,1 @@
-"""LM head and loss over chunks: logits that are never held as a whole."""
+"""Computes LM head and loss over chunks, so that the logits never exist as a whole."""

@@ -1,4 +1,4 @@
-"""The output-embedding module of one forward pass: what deferred logits are computed with, as a whole or by chunks.
+"""The output-embedding module of one forward pass: computes deferred logits, all at once or by chunks.
 
 Shapes: leading dimensions `*L` (batch, sequence; R rows when flattened), H hidden size, V vocabulary, C rows of one chunk.
 """
@@ -29,24 +29,24 @@ from ds_minis.tiling.verify.signature import STALE, signature_of
 from ds_minis.tiling.verify.token_wise import token_wise_fallback_reason
 
 HEAD = "_mini_sequence_head"
-_PROBE_ROWS = 2048  # the same on all ranks; a few of them are run with values
+_PROBE_ROWS = 2048  # the same on all ranks; only a few of these rows run with values
 
 
 @dataclass(frozen=True)
 class HeadAnalysis:
-    """What was found out about an LM head: why it must see all tokens (empty: it need not), and what it gives for a row."""
+    """The analysis of an LM head: why it must see all tokens (empty if it need not), and width and dtype of its rows."""
 
     reason: str = ""
     width: int = 0
     dtype: torch.dtype | None = None
-    versions: tuple | None = None  # of the tensors that it rests on (`signature`)
+    versions: tuple | None = None  # of the tensors that it depends on (`signature`)
 
 
 class DeferringHead(nn.Module):
-    """Mixed into the class of a model's output-embedding module while the model runs forward with labels.
+    """Mixin for the class of a model's output-embedding module while the model runs forward with labels.
 
-    `__call__` and not `forward` is overridden: FSDP2 and ZeRO-3 gather the weights in hooks around `forward`, and must do
-    so when the logits are computed, once for all chunks, and not here where they are deferred.
+    It overrides `__call__`, not `forward`: FSDP2 and ZeRO-3 gather the weights in hooks around `forward`. They must do so
+    once for all chunks, when the logits are computed, and not here, where they are deferred.
     """
 
     @outside_of_graphs
@@ -68,13 +68,13 @@ class ChunkedHead:
     """The output-embedding module of one forward pass.
 
     Args:
-        defer: `defer(head, hidden_LH, sample_0V)` makes what stands for `head.logits(hidden_LH)`.
-        sharded: which engine holds the weights in parts once the pass is over, in words; empty if none does.
+        defer: `defer(head, hidden_LH, sample_0V)` creates the deferred `head.logits(hidden_LH)`.
+        sharded: says which engine shards the weights after the pass; empty if none does.
 
     Attributes:
         deferred: whether logits of this pass were deferred.
-        reason: why they were not, where the module was called and must see all tokens.
-        scope: closed at the end of the pass.
+        reason: why they were not, if the module was called and must see all tokens.
+        scope: an exit stack that is closed at the end of the pass.
     """
 
     scope: contextlib.ExitStack | None = None
@@ -86,7 +86,7 @@ class ChunkedHead:
         self._chunking = chunking
         self._made: list[weakref.ref[Tensor]] = []
         self._outputs: list[tuple[weakref.ref, str]] = []
-        self._weights_then: list[tuple] | None = None  # after the pass
+        self._weights_then: list[tuple] | None = None  # set when the pass ends
         self._sharded, self._defer = sharded, defer
 
     @contextlib.contextmanager
@@ -101,28 +101,28 @@ class ChunkedHead:
             del module.__dict__[HEAD]
 
     def deferred_logits(self, hidden_LH: Tensor) -> Tensor | None:
-        """What stands for the logits; None if the module must be called as ever."""
+        """Deferred logits; None if the module must be called as usual."""
         analysis = self._known(hidden_LH) if _is_plain(self._module) else self._found_out(hidden_LH)
         if analysis.reason:
             self.reason = f"the LM head, a {type(self._module).__name__}, is run as a whole: {analysis.reason}"
             return None
         if not self.deferred and self.scope is not None:
-            # The model's output will have deferred logits, on which no tracker can put its hooks.
+            # The model's output will hold deferred logits, on which a tracker cannot register hooks.
             self.scope.enter_context(trackers_aside())
         self.deferred = True
         return self._defer(self, hidden_LH, hidden_LH.new_empty((0, analysis.width), dtype=analysis.dtype))
 
     def _known(self, hidden_LH: Tensor) -> HeadAnalysis:
-        """Of a linear layer: no need to gather its weight."""
+        """The analysis of a plain linear layer, without gathering its weight."""
         weight = self._module.weight
         shape = getattr(weight, "ds_shape", weight.shape)
-        width = shape[0] if len(shape) == 2 else self._module.out_features  # FSDP1's weights may be flat
+        width = shape[0] if len(shape) == 2 else self._module.out_features  # FSDP1 may hold flat weights
         return HeadAnalysis(width=width, dtype=AutocastState(hidden_LH.device).dtype_of(hidden_LH))
 
     def _found_out(self, hidden_LH: Tensor) -> HeadAnalysis:
-        """Of any other module: asked as any tiled module is, once for each way of calling it and for what it is made of.
+        """The analysis of any other module, once per kind of call and signature, as for a tiled module.
 
-        By calling it, so that engines gather its weights: nothing here may differ from rank to rank.
+        It calls the module, so that engines gather its weights. So all ranks must take the same path here.
         """
         heads, signature = self._chunking.heads, signature_of(self._module)
         key = _mode(self._module, hidden_LH), signature.stable
@@ -148,7 +148,7 @@ class ChunkedHead:
 
         with torch.no_grad():
             self._call(examine, few)
-        if analysis is None:  # cannot be told from these weights
+        if analysis is None:  # the runs cannot tell, with these weights
             return HeadAnalysis("its weights are such that nothing shows")
         heads[key] = analysis
         return analysis
@@ -158,9 +158,9 @@ class ChunkedHead:
         return self._call(self._module.forward, hidden_LH)
 
     def tile(self, function: Callable[..., Tensor], hidden_LH: Tensor, sample_0V: Tensor, *aligned_R: Tensor) -> Tensor:
-        """`function(logits_CV, *aligned_C)` of each chunk of rows, put together: one result per row.
+        """`function(logits_CV, *aligned_C)` of each chunk of rows, concatenated: one result per row.
 
-        `sample_0V` has the dtype and the width of what the logits become before they are used.
+        `sample_0V` has the dtype and the width that the logits have when the loss reads them.
         """
         return self._by_chunks(tile_rows, function, hidden_LH, sample_0V, aligned_R)
 
@@ -172,11 +172,11 @@ class ChunkedHead:
         expected: Tensor,
         *aligned_R: Tensor,
     ) -> Tensor:
-        """The sum of these results over all rows, whose incoming gradient will probably be `expected`.
+        """The sum of these results over all rows; `expected` is its probable incoming gradient.
 
-        `function` is given a keyword `expected` too, where that is the gradient that its results are sure to receive.
+        `function` also gets the keyword `expected` if its results are sure to receive that gradient.
         """
-        # float16 gradients need the loss scaler's factor, which comes in backward, or they are rounded to zero.
+        # float16 gradients underflow without the loss scale, which is known only in backward.
         if torch.float16 in (hidden_LH.dtype, AutocastState(hidden_LH.device).dtype()):
             return self.tile(function, hidden_LH, sample_0V, *aligned_R).sum(0)
         run, function = (functools.partial(f, expected=expected) for f in (sum_rows, function))
@@ -184,7 +184,7 @@ class ChunkedHead:
 
     def _by_chunks(self, run, function, hidden_LH: Tensor, sample_0V: Tensor, aligned_R: Sequence[Tensor]) -> Tensor:
         module, own_forward = self._module, self._module.__dict__.get("forward")
-        # Only a plain linear layer is known to keep nothing of its result. The loss may write over logits, not over views.
+        # Only a plain linear layer is known not to save its result. The loss may overwrite logits, but not views.
         keeps_nothing = type(module).forward is nn.Linear.forward and own_forward is None
 
         def losses(hidden_CH: Tensor, *aligned_C: Tensor) -> Tensor:
@@ -204,31 +204,31 @@ class ChunkedHead:
         return self._call(all_losses, hidden_LH.reshape(-1, hidden_LH.shape[-1]))
 
     def _call(self, forward: Callable[..., Tensor], hidden: Tensor) -> Tensor:
-        """Calls the module with `forward` in the place of its own, so that its hooks run once around all chunks."""
+        """Calls the module with its forward replaced, so that its hooks run once around all chunks."""
         unreadable = self._unreadable_reason() if self._weights_then is not None else ""
         if unreadable:
             raise RuntimeError(unreadable)
         with patched_forwards({self._module: forward}):
             return self._own_call(self._module, hidden)
 
-    # What follows is for logits that are looked at when the pass is over.
+    # The methods below serve logits that are read after the pass.
 
     def warn_materialized(self, operation: str) -> None:
-        """Says, once for each operation, that all logits are computed for it."""
+        """Warns, once per operation, that all logits are computed for it."""
         self._chunking.warnings.once(
             f"logits are computed in full, without saving memory, for the operation {operation!r} on them"
         )
 
     def record_output(self, logits: Tensor) -> None:
-        """Deferred logits of this head came into being."""
+        """Registers deferred logits of this head."""
         self._made.append(weakref.ref(logits))
 
     def finish(self) -> None:
-        """The forward pass is over."""
+        """Marks the end of the forward pass."""
         self._weights_then = _weights_of(self._module)
 
     def give(self, logits: Tensor, output: Any, name: str) -> None:
-        """Has logits be the attribute `name` of a model's output until backward, and no item of it: no engine sees them."""
+        """Sets logits as an attribute of a model's output until backward. They are not an item of it: no engine sees them."""
         if self._sharded:
             output.__dict__[name] = UnreadableLogits(_unreadable(self._sharded))
         else:
@@ -236,9 +236,9 @@ class ChunkedHead:
             self._outputs.append((weakref.ref(output), name))
 
     def release(self) -> None:
-        """Backward has reached the loss: hidden states are let go of, or they would be there beside all of its own.
+        """Called when backward reaches the loss: frees the hidden states, which would otherwise stay until its end.
 
-        Logits that somebody else still holds are computed in full, as weights are about to change.
+        Logits that somebody else still holds are computed in full, since the weights are about to change.
         """
         if self._weights_then is None:
             return
@@ -256,7 +256,7 @@ class ChunkedHead:
         return value is not None and any(ref() is value for ref in self._made)
 
     def _unreadable_reason(self) -> str:
-        """Why logits of a pass that is over cannot be computed; empty if they can."""
+        """The reason why logits cannot be computed after the pass; empty if they can."""
         if self._sharded:
             return _unreadable(self._sharded)
         changed = self._weights_then != _weights_of(self._module)
@@ -271,7 +271,7 @@ def _unreadable(reason: str) -> str:
 
 
 class UnreadableLogits:
-    """In the place of logits that cannot be computed once the forward pass is over; whatever is done with it says why."""
+    """Replaces logits that cannot be computed after the forward pass; any use raises RuntimeError with the reason."""
 
     def __init__(self, reason: str):
         self.__dict__["reason"] = reason
@@ -280,7 +280,7 @@ class UnreadableLogits:
         return f"UnreadableLogits({self.reason!r})"
 
     def __getattr__(self, name: str):
-        if name.startswith("__") and name.endswith("__"):  # copies, pickles and walks over outputs look for these
+        if name.startswith("__") and name.endswith("__"):  # copy, pickle and traversals of outputs probe these
             raise AttributeError(name)
         raise RuntimeError(self.reason)
 
@@ -302,7 +302,7 @@ def _weights_of(module: nn.Module) -> list[tuple]:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a module computes `x @ weight.T + bias` and nothing else, with a weight that is a parameter."""
+    """Whether a module computes only `x @ weight.T + bias`, with a weight that is a plain parameter."""
     if type(module).forward is not nn.Linear.forward or "forward" in module.__dict__:
         return False
     weight = module._parameters.get("weight")
@@ -315,7 +315,7 @@ def _mode(module: nn.Module, hidden_LH: Tensor) -> tuple:
 
 
 def _examined(module: nn.Module, few_LH: Tensor, with_grads: bool, versions: tuple) -> HeadAnalysis | None:
-    """Runs a few rows; None if nothing can be told from them."""
+    """Analyzes a head on a few rows; None if they cannot tell."""
     reach = Reach()
     if has_values(few_LH):
         call = RowArgs((few_LH,), {})

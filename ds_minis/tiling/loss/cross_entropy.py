@@ -1,11 +1,10 @@
 """Cross entropy of one chunk of logits, with the softmax in float32 and no float32 copy of the chunk.
 
-Each row's loss is `logsumexp(row) - row[target]` and its gradient `softmax(row) - onehot(target)`, rounded once to the
-logits' dtype: what autograd gives for `F.cross_entropy(logits.float(), target)`. Where the gradient of the losses is known
-beforehand and nobody else reads the logits, the gradient is written over them as soon as the loss is known, so that there
-is one buffer of the chunk's size.
+Each row's loss is `logsumexp(row) - row[target]`. Its gradient is `softmax(row) - onehot(target)`, rounded once to the
+logits' dtype, as autograd computes for `F.cross_entropy(logits.float(), target)`. If the gradient of the losses is known in
+advance and nothing else reads the logits, their gradient overwrites them, so that there is one buffer of the chunk's size.
 
-On CUDA with Triton it is one kernel (`cross_entropy_kernel`); elsewhere a few rows at a time go through torch.
+On CUDA with Triton it is one kernel (`cross_entropy_kernel`); elsewhere torch computes a few rows at a time.
 
 Shapes: C rows of one chunk, B rows of one block of it, V vocabulary.
 """
@@ -27,11 +26,11 @@ from ds_minis.tiling.core.out_of_memory import is_out_of_memory
 logger = logging.getLogger("ds_minis")
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
-# Elements of a block of rows in float32: on a CPU it should stay in a core's cache, on a device fill its processors.
+# Elements of a block of rows in float32: it should fit into a core's cache on a CPU, and fill the processors of a device.
 _BLOCK_ELEMENTS = {"cpu": 2**18}
 _DEVICE_BLOCK_ELEMENTS = 2**24
-# Operations that make a new tensor and whose backward does not read it. Not here: tanh and whatever else saves its result,
-# and views, which are part of somebody's tensor.
+# Operations that return a new tensor and do not save it for backward. Not here: tanh and others that save their result, and
+# views, which share memory with another tensor.
 _FRESH = frozenset(
     f"{name}Backward0" for name in ("Mm", "Addmm", "Mul", "Div", "Add", "Sub", "ToCopy")
 ) | {"_LinearBackward"}  # fmt: skip
@@ -41,9 +40,9 @@ def token_losses(logits_CV: Tensor, target_C: Tensor, ignore_index: int, expecte
     """`F.cross_entropy(logits_CV.float(), target_C, ignore_index=ignore_index, reduction="none")`.
 
     Args:
-        logits_CV: of one of `DTYPES`.
-        expected: the gradient that every one of these losses is sure to receive, once, before anything else is done with
-            the graph. The logits may then be written over.
+        logits_CV: logits of one of `DTYPES`.
+        expected: the gradient that every one of these losses is sure to receive, once, before any other use of the graph.
+            The logits may then be overwritten.
     """
     overwrite = expected is not None and _is_fresh(logits_CV)
     return _TokenLosses.apply(logits_CV, target_C, ignore_index, expected if overwrite else None)
@@ -72,20 +71,20 @@ class _TokenLosses(torch.autograd.Function):
 
 
 class _Torch:
-    """A block of rows at a time, so that what is in float32 is of a block's size."""
+    """Computes a block of rows at a time, so that float32 temporaries have a block's size."""
 
     @staticmethod
     def losses(logits_CV: Tensor, target_C: Tensor, ignore_index: int, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The losses; each row's greatest logit, and the logarithm of its sum of exponentials with that taken off.
+        """Returns the losses, and for each row its maximum m and `log(sum(exp(row - m)))`.
 
-        With `factor` the logits become gradients.
+        With `factor`, overwrites the logits by their gradient.
         """
         losses_C = logits_CV.new_empty(logits_CV.shape[0], dtype=torch.float32)
         normalizers_2C = losses_C.new_empty(2, losses_C.shape[0])
         for start, stop in _blocks(logits_CV):
             logits_BV, target_B = logits_CV[start:stop], target_C[start:stop]
             ignored_B = target_B == ignore_index
-            # Minus the target's logit, 0 where ignored; an error as torch's for a target out of range.
+            # Minus the target's logit; 0 where ignored. Raises torch's own error for a target out of range.
             picked_B = F.nll_loss(logits_BV, target_B, ignore_index=ignore_index, reduction="none")
             greatest_B = logits_BV.amax(-1, keepdim=True).float()
             in_place = factor is not None and logits_BV.dtype == torch.float32
@@ -93,7 +92,7 @@ class _Torch:
             sums_B = exponentials_BV.sum(-1, keepdim=True)
             logs_B = sums_B.log()
             normalizers_2C[0, start:stop], normalizers_2C[1, start:stop] = greatest_B[:, 0], logs_B[:, 0]
-            # The greatest logit is taken off first: a small loss would be lost in the rounding of large logits.
+            # Subtract the maximum first: rounding of large logits would hide a small loss.
             losses_B = (picked_B.float() + greatest_B[:, 0]) + logs_B[:, 0]
             losses_C[start:stop] = losses_B.masked_fill_(ignored_B, 0.0)
             if factor is not None:
@@ -108,7 +107,7 @@ class _Torch:
     def gradients(
         logits_CV: Tensor, target_C: Tensor, ignore_index: int, normalizers_2C: Tensor, grad_C: Tensor
     ) -> Tensor:
-        """The gradient of the logits for the losses' gradient `grad_C`."""
+        """The gradient of the logits, given the gradient of the losses."""
         gradients_CV = torch.empty_like(logits_CV)
         for start, stop in _blocks(logits_CV):
             target_B, logits_BV = target_C[start:stop], logits_CV[start:stop]
@@ -129,16 +128,16 @@ def _blocks(logits_CV: Tensor) -> list[tuple[int, int]]:
 
 
 def _implementation(logits_CV: Tensor) -> type[_Torch] | ModuleType:
-    # A subclass (fake tensors, for one) has no memory that a kernel could read.
+    # A kernel cannot read a tensor subclass, such as a fake tensor.
     real = type(logits_CV) in (Tensor, torch.nn.Parameter)
     return (_kernel() if real and logits_CV.is_cuda else None) or _Torch
 
 
 @functools.cache
 def _kernel() -> ModuleType | None:
-    """The module with the Triton kernel, imported when the first CUDA tensor comes; None where Triton does not work.
+    """The module with the Triton kernel, imported for the first CUDA tensor; None if Triton does not work.
 
-    Triton compiles at the first launch, for which a machine may have no compiler, so one is tried.
+    Triton compiles at the first launch and a machine may lack a compiler, so this launches the kernel once.
     """
     try:
         from ds_minis.tiling.loss import cross_entropy_kernel

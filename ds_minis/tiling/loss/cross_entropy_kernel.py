@@ -1,7 +1,7 @@
-"""The Triton kernel of `cross_entropy`: one program per row. Imported only where a CUDA tensor is there to work on.
+"""The Triton kernel of `cross_entropy`: one program per row. Imported only for CUDA tensors.
 
-A row is read twice, the second time for its gradient, mostly from the device's cache as the same program has just read it.
-Offsets of rows are 64 bits wide: a chunk of logits may have more than 2**31 elements.
+A row is read twice. The second read, for the gradient, mostly hits the cache, since the same program has just read the row.
+Row offsets are 64 bits wide: a chunk of logits may have more than 2**31 elements.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def _rows(
         for start in range(0, read_size, BLOCK):
             x = tl.load(logits + start + columns, mask=start + columns < vocab_size, other=float("-inf")).to(tl.float32)
             new_greatest = tl.maximum(greatest, tl.max(x, 0))
-            # Nothing but -inf so far: -inf minus itself would be NaN.
+            # All -inf so far: -inf minus itself would be NaN.
             shift = tl.where(new_greatest == float("-inf"), 0.0, new_greatest)
             total = total * tl.exp(greatest - shift) + tl.sum(tl.exp(x - shift), 0)
             greatest = new_greatest
         log_total = tl.log(total)
         picked = tl.load(logits + tl.where(counted, target, 0)).to(tl.float32)
-        # The greatest logit is taken off first: a small loss would be lost in the rounding of large logits.
+        # Subtract the maximum first: rounding of large logits would hide a small loss.
         tl.store(losses + row, tl.where(counted, (greatest - picked) + log_total, 0.0))
         tl.store(normalizers + row, greatest)
         tl.store(normalizers + tl.num_programs(0).to(tl.int64) + row, log_total)
@@ -60,7 +60,7 @@ def _rows(
 
     if WITH_GRADIENT:
         if WITH_LOSS:
-            tl.debug_barrier()  # another thread of the program may still have to read the target's logit
+            tl.debug_barrier()  # another thread may not have read the target's logit yet
         gradients += row * gradient_stride
         factor = tl.load(factors + row * factor_stride).to(tl.float32)
         for start in range(0, vocab_size, BLOCK):
@@ -73,9 +73,9 @@ def _rows(
 
 
 def losses(logits_CV: Tensor, target_C: Tensor, ignore_index: int, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The losses; each row's greatest logit, and the logarithm of its sum of exponentials with that taken off.
+    """Returns the losses, and for each row its maximum m and `log(sum(exp(row - m)))`.
 
-    With `factor` the logits become gradients.
+    With `factor`, overwrites the logits by their gradient.
     """
     require_targets_in_range(target_C, ignore_index, logits_CV.shape[1])
     rows_CV = logits_CV if logits_CV.stride(1) == 1 else logits_CV.contiguous()
@@ -89,7 +89,7 @@ def losses(logits_CV: Tensor, target_C: Tensor, ignore_index: int, factor: Tenso
 
 
 def gradients(logits_CV: Tensor, target_C: Tensor, ignore_index: int, normalizers_2C: Tensor, grad_C: Tensor) -> Tensor:
-    """The gradient of the logits for the losses' gradient `grad_C`."""
+    """The gradient of the logits, given the gradient of the losses."""
     rows_CV = logits_CV if logits_CV.stride(1) == 1 else logits_CV.contiguous()
     gradients_CV = torch.empty_like(rows_CV, memory_format=torch.contiguous_format)
     _launch(rows_CV, target_C, ignore_index, None, normalizers_2C, gradients_CV, grad_C)
@@ -130,6 +130,6 @@ def _launch(
 
 
 def require_targets_in_range(target_C: Tensor, ignore_index: int, vocab_size: int) -> None:
-    """An error on the device, without waiting for it, as torch's own loss gives one."""
+    """Asserts on the device, without synchronizing, as torch's own loss does."""
     fine_C = ((target_C >= 0) & (target_C < vocab_size)) | (target_C == ignore_index)
     torch._assert_async(fine_C.all(), "a label is out of the range of the vocabulary and is not ignore_index")

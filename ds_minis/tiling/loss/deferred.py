@@ -1,8 +1,8 @@
-"""A tensor that stands for logits which are never held as a whole.
+"""A tensor subclass for logits that never exist as a whole.
 
-`DeferredLogits` remembers the hidden states it comes from and what the model does to the logits on their way to the loss
-(a cast, a softcap, a scale, a shift, a reshape). When cross entropy consumes it, all of that is run chunk by chunk. What
-it does not know how to defer is computed in full, once: exact, without the saving.
+`DeferredLogits` holds the head's input and records the operations on the logits up to the loss (a cast, a softcap, a scale, a
+shift, a reshape). When cross entropy consumes it, head and operations run chunk by chunk. For an operation that it cannot
+defer, it computes the logits in full, once: exact, but without saving memory.
 
 Shapes: leading dimensions `*L` (batch, sequence; R rows when flattened), H hidden size, V vocabulary.
 """
@@ -34,7 +34,7 @@ _FACT_ATTRIBUTES = frozenset("shape dtype device layout ndim is_cuda is_cpu is_m
 
 
 class DeferredLogits(torch.Tensor):
-    """Logits of shape `(*L, V)` that are computed when, and as far as, they are needed."""
+    """Logits of shape `(*L, V)` that are computed only when needed, by chunks if possible."""
 
     @staticmethod
     def __new__(cls, head: ChunkedHead, hidden_LH: Tensor, sample_0V: Tensor, steps: tuple[Step, ...], mode: _Mode):
@@ -43,17 +43,17 @@ class DeferredLogits(torch.Tensor):
         logits = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=sample_0V.dtype, device=sample_0V.device, requires_grad=mode.grad
         )
-        if mode.grad:  # an autograd.Function takes tensors without asking __torch_function__
+        if mode.grad:  # an autograd.Function bypasses __torch_function__
             with torch._C.DisableTorchFunctionSubclass():
                 logits.register_hook(_refuse_gradient)
-        # `_sample`, zero rows that went through all steps, tells dtype and width of the result without any rule of ours.
+        # `_sample` is zero rows put through all steps; it has the dtype and width of the result.
         logits._head, logits._hidden, logits._sample, logits._steps = head, hidden_LH, sample_0V, steps
         logits._mode, logits._hidden_version = mode, version_of(hidden_LH)
-        logits._value = None  # the logits in full, once somebody needed them
-        logits._view = None  # where this is a view: of which deferred logits, and by which operation
+        logits._value = None  # the logits in full, once they were needed
+        logits._view = None  # for a view: its base, and the operation that made it
         logits._aliases = _Aliases()
         logits._aliases.add(logits)
-        logits._unreadable = ""  # why the logits cannot be computed any more
+        logits._unreadable = ""  # the reason why the logits can no longer be computed
         head.record_output(logits)
         return logits
 
@@ -62,7 +62,7 @@ class DeferredLogits(torch.Tensor):
             return f"DeferredLogits(rows={tuple(self.shape[:-1])}, vocab_size={self.shape[-1]})"
 
     def materialize(self) -> Tensor:
-        """The logits in full, an ordinary tensor in the autograd graph; the same one each time."""
+        """The logits in full, as an ordinary tensor in the autograd graph; the same one each time."""
         if self._value is None:
             with self._mode.entered():
                 if self._view is not None:
@@ -74,22 +74,22 @@ class DeferredLogits(torch.Tensor):
         return self._value
 
     def settle(self, unreadable: str) -> None:
-        """Backward has begun: the hidden states are let go of, and the logits, if they can be, computed in full."""
+        """Called when backward begins: computes the logits in full, if possible, and frees the hidden states."""
         if self._value is None and not unreadable:
             self._head.warn_materialized("holding them until backward")
-            self._mode.grad = False  # what the graph has saved is about to be freed
+            self._mode.grad = False  # the saved tensors of the graph are about to be freed
             try:
                 self.materialize()
-            except RuntimeError as error:  # not in the middle of a backward
+            except RuntimeError as error:  # cannot be computed in the middle of a backward
                 unreadable = str(error)
         self._unreadable, self._hidden, self._steps = unreadable, None, ()
 
     def mode(self) -> contextlib.AbstractContextManager:
-        """The gradient mode and the autocast state that the head was called under, in which it runs by chunks."""
+        """Enters the gradient mode and the autocast state that the head was called in."""
         return self._mode.entered()
 
     def hidden(self) -> Tensor:
-        """The head's input, as it was when the model called its head."""
+        """The head's input. Raises RuntimeError if it was freed or changed in place since."""
         if self._hidden is None:
             raise RuntimeError(self._unreadable)
         if version_of(self._hidden) != self._hidden_version:
@@ -100,40 +100,40 @@ class DeferredLogits(torch.Tensor):
         return self._hidden
 
     def is_readable(self) -> bool:
-        """Whether nobody has looked at these logits, and backward has not begun."""
+        """Whether these logits are still deferred and backward has not begun."""
         return self._hidden is not None and not self._is_known()
 
     def give_to_be_read(self, output: Any, name: str) -> None:
-        """Has the same logits be an attribute of another output, for reading: a gradient of them is refused.
+        """Sets the same logits as an attribute of another output, read-only: their gradient is refused.
 
-        It would not come by what the engine that rebuilt the output has put behind its tensors (DDP's static graph).
+        It would bypass the autograd nodes that an engine adds to the outputs that it rebuilds (DDP's static graph).
         """
         mode = copy.copy(self._mode)
         mode.read_only = True
         self._head.give(DeferredLogits(self._head, self._hidden, self._sample, self._steps, mode), output, name)
 
     def _is_known(self) -> bool:
-        """Whether these logits, or others that stand for the same memory, were computed in full."""
+        """Whether these logits, or a view that shares their memory, were computed in full."""
         return any(alias._value is not None for alias in self._aliases.alive())
 
     def by_chunks(self, function: Callable[..., Tensor], *aligned_R: Tensor) -> Tensor:
-        """`function(logits_CV, *aligned_C)` of each chunk of rows, put together: `(R, ...)`, one result per row."""
+        """`function(logits_CV, *aligned_C)` of each chunk of rows, concatenated: `(R, ...)`, one result per row."""
         return self._watched(self._head.tile(self._after_steps(function), self.hidden(), self._sample, *aligned_R))
 
     def sum_by_chunks(self, function: Callable[..., Tensor], expected: Tensor, *aligned_R: Tensor) -> Tensor:
-        """`by_chunks(function, *aligned_R).sum(0)`, for one matmul of the head less; see `sums.sum_rows`."""
+        """`by_chunks(function, *aligned_R).sum(0)`, with one matmul of the head less; see `tiled_sum.sum_rows`."""
         rows = self._after_steps(function)
         return self._watched(self._head.sum(rows, self.hidden(), self._sample, expected, *aligned_R))
 
     def _watched(self, result: Tensor) -> Tensor:
-        """The result, whose backward tells the head."""
+        """Registers a hook on the result by which backward releases the head's input."""
         self._mode.watch(result)
         if result.requires_grad:
             result.register_hook(functools.partial(_release, self._head))
         return result
 
     def before_upcast(self) -> DeferredLogits:
-        """The same without a last cast to float32, for a function that computes in float32 whatever it is given."""
+        """The same logits without a last cast to float32, for a function that computes in float32 for any dtype."""
         last = self._steps[-1] if self._steps else None
         if not isinstance(last, Upcast):
             return self
@@ -142,7 +142,7 @@ class DeferredLogits(torch.Tensor):
         )
 
     def _after_steps(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        steps = self._steps  # and nothing else: the graph holds this until the end of backward
+        steps = self._steps  # only the steps: the graph holds this closure until the end of backward
 
         def rows(logits_CV: Tensor, *aligned_C: Tensor, **kwargs) -> Tensor:
             return function(_run_steps(steps, logits_CV), *aligned_C, **kwargs)
@@ -150,10 +150,10 @@ class DeferredLogits(torch.Tensor):
         return rows
 
     def _with_step(self, step: Step) -> DeferredLogits | None:
-        """What `step` makes of these logits; None if it is not a function of each row."""
+        """These logits with one more step; None if the step changes the shape of a row."""
         with torch.no_grad():
             sample = step(self._sample)
-        if sample is self._sample:  # a cast to the dtype they have: torch gives the tensor itself
+        if sample is self._sample:  # a cast to their own dtype: torch returns the tensor itself
             return self
         if sample.shape != self._sample.shape:
             return None
@@ -162,7 +162,7 @@ class DeferredLogits(torch.Tensor):
     def _with_rows(
         self, view: Callable[[Tensor], Tensor], rearrange: Callable[[Tensor], Tensor], *steps: Step
     ) -> DeferredLogits:
-        """`view` on logits is `rearrange` on the hidden states, and `steps` for what it does along the vocabulary."""
+        """A view of these logits: `rearrange` of the hidden states, then `steps` along the vocabulary."""
         sample = self._sample
         with torch.no_grad():
             for step in steps:
@@ -248,12 +248,12 @@ class _Mode:
         self._autocast = AutocastState(device)
 
     def is_on(self, name: str = "") -> bool:
-        """Whether the function of that name would do now what it does in this mode."""
+        """Whether the function of that name gives the same result now as in this mode."""
         same_autocast = name in CASTS or self._autocast == AutocastState(self._device)
         return self.grad == torch.is_grad_enabled() and same_autocast
 
     def watch(self, result: Tensor) -> None:
-        """Has a gradient of what was made of the logits be refused, where it must be."""
+        """Refuses a gradient of the result if the logits are read-only."""
         if self.read_only and result.requires_grad:
             result.register_hook(_refuse_read_only)
 
@@ -264,7 +264,7 @@ class _Mode:
 
 
 class _Aliases:
-    """Deferred logits that stand for one memory: views of each other. They share their fate once it is written to."""
+    """Deferred logits that are views of each other. A write to one of them is a write to all."""
 
     def __init__(self):
         self._members: list[weakref.ref[DeferredLogits]] = []
@@ -273,17 +273,17 @@ class _Aliases:
         self._members.append(weakref.ref(member))
 
     def alive(self) -> list[DeferredLogits]:
-        """From the first on; a view's base is alive as long as the view is."""
+        """The living members in order of creation; a view keeps its base alive."""
         return [member for ref in self._members if (member := ref()) is not None]
 
 
 def defer(head: ChunkedHead, hidden_LH: Tensor, sample_0V: Tensor) -> DeferredLogits:
-    """Stands for `head.logits(hidden_LH)`.
+    """Returns deferred `head.logits(hidden_LH)`.
 
     Args:
         head: computes logits, at once or by chunks.
         hidden_LH: the head's input.
-        sample_0V: the head's result for zero rows; gives dtype, device and vocabulary size.
+        sample_0V: the head's result for zero rows, with its dtype, device and vocabulary size.
     """
     return DeferredLogits(head, hidden_LH, sample_0V, (), _Mode(hidden_LH.device))
 
@@ -297,9 +297,9 @@ def _deferred_in(value: Any) -> Iterator[DeferredLogits]:
 
 
 def materialized(value: Any) -> Any:
-    """The value with every deferred logits in it computed in full; looks into lists, tuples and dicts."""
+    """The value with all deferred logits in it computed in full, also those in lists, tuples and dicts."""
     if isinstance(value, DeferredLogits):
-        for alias in value._aliases.alive():  # all of them now, as the operation may write (`F.relu(x, inplace=True)`)
+        for alias in value._aliases.alive():  # all of them, since the operation may write (`F.relu(x, inplace=True)`)
             alias.materialize()
         return value.materialize()
     if type(value) in (list, tuple):

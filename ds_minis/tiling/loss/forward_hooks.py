@@ -1,8 +1,8 @@
-"""LM head and cross entropy over chunks, with the model's own forward and loss function untouched.
+"""Runs LM head and cross entropy over chunks, without changing the model's forward or loss function.
 
-While a model runs forward with labels, its output-embedding module gives deferred logits instead of logits; whatever
-the model does with them up to `cross_entropy` is then run chunk by chunk. Outside of such a forward nothing is
-different: the module's class, its hooks and its results are the model's own.
+While a model runs forward with labels, its output-embedding module returns deferred logits. The model's operations on them,
+up to `cross_entropy`, then run chunk by chunk. Outside of such a forward nothing changes: the module's class, its hooks and
+its results are the model's own.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ WITHOUT_LABELS = (
 
 
 class _Pass(contextlib.ExitStack):
-    """A forward pass that has begun, and what its end must undo.
+    """A forward pass in progress; closing it undoes what its begin has changed.
 
     Attributes:
-        head: the LM head whose logits are deferred; None if they are not.
-        is_own: whether this pass made it, or a pass around this one.
-        reason: why they are not, where they might have been.
-        tiled: whether a pass inside of this one has deferred them.
-        with_labels: whether it was given labels.
-        only_logits: whether it computes logits alone, without gradients.
+        head: the LM head whose logits are deferred; None if none are.
+        is_own: whether this pass created `head`; False if an outer pass did.
+        reason: why logits are not deferred, if the settings allow it.
+        tiled: whether an inner pass has deferred logits.
+        with_labels: whether it got labels.
+        only_logits: whether it has neither labels nor gradients.
     """
 
     head: ChunkedHead | None = None
@@ -55,10 +55,10 @@ class _Pass(contextlib.ExitStack):
 
 
 class BeginForward:
-    """Forward pre-hook of a model with an LM head: decides what the forward pass that begins here may do.
+    """Forward pre-hook of a model with an LM head: begins to defer logits, or suspends tiling, for this forward pass.
 
     Args:
-        owner: the model that has the LM head, where it is another one, inside of the one with the hook.
+        owner: the inner model that has the LM head; None if the model with the hook has it.
     """
 
     def __init__(self, chunking: Chunking, owner: nn.Module | None):
@@ -92,7 +92,7 @@ class BeginForward:
             or (wanted is not None and wanted.transform is None)
         ):
             return
-        begun.head = module.__dict__.get(HEAD)  # there already, when a model around this one was given labels too
+        begun.head = module.__dict__.get(HEAD)  # set already if an outer model got labels too
         if begun.head is not None:
             return
         around = self._around(model, module)
@@ -104,14 +104,14 @@ class BeginForward:
             begun.callback(setattr, begun.head, "scope", None)
 
     def _around(self, model: nn.Module, module: nn.Module) -> list[nn.Module]:
-        """The modules that an LM head is inside of, from the model to the head's own parent."""
+        """The modules that contain the LM head, from the model to the head's parent."""
         if _path(model, self._head_name)[-1] is not module:
             self._head_name = next((name for name, part in model.named_modules() if part is module), "")
         return _path(model, self._head_name)[:-1] or [model]
 
 
 def _draws_in_training(model: nn.Module) -> bool:
-    """Whether dropout is on: it must be what it is in a pass with gradients from the same random state (GradCache)."""
+    """Whether dropout is active: it must draw the same numbers as a pass with gradients from the same state (GradCache)."""
     if not model.training:
         return False
     rates = (
@@ -133,10 +133,10 @@ def _path(model: nn.Module, name: str) -> list[nn.Module]:
 
 
 def _deferral_fallback_reason(head: nn.Module, around: list[nn.Module]) -> str:
-    """Which hook must see the logits; empty if none must.
+    """The reason why a hook must see the logits; empty if none must.
 
-    An engine's hooks on the head itself run around all chunks. On a module between the head and the loss they would put
-    autograd nodes on the logits. A part of the head has forward hooks at most.
+    An engine's hooks on the head itself run around all chunks. On a module around the head, they would add autograd nodes to
+    the logits. Of the head's submodules, only forward hooks are checked.
     """
     parts = (part for part in head.modules() if part is not head)
     hook = user_hook([head], ALL) or user_hook(parts) or global_user_hook()
@@ -150,12 +150,12 @@ def _deferral_fallback_reason(head: nn.Module, around: list[nn.Module]) -> str:
 
 
 def _sharded(head: nn.Module, around: list[nn.Module]) -> str:
-    """Which engine holds the head's weights in parts once the forward pass is over, in words; empty if none does."""
+    """Says which engine shards the head's weights after the forward pass; empty if none does."""
     if any(hasattr(param, "ds_shape") for param in head.parameters()):
         return "ZeRO-3 holds the LM head's weights in parts"
     engine = next(filter(None, map(engine_of, (*around, *head.modules()))), "")
     if not engine and not all(isinstance(weight, nn.Parameter) for weight in _weights(head)):
-        engine = "FullyShardedDataParallel"  # FSDP1's are views
+        engine = "FullyShardedDataParallel"  # its weights are views
     return f"{engine} holds the LM head's weights in parts" if engine else ""
 
 
@@ -172,7 +172,7 @@ def _end(model: nn.Module) -> _Pass:
 
 
 def _forget(model: nn.Module, thread: int) -> None:
-    """A pass has ended: of its own accord, or with an interrupt, for which torch calls no hook."""
+    """Removes a pass that has ended, normally or by an interrupt, for which torch calls no hook."""
     armed = model.__dict__.get(_BEGUN, {})
     armed.pop(thread, None)
     if not armed:
@@ -180,16 +180,16 @@ def _forget(model: nn.Module, thread: int) -> None:
 
 
 def _require_one_thread(model: nn.Module, begun: _Pass) -> None:
-    """Passes that only compute logits may run side by side; others swap classes and tensors in the model."""
+    """Raises RuntimeError if another thread is in a pass, unless both only compute logits: others modify the model."""
     for thread, other in list(model.__dict__.get(_BEGUN, {}).items()):
         if thread == threading.get_ident() or not is_called_in(thread, model):
-            other.close()  # a forward pass that Ctrl-C ended outside of any chunk has run no hook
+            other.close()  # Ctrl-C outside of a chunk ended it without its forward hook
         elif not (begun.only_logits and other.only_logits):
             raise RuntimeError(several_threads(model))
 
 
 class EndForward:
-    """Forward hook, run also when forward failed: ends what `BeginForward` began, and takes deferred logits out."""
+    """Forward hook, also called when forward fails: ends the pass and removes deferred logits from the output."""
 
     def __init__(self, chunking: Chunking):
         self._chunking = chunking
@@ -213,7 +213,7 @@ class EndForward:
             self._chunking.bypassed = ""
         wanted = wanted_logits()
         if wanted is not None:
-            # accelerate's autocast ends before these hooks run, and leaves the model's own forward under this name.
+            # accelerate's autocast ends before these hooks run. It stores the model's own forward under this name.
             output = wanted.applied_to(output, wrapped="_original_forward" in model.__dict__)
         output = without_deferred(output, head)
         if begun.is_own:
@@ -223,7 +223,7 @@ class EndForward:
     def _without_head(self, model: nn.Module, begun: _Pass, has_labels: bool, output: Any) -> None:
         if begun.reason and not begun.tiled:
             self._tell(model, begun.reason)
-        inside = any(around.head is not None for around in self._chunking.passes)  # of a pass with labels
+        inside = any(around.head is not None for around in self._chunking.passes)  # inside of a pass with labels
         if has_labels or inside or not model.training or not self._chunking.config.loss:
             return
         logits = output.get("logits") if isinstance(output, dict) else None
@@ -231,7 +231,7 @@ class EndForward:
             self._tell(model, WITHOUT_LABELS)
 
     def _tell(self, model: nn.Module, reason: str) -> None:
-        """Once for each reason, though the model's wrapper may tell it too; the report is about training."""
+        """Warns once per reason, also if a wrapper of the model has the same; sets it for the report in training."""
         self._chunking.warnings.once(f"the loss is not tiled by ds_minis: {reason}")
         if model.training:
             self._chunking.bypassed = reason
@@ -241,13 +241,13 @@ def attach_loss_tiling(model: nn.Module, chunking: Chunking, owner: nn.Module | 
     """Makes forward passes of `model` with labels run its LM head and loss over chunks.
 
     Args:
-        model: a module with `get_output_embeddings()` whose forward takes `labels`. What that method gives is looked up
-            at each forward pass, as adapters and `resize_token_embeddings` replace it.
-        chunking: the chunk sizes. With `config.loss` off, only the choice between tiled and untiled forward is made.
-        owner: the module that has `get_output_embeddings()`, where `model` is a wrapper around it.
+        model: a module with `get_output_embeddings()` whose forward takes `labels`. That method is called at each forward
+            pass, because adapters and `resize_token_embeddings` replace its result.
+        chunking: the model's shared state. With `config.loss` off, the hooks only choose between tiled and untiled forward.
+        owner: the module that has `get_output_embeddings()`, if `model` is a wrapper around it.
     """
     model.register_forward_pre_hook(BeginForward(chunking, owner), with_kwargs=True)
-    # First of all hooks, so that no engine's hook sees deferred logits.
+    # Before all other hooks, so that no engine's hook sees deferred logits.
     model.register_forward_hook(EndForward(chunking), with_kwargs=True, always_call=True, prepend=True)
 
 
@@ -264,7 +264,7 @@ def detach_loss_tiling(model: nn.Module) -> None:
 
 
 def attached_chunking(model: nn.Module) -> Chunking | None:
-    """The chunk sizes that `attach_loss_tiling` was called with for the model; None if it was not."""
+    """The `chunking` given to `attach_loss_tiling` for the model; None if it was not called."""
     return next((hook.chunking for hook in model._forward_pre_hooks.values() if isinstance(hook, BeginForward)), None)
 
 
@@ -274,7 +274,7 @@ def loss_is_attached(model: nn.Module) -> bool:
 
 
 def loss_fallback_reason(model: nn.Module) -> str:
-    """Why the last forward pass in training had a loss that could not be tiled; empty if it was, or there was none."""
+    """The reason why the loss of the last forward pass in training was not tiled; empty if it was, or there was none."""
     chunking = attached_chunking(model)
     return "" if chunking is None else chunking.bypassed
 

@@ -1,6 +1,6 @@
-"""What is done to deferred logits: recorded (a function of each row), or run chunk by chunk to one result per token.
+"""Operations on deferred logits: some are recorded, others run chunk by chunk and give one result per token.
 
-Cross entropy, and what evaluations ask for, are run; casts, softcaps, scales, shifts and reshapes are recorded.
+Casts, softcaps, scales, shifts and reshapes are recorded. Cross entropy and the operations of evaluations are run.
 
 Shapes: leading dimensions `*L` (R rows when flattened), C rows of one chunk, V vocabulary.
 """
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     from ds_minis.tiling.loss.deferred import DeferredLogits
 
 Step = Callable[[Tensor], Tensor]
-# Casts: the same whatever autocast does.
+# Casts: autocast does not change them.
 CASTS = frozenset("float half bfloat16 double to type_as".split())
-# Functions that act on each element alone: they are recorded. Keyed by name, as the function `torch.tanh` and the method
-# `Tensor.tanh` are different objects for one operation.
+# Elementwise functions: they are recorded. Keyed by name, since the function `torch.tanh` and the method `Tensor.tanh` are
+# different objects for one operation.
 ELEMENTWISE = frozenset(
     "tanh sigmoid neg __neg__ abs exp log square sqrt clamp nan_to_num "
     "add sub mul div true_divide multiply divide subtract rsub pow __add__ __sub__ __mul__ __truediv__ __radd__ __rsub__ "
     "__rmul__ __rtruediv__ __pow__".split()
 ).union(CASTS)
-# The same, writing into the logits: the tensor itself goes on standing for the result.
+# In-place versions: the same deferred tensor then represents the result.
 _IN_PLACE = {
     "add_": "add", "sub_": "sub", "mul_": "mul", "div_": "div", "tanh_": "tanh", "clamp_": "clamp",
     "__iadd__": "add", "__isub__": "sub", "__imul__": "mul", "__itruediv__": "div",
@@ -41,7 +41,7 @@ _IN_PLACE = {
 
 
 def record_or_run(func, name: str, logits: DeferredLogits, args: tuple, kwargs: dict):
-    """The deferred (or, for cross entropy, final) result; NotImplemented where the logits are needed in full."""
+    """The result, deferred or (for cross entropy) final; NotImplemented if the logits are needed in full."""
     if name in ("register_hook", "retain_grad"):
         raise RuntimeError(
             f'{name} on logits, whose gradient as a whole never exists when the loss is tiled. Set "loss": false in the '
@@ -65,7 +65,7 @@ def record_or_run(func, name: str, logits: DeferredLogits, args: tuple, kwargs: 
 
 
 def _write(name: str, logits: DeferredLogits, args: tuple, kwargs: dict):
-    """Records an elementwise write; else leaves the writing to torch, on the logits and all their aliases in full."""
+    """Records an elementwise write; NotImplemented leaves it to torch, on the logits and all their views in full."""
     alone = len(logits._aliases.alive()) == 1
     if alone and not logits._is_known() and logits._mode.is_on():
         result = NotImplemented
@@ -80,12 +80,12 @@ def _write(name: str, logits: DeferredLogits, args: tuple, kwargs: dict):
 
 
 def _set_items(logits: DeferredLogits, index: Any, value: Any):
-    """Records `logits[..., tokens] = value` (tokens that may not be predicted): the same for every row."""
+    """Records `logits[..., tokens] = value`, equal for every row (tokens that must not be predicted)."""
     leading, tokens = _split_index(index, logits.dim())
     if any(i != slice(None) for i in leading if isinstance(i, slice)) or not all(isinstance(i, slice) for i in leading):
         return NotImplemented
 
-    tokens = list(tokens) if isinstance(tokens, list) else tokens  # as it is now
+    tokens = list(tokens) if isinstance(tokens, list) else tokens  # a later change of the list must not show
 
     def written(rows: Tensor, tokens: Any, value: Any) -> Tensor:
         rows = rows.clone()
@@ -97,7 +97,7 @@ def _set_items(logits: DeferredLogits, index: Any, value: Any):
 
 
 def _elementwise(func, logits: DeferredLogits, args: tuple, kwargs: dict):
-    """Records `func`, if its other operands are the same for every row and need no gradient."""
+    """Records `func` if its other operands are equal for every row and need no gradient."""
     operands = [operand for operand in (*args, *kwargs.values()) if isinstance(operand, Tensor)]
     if any(type(o) is type(logits) or o.dim() > 1 or o.requires_grad for o in operands):
         return NotImplemented
@@ -117,7 +117,7 @@ def _elementwise(func, logits: DeferredLogits, args: tuple, kwargs: dict):
 
 @dataclass(frozen=True)
 class Upcast:
-    """A step that casts to float32, in a form that `before_upcast` knows."""
+    """A step that casts to float32, which `before_upcast` can drop."""
 
     step: Step
     narrow_dtype: torch.dtype
@@ -134,7 +134,7 @@ def _cast(func, logits: DeferredLogits, args: tuple, kwargs: dict):
 
 
 def _along_vocabulary(func, logits: DeferredLogits, args: tuple, kwargs: dict):
-    """Records a softmax: a function of each row, if it runs along the vocabulary."""
+    """Records a softmax along the vocabulary, which is a function of each row."""
     dim, *args = (kwargs.get("dim"),) if "dim" in kwargs else args
     if dim not in (-1, logits.dim() - 1):
         return NotImplemented
@@ -167,7 +167,7 @@ def _transpose(view, logits: DeferredLogits, args: tuple, kwargs: dict):
 
 
 def _getitem(view, logits: DeferredLogits, args: tuple, kwargs: dict):
-    """Slices and integers on the leading dimensions, slices of the vocabulary."""
+    """Records slices and integers on the leading dimensions, and slices of the vocabulary."""
     index, vocabulary = _split_index(args[0], logits.dim())
     if not all(isinstance(i, slice | int) for i in index) or not isinstance(vocabulary, slice):
         return NotImplemented
@@ -176,13 +176,13 @@ def _getitem(view, logits: DeferredLogits, args: tuple, kwargs: dict):
 
 
 def _split_index(index: Any, num_dims: int) -> tuple[tuple, Any]:
-    """An index in square brackets: what it says of the leading dimensions (an ellipsis written out), of the vocabulary."""
+    """Splits an index into that of the leading dimensions, with an ellipsis expanded, and that of the vocabulary."""
     index = index if isinstance(index, tuple) else (index,)
     ellipses = [i for i, part in enumerate(index) if part is Ellipsis]
     at = ellipses[0] if ellipses else len(index)
     missing = num_dims - len(index) + len(ellipses)
     whole = (*index[:at], *[slice(None)] * missing, *index[at + 1 :])
-    if len(whole) != num_dims:  # None makes a dimension
+    if len(whole) != num_dims:  # None adds a dimension
         return (None,), None
     return whole[:-1], whole[-1]
 
@@ -241,13 +241,13 @@ def _token_losses(
     reduction: str,
     plain: bool = False,
 ):
-    """One of torch's losses by chunks, NotImplemented for arguments of other kinds.
+    """One of torch's losses by chunks; NotImplemented for unsupported arguments.
 
-    One result differs on purpose: the mean over no token at all (every label is `ignore_index`) is 0 with zero
-    gradients, where torch gives NaN.
+    One result differs on purpose: the mean over no tokens (every label is `ignore_index`) is 0 with zero gradients, where
+    torch returns NaN.
 
     Args:
-        plain: cross entropy with no more to it than labels, which `token_losses` computes without float32 copies.
+        plain: cross entropy without weights or smoothing, which `token_losses` computes without float32 copies.
     """
     if (
         logits.dim() != 2
@@ -268,7 +268,7 @@ def _token_losses(
 
     def losses(logits_CV: Tensor, target_C: Tensor, expected: Tensor | None = None) -> Tensor:
         nonlocal dtype
-        if dtype is None:  # what torch gives for these logits: bfloat16 stays bfloat16, but for autocast
+        if dtype is None:  # torch's result dtype: bfloat16 stays bfloat16, except under autocast
             sample_0V = logits_CV.detach()[:0].to(logits_dtype)
             dtype = loss(sample_0V, target_C[:0], weight, reduction="none").dtype
         if plain:
@@ -282,7 +282,7 @@ def _token_losses(
     counted = target != ignore_index
     total_weight = counted.sum() if weight is None else (weight[target.masked_fill(~counted, 0)] * counted).sum()
     total_weight = total_weight.masked_fill(total_weight == 0, 1)
-    # Whoever asks for a sum divides it by the number of tokens, most of the time of this batch.
+    # A caller of reduction="sum" usually divides by the number of tokens in this batch.
     total = logits.sum_by_chunks(losses, 1 / total_weight, target)
     return (total if reduction == "sum" else total / total_weight).to(dtype)
 
@@ -291,7 +291,7 @@ def _argmax(logits: DeferredLogits, dim: int | None = None, keepdim: bool = Fals
     """`logits.argmax(-1)`: the predicted tokens."""
     if dim not in (-1, logits.dim() - 1):
         return NotImplemented
-    with torch.no_grad():  # whole numbers
+    with torch.no_grad():  # integers have no gradient
         tokens_R = logits.by_chunks(lambda logits_CV: logits_CV.argmax(-1))
     return _unflattened(tokens_R, logits, keepdim)
 
@@ -304,7 +304,7 @@ def _logsumexp(logits: DeferredLogits, dim: int, keepdim: bool = False):
 
 
 def _gather(logits: DeferredLogits, dim: int, index: Tensor):
-    """`logits.gather(-1, index)`: some tokens' logits, or log-probabilities after `log_softmax`."""
+    """`logits.gather(-1, index)`: logits of chosen tokens, or log-probabilities after `log_softmax`."""
     if dim not in (-1, logits.dim() - 1) or index.shape[:-1] != logits.shape[:-1]:
         return NotImplemented
     gathered = logits.by_chunks(lambda logits_CV, index_C: logits_CV.gather(-1, index_C), index.flatten(0, -2))
@@ -315,7 +315,7 @@ def _unflattened(result_R: Tensor, logits: DeferredLogits, keepdim: bool) -> Ten
     return result_R.view(*logits.shape[:-1], *([1] if keepdim else []))
 
 
-# Keyed by name, as the function `torch.argmax` and the method `Tensor.argmax` are different objects for one operation.
+# Keyed by name, since the function `torch.argmax` and the method `Tensor.argmax` are different objects for one operation.
 CONSUMERS = {
     "cross_entropy": _cross_entropy,
     "nll_loss": _nll_loss,

@@ -1,4 +1,4 @@
-"""The logits among a model's outputs: of deferred ones, what an evaluation wants, and what is read before backward."""
+"""Deferred logits in a model's output: replaced for evaluations, or kept as an attribute until backward."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from ds_minis.tiling.loss.deferred import DeferredLogits, materialized
 
 
 class WantedLogits:
-    """What an evaluation wants of the logits of forward passes with labels.
+    """What an evaluation needs from the logits of forward passes with labels.
 
     Attributes:
-        transform: makes something smaller of them, such as the predicted tokens; called with deferred logits while the
-            engines still hold the weights. None: the logits themselves are wanted.
-        ignored: keys of the output that the evaluation does not look at.
-        transformed: whether the last output had the result of `transform` in the place of its logits.
+        transform: reduces them, for example to the predicted tokens. It is called with deferred logits while the weights are
+            still gathered. None: the logits themselves are needed.
+        ignored: keys of the output that the evaluation does not read.
+        transformed: whether the result of `transform` replaced the logits of the last output.
     """
 
     def __init__(self, transform: Callable[[Tensor], Any] | None, ignored: Collection[str]):
         self.transform, self.ignored, self.transformed = transform, ignored, False
 
     def applied_to(self, output: Any, wrapped: bool) -> Any:
-        """A model's output with what is wanted in the place of its deferred logits.
+        """Replaces the deferred logits of a model's output by what the evaluation needs.
 
-        Engines cast what a model gives in mixed precision to float32 before an evaluation sees it: where autocast is on,
-        or where the model's forward was `wrapped` in it.
+        In mixed precision, engines cast a model's outputs to float32 before an evaluation sees them. So this casts too, if
+        autocast is on or was `wrapped` around the model's forward.
         """
         logits = output.get("logits") if isinstance(output, dict) else None
         if not isinstance(logits, DeferredLogits):
@@ -46,7 +46,7 @@ class WantedLogits:
         if self.transform is None or looked_at != {"logits"}:
             output["logits"] = logits.materialize()
         else:
-            with logits.mode():  # or what the transform does would need all logits
+            with logits.mode():  # in another mode the transform would compute all logits
                 output["logits"] = materialized(self.transform(logits.float() if wrapped or autocast else logits))
             self.transformed = True
         return output
@@ -56,7 +56,7 @@ _WANTED: contextvars.ContextVar[WantedLogits | None] = contextvars.ContextVar("d
 
 
 def wanted_logits() -> WantedLogits | None:
-    """What is wanted of the forward pass in progress."""
+    """What an evaluation needs from the forward pass in progress; None outside of `returning_logits`."""
     return _WANTED.get()
 
 
@@ -64,7 +64,7 @@ def wanted_logits() -> WantedLogits | None:
 def returning_logits(
     transform: Callable[[Tensor], Any] | None = None, ignored: Collection[str] = ()
 ) -> Iterator[WantedLogits]:
-    """Inside, forward passes with labels give what is wanted of their logits (see `WantedLogits`), by default all."""
+    """Inside, forward passes with labels return transformed logits (see `WantedLogits`), by default all logits."""
     wanted = WantedLogits(transform, ignored)
     token = _WANTED.set(wanted)
     try:
@@ -74,9 +74,9 @@ def returning_logits(
 
 
 def without_deferred(output: Any, head: ChunkedHead) -> Any:
-    """The output without the deferred logits among its values; what is nested deeper, or has a fixed form, in full.
+    """The output without deferred logits. Nested ones, and those in outputs of a fixed form, are computed in full.
 
-    Of transformers' outputs they are an attribute still, for who reads `outputs.logits` before backward.
+    In transformers' outputs they remain an attribute, for code that reads `outputs.logits` before backward.
     """
     if isinstance(output, DeferredLogits) or hasattr(output, "_fields"):
         return materialized(output)
@@ -95,8 +95,8 @@ def _dict_without_deferred(output: dict, head: ChunkedHead) -> dict:
     kept = {key: _value(value, head) for key, value in output.items() if not isinstance(value, DeferredLogits)}
     if all(kept.get(key) is value for key, value in output.items()):
         return output
-    if dataclasses.is_dataclass(output):  # transformers' ModelOutput, which refuses to have a field deleted
-        # DDP takes an output apart and puts it together from its items, to find parameters without use.
+    if dataclasses.is_dataclass(output):  # transformers' ModelOutput, which does not allow deleting a field
+        # DDP flattens an output and rebuilds it from its items, to find unused parameters.
         rebuilt = torch.distributed.is_available() and torch.distributed.is_initialized()
         same_kind = (_with_logits if rebuilt else _as_it_is)(type(output))(**kept)
         for name in output.keys() - kept.keys():
@@ -113,19 +113,19 @@ def _as_it_is(cls: type) -> type:
 
 
 class _KeepsLogits:
-    """Mixed into the class of an output with logits in an attribute: they are there in what is rebuilt from its items."""
+    """Mixin for the class of an output with deferred logits as an attribute: a rebuilt output has them, too."""
 
-    def __init_subclass__(cls):  # in the place of ModelOutput's
+    def __init_subclass__(cls):  # replaces ModelOutput's, which registers the items alone
         pytree.register_pytree_node(cls, _flattened, functools.partial(_rebuilt, cls))
 
-    def __post_init__(self):  # as the class below, or ModelOutput's own registers the items alone
+    def __post_init__(self):  # as the base class: ModelOutput would register this class with its items alone
         cls = type(self)
         self.__class__ = _base(cls)
         self.__post_init__()
         self.__class__ = cls
 
     def __reduce__(self):
-        return _base(type(self))(**self).__reduce__()  # the class is made at run time
+        return _base(type(self))(**self).__reduce__()  # the class is created at run time
 
 
 def _base(cls: type) -> type:
@@ -134,7 +134,7 @@ def _base(cls: type) -> type:
 
 @functools.cache
 def _with_logits(cls: type) -> type:
-    """The same class, whose instances `pytree` rebuilds with their logits; the same one each time."""
+    """A subclass whose instances `pytree` rebuilds with their logits; the same subclass each time."""
     if issubclass(cls, _KeepsLogits):
         return cls
     return type(cls.__name__, (_KeepsLogits, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
@@ -155,6 +155,6 @@ def _rebuilt(cls: type, values: list[Any], context: tuple[list[str], dict[str, D
 
 
 def _value(value: Any, head: ChunkedHead) -> Any:
-    """A value of an output: an inner model's output, as that of image-text models, or anything else in full."""
+    """A value of an output: handles an inner model's output (image-text models); computes any other in full."""
     is_output = isinstance(value, dict) and dataclasses.is_dataclass(value)
     return _dict_without_deferred(value, head) if is_output else materialized(value)
