@@ -8,9 +8,8 @@ import torch
 from models import LLAMA_CALLS
 from support import warm
 
-from ds_minis.tiling.core import tiled_op as rows
-from ds_minis.tiling.core import tiled_sum as sums
-from ds_minis.tiling.layer import tiled_layer as layer
+from ds_minis.tiling.core import tiled_op, tiled_sum
+from ds_minis.tiling.layer import tiled_layer
 
 LARGE_GIB = 19
 # Files of more than a minute, the longest first: a worker that begins one of them last would be waited for.
@@ -55,7 +54,7 @@ def tiled_calls(monkeypatch) -> list[tuple[str, int]]:
         calls.append((type(module).__name__, call.hidden.shape[:2].numel()))
         return own(module, forward, call, *args)
 
-    own = layer.LayerPasses
+    own = tiled_layer.LayerPasses
     monkeypatch.setattr("ds_minis.tiling.layer.tiled_layer.LayerPasses", counted_layer)
 
     def count(function):
@@ -65,9 +64,9 @@ def tiled_calls(monkeypatch) -> list[tuple[str, int]]:
 
         return counted
 
-    monkeypatch.setattr("ds_minis.tiling.modules.tiled_module.tile_rows", count(rows.tile_rows))
-    monkeypatch.setattr("ds_minis.tiling.loss.chunked_head.tile_rows", count(rows.tile_rows))
-    monkeypatch.setattr("ds_minis.tiling.loss.chunked_head.sum_rows", count(sums.sum_rows))
+    monkeypatch.setattr("ds_minis.tiling.modules.tiled_module.tile_rows", count(tiled_op.tile_rows))
+    monkeypatch.setattr("ds_minis.tiling.loss.chunked_head.tile_rows", count(tiled_op.tile_rows))
+    monkeypatch.setattr("ds_minis.tiling.loss.chunked_head.sum_rows", count(tiled_sum.sum_rows))
     return calls
 
 

@@ -15,7 +15,7 @@ from engine_worker import trainable, wrapped
 from models import batch
 
 from ds_minis import convert_to_mini_sequence
-from ds_minis.tiling.core import tiled_op as rows
+from ds_minis.tiling.core.tiled_op import TiledRows
 
 STEPS, NEW_TOKENS = 3, 6
 CASES = [Case(engine="ddp"), Case(engine="fsdp2"), Case(engine="deepspeed", zero_stage=3)]
@@ -85,13 +85,13 @@ def main() -> None:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a C++ build of 90 s that gloo does without
     deepspeed.init_distributed(dist_backend="gloo")
-    tiled, forward = [], rows._TiledCall.forward
+    tiled, forward = [], TiledRows.forward
 
     def counted(self, *args, **kwargs):
         tiled.append(kwargs["with_backward"])
         return forward(self, *args, **kwargs)
 
-    rows._TiledCall.forward = counted
+    TiledRows.forward = counted
     for case in CASES:
         results = {}
         for kind in ("converted", "plain"):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from models import assert_same_training, batch, build, checkpointed, loss_and_grads, twins
 
 from ds_minis import convert_to_mini_sequence
-from ds_minis.tiling.core import grad_accum as gradient_sums
+from ds_minis.tiling.core import grad_accum
 from ds_minis.tiling.loss import cross_entropy
 
 pytestmark = pytest.mark.gpu
@@ -135,14 +135,14 @@ def test_the_kernel_beyond_2_to_the_31_elements():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_products_are_added_to_a_float32_sum_on_the_device(dtype):
     left, right = (torch.randn(257, n, device="cuda", dtype=dtype) for n in (129, 64))
-    sums = gradient_sums.GradientSums([torch.empty(129, 64, device="cuda", dtype=dtype).requires_grad_()])
+    sums = grad_accum.GradientSums([torch.empty(129, 64, device="cuda", dtype=dtype).requires_grad_()])
     torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
         sums.add_product(0, left, right)
     assert sums._sums[0].dtype == torch.float32
     exact = 3 * left.double().t() @ right.double()
     assert (sums._sums[0] - exact).norm() <= 1e-5 * exact.norm()  # a product rounded to 16 bits would be off by 1e-3
-    assert gradient_sums._asked_to_multiply(left.device, dtype)
+    assert grad_accum._asked_to_multiply(left.device, dtype)
 
 
 def test_the_head_of_a_bfloat16_model():

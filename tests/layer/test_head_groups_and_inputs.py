@@ -14,11 +14,11 @@ from transient_memory import decoder_memory
 from variants import ALL
 from variants import ours as variant
 
-import ds_minis.tiling.memory.layer_inputs as checkpoints
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
 from ds_minis.config import MiniSequenceConfig
 from ds_minis.tiling.core.linear import is_plain_linear
 from ds_minis.tiling.layer.tiled_layer import TiledLayer
+from ds_minis.tiling.memory import layer_inputs
 from ds_minis.tiling.modules.state import Chunking
 from ds_minis.tiling.modules.swap import tile
 
@@ -142,7 +142,7 @@ def test_inputs_are_not_held_on_the_device():
 
 
 def test_need_of_host_memory_is_said_before_the_first_step(caplog, monkeypatch):
-    monkeypatch.setattr(checkpoints, "available_host_bytes", lambda: 3 * 2**30)
+    monkeypatch.setattr(layer_inputs, "available_host_bytes", lambda: 3 * 2**30)
     model, _ = converted("llama", {"offload": "cpu"}, **DEEP)
     for length in (32, 32, 33, 64):
         model(**batch(length)).loss.backward()
@@ -151,7 +151,7 @@ def test_need_of_host_memory_is_said_before_the_first_step(caplog, monkeypatch):
 
 
 def test_too_little_host_memory_is_an_error_that_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(checkpoints, "available_host_bytes", lambda: 100_000)
+    monkeypatch.setattr(layer_inputs, "available_host_bytes", lambda: 100_000)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     model, _ = converted("llama", {"offload": "cpu"}, **DEEP)
     with pytest.raises(ValueError, match="start fewer processes on it, or train on shorter sequences") as error:

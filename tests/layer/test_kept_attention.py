@@ -18,9 +18,9 @@ from models import (
     twins,
 )
 
-import ds_minis.tiling.memory.layer_inputs as checkpoints
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
 from ds_minis.config import MiniSequenceConfig
+from ds_minis.tiling.memory import layer_inputs
 from ds_minis.tiling.passes.kept_attention import KeptAttention
 
 
@@ -226,7 +226,7 @@ def test_host_memory_holds_outputs_too(caplog, monkeypatch):
         assert store._store.host_bytes_in_use == 0
     lines = [r.message for r in caplog.records if "host memory" in r.message]
     assert len(lines) == 1 and "2 layer inputs of (2, 32, 64) and attention outputs" in lines[0]
-    monkeypatch.setattr(checkpoints, "available_host_bytes", lambda: 1000)
+    monkeypatch.setattr(layer_inputs, "available_host_bytes", lambda: 1000)
     model, _ = converted({"offload": "cpu"})
     with pytest.raises(ValueError, match='for 2 layer inputs .* and attention outputs, .*turn "keep_attention" off'):
         model(**unmasked(32))

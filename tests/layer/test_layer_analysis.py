@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
-from ds_minis.tiling.layer import analysis as layer_verify
+from ds_minis.tiling.layer import analysis
 
 CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
 
@@ -46,7 +46,7 @@ def test_layers_that_count_positions_themselves():
 
 def test_a_large_weight_behind_a_result_that_nobody_else_reads(monkeypatch):
     """Gradients of large weights are not asked for; what is left out in front of one would be missing in it alone."""
-    monkeypatch.setattr(layer_verify, "LARGEST_WEIGHT", 1500)
+    monkeypatch.setattr(analysis, "LARGEST_WEIGHT", 1500)
     model, reference = twins("llama")
     for m in (model, reference):
         for layer in m.model.layers:

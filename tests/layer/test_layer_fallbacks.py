@@ -22,7 +22,7 @@ from models import (
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report, revert_mini_sequence
-from ds_minis.tiling.layer import analysis as layer_verify
+from ds_minis.tiling.layer.analysis import LayerProbe
 from ds_minis.tiling.layer.tiled_layer import TiledLayer
 from ds_minis.tiling.modules.tiled_module import TiledModule
 
@@ -444,10 +444,8 @@ def class_with(activation):
 
 def test_what_is_not_read_is_asked_again_of_each_layer(monkeypatch):
     """The second layer is made as the first, the third only seems to be: it reads its MLP's result for a gradient."""
-    asked, run = [], layer_verify.LayerProbe._by_chunks
-    monkeypatch.setattr(
-        layer_verify.LayerProbe, "_by_chunks", lambda self, *args: asked.append(self._layer) or run(self, *args)
-    )
+    asked, run = [], LayerProbe._by_chunks
+    monkeypatch.setattr(LayerProbe, "_by_chunks", lambda self, *args: asked.append(self._layer) or run(self, *args))
     model, reference = twins("llama", num_hidden_layers=3)
     for m in (model, reference):
         for layer, activation in zip(m.model.layers, (torch.clone, torch.clone, torch.sin), strict=True):

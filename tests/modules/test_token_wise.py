@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-import ds_minis.tiling.modules.tiled_module as tiling
 from ds_minis.config import MiniSequenceConfig
 from ds_minis.tiling.core.replay import has_values
 from ds_minis.tiling.core.row_args import RowArgs
+from ds_minis.tiling.modules import tiled_module
 from ds_minis.tiling.modules.state import Chunking
 from ds_minis.tiling.modules.swap import tile, untile, whole_fallback_reason
 from ds_minis.tiling.modules.tiled_module import TiledModule
@@ -298,7 +298,7 @@ def test_a_module_that_is_not_token_wise_runs_as_a_whole_and_says_so_once(caplog
 def test_a_module_is_asked_once_for_each_way_of_calling_it(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        tiling, "token_wise_fallback_reason", lambda module, forward, call, **_: asked.append(call.keys) or ""
+        tiled_module, "token_wise_fallback_reason", lambda module, forward, call, **_: asked.append(call.keys) or ""
     )
     module = tiled(MLP())
     module(inputs(2, 23)), module(inputs(2, 23))

@@ -9,8 +9,8 @@ from models import add_lora, assert_same_tensors, batch, build, checkpointed, lo
 from torch import nn
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
-from ds_minis.tiling.core import tiled_op as rows
-from ds_minis.tiling.layer import tiled_layer as layer
+from ds_minis.tiling.core import tiled_op
+from ds_minis.tiling.layer import tiled_layer
 from ds_minis.tiling.modules import gate
 
 CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
@@ -18,7 +18,7 @@ CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
 
 @pytest.fixture
 def other_ranks(monkeypatch):
-    for module in (gate, layer, rows):
+    for module in (gate, tiled_layer, tiled_op):
         monkeypatch.setattr(module, "has_other_ranks", lambda: True)
 
 
