@@ -1,1 +1,1 @@
-"""What a module does, asked of its behaviour: is it token-wise, and for how long does the answer hold?"""
+"""Analyzes a module's behavior: whether it is token-wise, and for which calls the analysis holds."""

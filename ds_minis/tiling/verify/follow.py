@@ -1,7 +1,7 @@
-"""A call followed without values, on the meta device: at its own length, and at the length of a chunk.
+"""Traces a call on the meta device, without values: at its own length, and at the length of a chunk.
 
-It costs no memory and little time, whatever the length. Where a module cannot be followed (its course depends on values, or
-an operation knows no meta device), what was seen until there is compared, and the rest is left to runs with values.
+This costs no memory and little time at any length. Where a module cannot be traced (its control flow depends on values, or an
+operation has no meta kernel), the steps up to there are compared, and runs with values check the rest.
 
 B batch, S tokens, H hidden size, R rows, E width of a value's head.
 """
@@ -23,13 +23,13 @@ from ds_minis.tiling.verify.op_trace import SHARED_DRAW, Step, Watch, difference
 
 @dataclass
 class Reach:
-    """The lengths for which a verdict holds.
+    """The lengths for which an analysis holds.
 
     Attributes:
-        longest: tokens or rows of a call.
-        shortest_part, longest_part: of a chunk.
-        complete: the module was followed to its end.
-        versions: values of frozen tensors may decide what it does.
+        longest: tokens or rows of the longest call.
+        shortest_part, longest_part: tokens or rows of the smallest and the largest chunk.
+        complete: whether the module was traced to its end.
+        versions: whether values of frozen tensors may decide what it does.
     """
 
     longest: float = float("inf")
@@ -45,11 +45,11 @@ class Reach:
         self.longest, self.shortest_part, self.longest_part = length, min(chunk, *parts), max(chunk, *parts)
 
     def without_end(self) -> None:
-        """A longer call would be asked in the same way."""
+        """Sets no limits: a longer call would be analyzed with the same runs."""
         self.longest, self.shortest_part, self.longest_part = float("inf"), 0, float("inf")
 
     def extended(self, earlier: Reach) -> Reach:
-        """Together with what was found at other lengths."""
+        """The union with the lengths of an earlier analysis."""
         return Reach(
             max(self.longest, earlier.longest),
             min(self.shortest_part, earlier.shortest_part),
@@ -60,7 +60,7 @@ class Reach:
 
 
 def follow_module(module: nn.Module, forward: Callable[..., Any], call: RowArgs, chunk_rows: int, reach: Reach) -> str:
-    """Why a module is not token-wise, as far as its operations show; empty: nothing was seen. `reach` is told the lengths."""
+    """The reason why a module's operations are not token-wise; empty if none shows. Sets the lengths of `reach`."""
     num_rows = call.num_rows
     parts = chunk_lengths(num_rows, chunk_rows)
     reach.set(num_rows, chunk_rows, parts)
@@ -127,7 +127,7 @@ def _until_the_end(whole: _Followed, part: _Followed) -> tuple[Sequence[Step], S
 
 
 def _other_numbers(own: _Followed, whole: _Followed) -> str:
-    """Whether a module does with rows side by side something else than with the same rows in sequences."""
+    """The reason if a module treats flattened rows differently from the same rows in sequences, else empty."""
     if not (own.ended and whole.ended):
         return ""
     mine = [(s.func, [v for v in s.args if isinstance(v, float | bool | str)]) for s in own.steps if _computes(s)]
@@ -144,7 +144,7 @@ def _computes(step: Step) -> bool:
 
 
 def chunk_lengths(length: int, chunk: int) -> list[int]:
-    """Sizes of chunks to follow: of a full one, and of the last."""
+    """The chunk sizes to trace: a full chunk and the last one."""
     chunk = chunk if chunk < length else max(2, length // 2)
     last = length % chunk
     return [chunk, last] if last > 1 else [chunk]
@@ -162,7 +162,7 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 @contextlib.contextmanager
 def on_meta(module: nn.Module) -> Iterator[None]:
-    """Inside, the module's tensors have no values."""
+    """Inside, the module's tensors are on the meta device."""
     before, made = [], {}
     try:
         for part in module.modules():
@@ -171,7 +171,7 @@ def on_meta(module: nn.Module) -> Iterator[None]:
                     if isinstance(value, Tensor):
                         try:
                             substitute = made[id(value)] if id(value) in made else to_meta(value.detach())
-                        except Exception:  # some packed tensor: whoever uses it cannot be followed
+                        except Exception:  # a packed tensor: a module that uses it cannot be traced
                             continue
                         made[id(value)] = substitute
                         before.append((holder, name, value))

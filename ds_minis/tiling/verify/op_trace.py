@@ -1,7 +1,7 @@
-"""What a run of a module does, operation by operation: seen below autograd, with or without values.
+"""Records the operations of a module's run below autograd, with or without values.
 
-Two runs, for all tokens and for some of them, are compared step by step (`difference`). A dimension that differs between
-them counts tokens. Of a token-wise module nothing else differs: no operation, no number that is not such a dimension.
+`difference` compares two runs step by step: one for all tokens, one for some. A dimension that differs between them counts
+tokens. For a token-wise module nothing else differs: no operation, and no number but such a dimension.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _REDUCTIONS = {
 }
 _SOFTMAX = {_aten._softmax, _aten._log_softmax}
 _CONVOLUTIONS = {_aten.convolution, _aten._convolution, _aten.mkldnn_convolution, _aten.cudnn_convolution}
-_PRODUCTS = {_aten.mm: 0, _aten.bmm: 0, _aten.addmm: 1, _aten.baddbmm: 1}  # and which operand is the first factor
+_PRODUCTS = {_aten.mm: 0, _aten.bmm: 0, _aten.addmm: 1, _aten.baddbmm: 1}  # index of the first factor
 _READS = {_aten._local_scalar_dense, _aten.is_nonzero, _aten.equal}
 _CHOICES = {_aten.where, _aten.masked_fill, _aten.masked_fill_}
 _COMPARISONS = {_aten.gt, _aten.lt, _aten.ge, _aten.le, _aten.eq, _aten.ne}
@@ -34,7 +34,7 @@ _COMPARISONS = {_aten.gt, _aten.lt, _aten.ge, _aten.le, _aten.eq, _aten.ne}
 
 @dataclass(frozen=True)
 class _Shape:
-    """Of a tensor: its sizes and dtype."""
+    """Sizes and dtype of a tensor."""
 
     sizes: tuple[int, ...]
     dtype: torch.dtype
@@ -42,7 +42,7 @@ class _Shape:
 
 @dataclass
 class Step:
-    """One operation: its arguments and results, tensors by their shapes, containers flattened."""
+    """One operation with its arguments and results, flattened; tensors are replaced by their shapes."""
 
     func: Any
     args: list[Any]
@@ -58,14 +58,14 @@ class Step:
 
 
 class Watch(TorchDispatchMode):
-    """Takes down each operation inside.
+    """Records each operation inside.
 
     Args:
         own: tensors that may be written to.
 
     Attributes:
         steps: the operations, in order.
-        makes_indices: real numbers are made to whole ones, which a number that is none would make out of range.
+        makes_indices: whether floats are converted to integers; NaN would become an index out of range.
     """
 
     def __init__(self, own: Sequence[Tensor] = ()):
@@ -73,7 +73,7 @@ class Watch(TorchDispatchMode):
         self.steps: list[Step] = []
         self.makes_indices = False
         self._own = {_memory(t) for t in own}
-        self._held: list[Any] = []  # so that no address is used again
+        self._held: list[Any] = []  # so that no address is reused
         self._written: dict[int, tuple[Tensor, Tensor]] = {}
         self._python = random.getstate()
 
@@ -91,7 +91,7 @@ class Watch(TorchDispatchMode):
             and any(t.dtype in _INDICES for t in tensors)
         )
         given = {_memory(a) for a in flat if isinstance(a, Tensor)}
-        for t in tensors:  # a view of something from outside stays something from outside
+        for t in tensors:  # a view of an outside tensor is an outside tensor, too
             if _memory(t) not in given:
                 self._own.add(_memory(t))
                 self._held.append(t.untyped_storage())
@@ -116,7 +116,7 @@ class Watch(TorchDispatchMode):
                 self._written[id(t)] = t, t.detach().clone()
 
     def undo_writes(self) -> str:
-        """Puts back what was written to tensors from outside; says that there was something, or nothing."""
+        """Restores outside tensors that were written to; returns a description, or "" if there were none."""
         for t, before in self._written.values():
             with torch.no_grad():
                 t.detach().copy_(before)
@@ -124,7 +124,7 @@ class Watch(TorchDispatchMode):
 
     @property
     def drew_in_python(self) -> bool:
-        """Whether Python's own random numbers were drawn; they are put back."""
+        """Whether Python's random generator was used; restores its state."""
         moved = random.getstate() != self._python
         if moved:
             random.setstate(self._python)
@@ -132,7 +132,7 @@ class Watch(TorchDispatchMode):
 
     @property
     def reads_values(self) -> bool:
-        """Whether the course of the run depends on the value of some tensor."""
+        """Whether the control flow of the run may depend on a tensor's value."""
         return any(s.packet in _READS for s in self.steps)
 
 
@@ -166,10 +166,10 @@ def _described(value: Any) -> Any:
 def difference(
     whole: Sequence[Step], part: Sequence[Step], num_tokens: int, part_tokens: int, *, ended: bool = True
 ) -> str:
-    """Why a run for some tokens is no part of the run for all of them; empty if it is, as far as the steps show.
+    """The reason why a run for some tokens is not a part of the run for all of them; empty if no step shows one.
 
     Args:
-        ended: both runs came to their end; else the steps that both made are compared.
+        ended: whether both runs were traced to their end. Otherwise only the steps of both are compared.
     """
     for all_, some in zip(whole, part, strict=False):
         reason = _step_difference(all_, some, num_tokens, part_tokens)
@@ -210,19 +210,19 @@ SHARED_DRAW = "it draws random numbers that all tokens share"
 
 
 def _scales(a: int, b: int, n: int, m: int) -> bool:
-    """The same for any number of tokens, or so many for each of them."""
+    """Whether a number is constant, or proportional to the number of tokens."""
     return a == b or a * m == b * n
 
 
 def _differing(a: Any, b: Any) -> list[int]:
-    """The dimensions that count tokens."""
+    """The dimensions that differ: they count tokens."""
     if not isinstance(a, _Shape) or not isinstance(b, _Shape):
         return []
     return [i for i, (s, t) in enumerate(zip(a.sizes, b.sizes, strict=True)) if s != t]
 
 
 def _mixing(whole: Step, part: Step, name: str) -> str:
-    """The operations that are known to mix what is side by side in a dimension, where that counts tokens."""
+    """The reason if the step is a known operation that mixes along a dimension that counts tokens; else empty."""
     first = next((i for i, a in enumerate(whole.args) if isinstance(a, _Shape)), None)
     if first is None or whole.packet is None:
         return ""
@@ -257,7 +257,7 @@ def _mixing(whole: Step, part: Step, name: str) -> str:
 
 
 def versions_matter(whole: Sequence[Step], part: Sequence[Step]) -> bool:
-    """Whether a value that is no token's own decides what is run or chosen: a gate that is compared with 0, say."""
+    """Whether a value shared by all tokens decides what runs or is chosen, such as a gate that is compared with 0."""
     if any(s.packet in _READS for s in (*whole, *part)):
         return True
     for a, b in zip(whole, part, strict=False):
@@ -271,7 +271,7 @@ def versions_matter(whole: Sequence[Step], part: Sequence[Step]) -> bool:
 
 
 def shares_draws(whole: Sequence[Step], num_tokens: int) -> bool:
-    """Whether fewer random numbers are drawn at once than there are tokens; for runs that cannot be compared by steps."""
+    """Whether a draw's size is no multiple of the number of tokens; for runs that cannot be compared by steps."""
     return any(s.draws and any(_numel(r) % num_tokens for r in s.results) for s in whole)
 
 

@@ -1,4 +1,4 @@
-"""A run that nobody notices, and one that notices what outlives it."""
+"""Runs a module without side effects, and detects graphs that outlive a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ds_minis.tiling.core.replay import unseen_graph
 
 
 class _Guarded(torch.autograd.Function):
-    """A copy of a tensor whose graph node holds an object; nobody holds that when the graph is gone."""
+    """A copy of a tensor whose graph node holds an object; the object is freed with the graph."""
 
     @staticmethod
     def forward(ctx, x: Tensor, sentinel: Any):
@@ -34,7 +34,7 @@ class _Sentinel:
 
 
 def guarded(x: Tensor, sentinels: list[weakref.ref]) -> Tensor:
-    """A copy of a tensor; the sentinel that is added lives as long as something that was computed of it in a graph."""
+    """A copy of a tensor. Its graph holds the sentinel whose weak reference is appended."""
     sentinel = _Sentinel()
     sentinels.append(weakref.ref(sentinel))
     return _Guarded.apply(x, sentinel)
@@ -43,12 +43,12 @@ def guarded(x: Tensor, sentinels: list[weakref.ref]) -> Tensor:
 def is_held(sentinels: Sequence[weakref.ref]) -> bool:
     if all(ref() is None for ref in sentinels):
         return False
-    gc.collect()  # a cycle of the module's own
+    gc.collect()  # the module may have made a reference cycle
     return any(ref() is not None for ref in sentinels)
 
 
 class _WithoutDropout(TorchFunctionMode):
-    """Random zeros would differ from run to run and hide what is asked."""
+    """Disables dropout, whose random zeros would differ between the compared runs."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if "dropout" in getattr(func, "__name__", ""):
@@ -58,9 +58,9 @@ class _WithoutDropout(TorchFunctionMode):
 
 @contextlib.contextmanager
 def quietly(module: nn.Module, device: torch.device, *, with_dropout: bool = False) -> Iterator[None]:
-    """Inside, nobody notices that the module runs: no hooks of its parts, no random numbers drawn.
+    """Inside, running the module has no side effects: hooks of its submodules are off, random states are restored.
 
-    Nor do dispatch modes: selective activation checkpointing would take these results for the real call's.
+    Dispatch modes are off, too: selective activation checkpointing would store these results as those of the real call.
     """
     hooks = [
         (m, name) for m in module.modules() if m is not module for name in ("_forward_hooks", "_forward_pre_hooks")
@@ -82,4 +82,4 @@ def quietly(module: nn.Module, device: torch.device, *, with_dropout: bool = Fal
         finally:
             for m, name, value in kept:
                 m.__dict__[name] = value
-            torch.clear_autocast_cache()  # of the detached weights
+            torch.clear_autocast_cache()  # it holds casts of detached weights

@@ -1,7 +1,8 @@
-"""What a verdict on a module rests on: one walk over its parts, cheap enough for every call.
+"""The signature that an analysis of a module depends on: one walk over its submodules, cheap enough for every call.
 
-The parts' classes, their numbers, flags and texts (also in lists, dictionaries and configurations), what is trained of
-them, dtypes; and, apart, the versions of buffers and frozen weights. A verdict is asked again when any of these changes.
+It holds their classes, their numbers, flags and strings (also in lists, dictionaries and configurations), which parameters
+are trained, and dtypes. Apart from these, it holds the versions of buffers and frozen weights. A module is analyzed again
+when any of these changes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _CONSTANTS = frozenset((bool, int, float, complex, str, bytes, type(None), torch
 _CONTAINERS = frozenset((list, tuple, set, frozenset))
 _MAPPINGS = frozenset((dict, OrderedDict))
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, type, functools.partial)
-# What every module holds, and what an engine counts on it.
+# Attributes of every module, and a counter that an engine adds.
 _OF_EVERY_MODULE = (frozenset(nn.Module().__dict__) - {"training"}) | {"applied_pre_backward_ref_cnt"}  # DeepSpeed's
 _NOT_LOOKED_AT = ("ds_", "mini_sequence_")
 _MOST_CHANGES = 3
@@ -32,11 +33,11 @@ STALE = "tensors that decide what it does change from call to call"
 class Signature:
     """
     Attributes:
-        stable: classes, constants, what is trained; names in front of their values.
-        versions: of buffers and frozen weights.
-        hooked: the parts that have hooks, the module itself left out.
-        parts: all of them, the module first.
-        has_parametrizations, may_be_compiled: whether a part looks like it.
+        stable: classes, constants, trained or not; each name comes before its value.
+        versions: versions of buffers and frozen weights.
+        hooked: the submodules that have hooks, without the module itself.
+        parts: all submodules, the module first.
+        has_parametrizations, may_be_compiled: whether this may hold for a submodule.
     """
 
     stable: tuple
@@ -49,7 +50,7 @@ class Signature:
 
 def signature_of(module: nn.Module, ignored: dict[int, str] | None = None) -> Signature:
     """Args:
-    ignored: place of a value -> its name, of values that are left out.
+    ignored: index of a value to leave out -> its name.
     """
     values: list[Any] = []
     versions: list[int] = []
@@ -95,7 +96,7 @@ def signature_of(module: nn.Module, ignored: dict[int, str] | None = None) -> Si
             or held["_forward_pre_hooks"]
             or held["_backward_hooks"]
             or held["_backward_pre_hooks"]
-            or "forward" in held  # which may be one that transformers put there to capture outputs
+            or "forward" in held  # transformers may have set it to capture outputs
         ):
             hooked.append(part)
         compiled = compiled or "_compiled_call_impl" in held or "forward" in held or "_orig_mod" in held["_modules"]
@@ -116,7 +117,7 @@ def signature_of(module: nn.Module, ignored: dict[int, str] | None = None) -> Si
 
 
 def _frozen(value: Any, kind: type) -> Any:
-    """A container of constants, as something that can be hashed; of others, how many there are."""
+    """A hashable copy of a container of constants; for any other container, its length."""
     elements = value.values() if kind in _MAPPINGS else value
     if not _CONSTANTS.issuperset(map(type, elements)):
         return len(value)
@@ -124,7 +125,7 @@ def _frozen(value: Any, kind: type) -> Any:
 
 
 def _add_object(name: str, value: Any, values: list, versions: list) -> None:
-    if isinstance(value, Tensor):  # FSDP1's views of weights, a mean that is no buffer
+    if isinstance(value, Tensor):  # FSDP1's views of weights, or a tensor that is no buffer
         values += (name, value.requires_grad, value.dtype)
         if not value.requires_grad:
             versions.append(0 if value.is_inference() else value._version)
@@ -141,11 +142,11 @@ def _add_object(name: str, value: Any, values: list, versions: list) -> None:
 
 
 class AnalysisCache(dict):
-    """What was found out about a module, by what it rests on. A copy or a pickle of the module begins without any.
+    """Analyses of a module by kind of call and signature. Copying or pickling the module gives an empty cache.
 
     Attributes:
-        latest: how telling a call is for training -> the reason why the last of its kind ran as a whole, or "".
-        ignored: place -> name, of constants that change all the time and that the module does not read.
+        latest: 2 in training with gradients, 1 with gradients alone, else 0 -> why the last such call ran as a whole, or "".
+        ignored: index -> name of constants in the signature that keep changing and that the module does not read.
     """
 
     def __init__(self):
@@ -164,11 +165,11 @@ class AnalysisCache(dict):
         return AnalysisCache()
 
     def note(self, training: bool, reason: str) -> None:
-        """Takes down what became of a call."""
+        """Records why a call ran as a whole, or "" if it was tiled."""
         self.latest[training + torch.is_grad_enabled() if torch.is_grad_enabled() else 0] = reason
 
     def often_changed(self, kind: tuple, stable: tuple) -> list[tuple[int, str]]:
-        """Places and names of numbers that have changed too often between calls of one kind; to be called for a new one."""
+        """Indices and names of numbers that keep changing between calls of one kind. Call this for each new signature."""
         last, self._last[kind] = self._last.get(kind), stable
         if last is None or len(last) != len(stable):
             return []
@@ -184,13 +185,13 @@ class AnalysisCache(dict):
         return often
 
     def ignore_unread(self, slots: list[tuple[int, str]], read: list[str]) -> None:
-        """Leaves out numbers that change and are not read; with one that is read, the module is run as a whole."""
+        """Ignores changing numbers that the module does not read; if it reads one, the module is run as a whole."""
         self.ignored |= {place: name for place, name in slots if name not in read}
         if read:
             self.changing = f"its {read[0]!r}, which it reads, changes from call to call"
 
     def is_stale(self, analysis: Any, versions: tuple) -> bool:
-        """Whether tensors that decide what the module does have been written to since."""
+        """Whether tensors that the analysis depends on were written to since."""
         if analysis.versions is None or analysis.versions == versions:
             return False
         self._stale += 1
@@ -201,7 +202,7 @@ class AnalysisCache(dict):
         return self._stale > _MOST_CHANGES
 
     def whole_fallback_reason(self) -> str:
-        """Why calls ran as a whole: those of training, if there were any."""
+        """The reason why calls ran as a whole; those in training take precedence."""
         if self.latest:
             return self.latest[max(self.latest)]
         return next(filter(None, (getattr(v, "reason", v) for v in self.values())), "")
@@ -209,12 +210,12 @@ class AnalysisCache(dict):
 
 @dataclass
 class ModuleAnalysis:
-    """A verdict on a module that is no layer.
+    """The analysis of a token-wise module.
 
     Attributes:
         reason: why it is run as a whole; empty if it is tiled.
         reach: the lengths for which this holds.
-        versions: of the tensors that it rests on; None where their values decide nothing.
+        versions: versions of the tensors that this depends on; None if it depends on no values.
     """
 
     reason: str
@@ -223,7 +224,7 @@ class ModuleAnalysis:
 
 
 def read_by(run: Callable[[], Any], slots: list[tuple[int, str]], signature: Signature) -> list[str]:
-    """Which of some attributes a run reads, by name, of any part; all of them if it fails."""
+    """The names of the given attributes that a run reads, on any submodule; all of them if the run fails."""
     names, seen = {name for _, name in slots}, set()
     before = [(part, part.__class__) for part in signature.parts if names & part.__dict__.keys()]
     try:
@@ -236,7 +237,7 @@ def read_by(run: Callable[[], Any], slots: list[tuple[int, str]], signature: Sig
         for part, cls in before:
             part.__class__ = cls
     held = {name for part, _ in before for name in part.__dict__}
-    return sorted(seen | (names - held))  # reads of an object's attributes are not seen
+    return sorted(seen | (names - held))  # attributes of other objects cannot be watched, so they count as read
 
 
 def _reading(cls: type[nn.Module], names: frozenset[str], seen: set[str]) -> type[nn.Module]:

@@ -1,7 +1,8 @@
-"""What a module holds, by value: to see what a run of it changes, and to put everything back.
+"""A snapshot of a module's state: detects what a run changes, and restores it.
 
-Tensors are compared by version and restored by value; containers and plain objects of the user's by their elements. What a
-user's class reaches beyond its instances counts too: its own attributes, and the globals and closures that its code names.
+Tensors are compared by version and restored by value. Containers and plain objects of the user are compared and restored by
+their elements. State outside of instances is included: attributes of the user's classes, and the globals and closures that
+their code names.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ds_minis.tiling.core.params import version_of
 
 _CONTAINERS = frozenset((list, dict, set, deque, OrderedDict, defaultdict))
 _OPAQUE = (nn.Module, type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
-# Packages whose classes keep caches and loggers of their own, which are no state of a model.
+# Packages whose classes hold caches and loggers, which are not state of a model.
 _LIBRARIES = frozenset(
     "torch transformers peft trl accelerate deepspeed ds_minis numpy builtins logging typing functools collections abc "
     "threading enum dataclasses weakref contextlib".split()
@@ -30,10 +31,10 @@ _OF_EVERY_MODULE = frozenset(nn.Module().__dict__) - {"training"}
 
 
 class State:
-    """What a module and its parts hold: tensors, containers and plain objects by value, all else by identity.
+    """The state of a module and its submodules: tensors, containers and plain objects by value, all else by identity.
 
     Args:
-        function: whose globals and closure are looked at too.
+        function: a function whose globals and closure are included.
     """
 
     def __init__(self, module: nn.Module, function: Any = None):
@@ -68,7 +69,7 @@ class State:
                 self._look(name, value)
 
     def _look(self, name: str, value: Any) -> None:
-        """Takes down a value and what it holds."""
+        """Records a value and, recursively, what it holds."""
         todo = [(name, value)]
         while todo and len(self._seen) < _MOST_OBJECTS:
             name, value = todo.pop()
@@ -98,7 +99,7 @@ class State:
                     todo += held.items()
 
     def changed(self, module: nn.Module) -> str:
-        """The name of something that is not what it was; empty if everything is."""
+        """The name of something that has changed; empty if nothing has."""
         for m, attributes in self._attributes.items():
             for holder, before in ((m.__dict__, attributes), (m._buffers, self._buffers[m])):
                 for name in _differences(holder, before):
@@ -117,7 +118,7 @@ class State:
         return next((name for name, t, version, _ in self._tensors if version_of(t) != version), "")
 
     def restore(self, module: nn.Module) -> None:
-        """Puts everything back, but for parameters that were written to."""
+        """Restores everything except parameters that were written to."""
         for m, attributes in self._attributes.items():
             m.__dict__.clear()
             m.__dict__.update(attributes)
@@ -142,7 +143,7 @@ _CONSTANTS = frozenset((bool, int, float, complex, str, bytes, type(None), torch
 
 
 def _difference(now: Any, before: dict) -> Any:
-    """The first key whose value is not what it was; None if there is none."""
+    """The first key whose value has changed; None if there is none."""
     return next(_differences(now, before), None)
 
 
@@ -152,7 +153,7 @@ def _differences(now: Any, before: dict) -> Iterator[Any]:
 
 
 def _is_same_memory(a: Any, b: Any) -> bool:
-    """Whether two tensors are one but for their class: bitsandbytes wraps a weight of FSDP1's anew in each forward."""
+    """Whether two tensors are the same view of memory: bitsandbytes wraps FSDP1's weights again in each forward."""
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.is_meta or b.is_meta:
         return False
     places = [(t.untyped_storage().data_ptr(), t.storage_offset(), t.shape, t.stride(), t.dtype) for t in (a, b)]
@@ -206,7 +207,7 @@ def _functions_of(cls: type) -> tuple[types.FunctionType, ...]:
 
 
 def _beyond(cls: type) -> Iterator[tuple[str, Any]]:
-    """What a user's module class may hold outside of its instances: its attributes, and what its code reaches."""
+    """State of a user's module class outside of its instances: class attributes, and what its code reaches."""
     for base in cls.__mro__:
         if _is_library(base):
             continue
@@ -216,7 +217,7 @@ def _beyond(cls: type) -> Iterator[tuple[str, Any]]:
 
 
 def _reached_by(function: types.FunctionType, depth: int) -> Iterator[tuple[str, Any]]:
-    """Containers, tensors, objects and classes among the globals that a function's code names, and its closure."""
+    """Containers, tensors, objects and classes in a function's closure and among the globals that it names."""
     names = [(n, function.__globals__[n]) for n in function.__code__.co_names if n in function.__globals__]
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
     for name, cell in cells:

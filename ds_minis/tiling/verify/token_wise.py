@@ -1,9 +1,9 @@
-"""Is a module token-wise? Asked of its behaviour, at its first call: names lie (a token shift inside of a feed-forward).
+"""Checks whether a module is token-wise, from its behavior at its first call: a feed-forward module may shift tokens.
 
-It is followed without values at the call's own length and at a chunk's (`follow`). Then some rows are run at once, and
-again by chunks in reversed order: run in order, a module that keeps what it saw from one call to the next would look
-token-wise. Gradients are compared too, as a mixing weight that starts at zero may show only there. At last some rows are no
-numbers, and some are large: no other row may notice. Half of the rows are real ones, half are random.
+First the module is traced without values, at the length of the call and of a chunk (`follow`). Then some rows run at once,
+and again by chunks. The chunks run in reversed order: in order, a module with state from earlier calls would look token-wise.
+Gradients are compared too, since a mixing weight that starts at zero may show only there. Finally some rows are set to NaN,
+or made large, and no other row may change. Half of the rows are real, half are random.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from ds_minis.tiling.verify.side_effects import guarded, is_held, quietly
 from ds_minis.tiling.verify.signature import Signature, read_by
 from ds_minis.tiling.verify.snapshot import State
 
-_BATCH, _TOKENS, _CHUNKS = 2, 37, 3  # a prime, which hardly any width is a multiple of
-# Rows and bytes of a probe of what cannot be followed without values.
+_BATCH, _TOKENS, _CHUNKS = 2, 37, 3  # 37 is prime: few widths are multiples of it
+# Most rows, and usual bytes, of a probe of a module that cannot be traced without values.
 LONGEST_PROBE, _PROBE_BYTES = 2048, 2**25
-# Relative to the largest element. Rounding differs between matmuls of different sizes; a mixed token shows at once.
+# Relative to the largest element. Rounding differs between matmuls of different sizes; mixed tokens differ by far more.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
 _COARSE = 2e-2  # bfloat16, float16
-# Elements. Larger weights get no gradient here: theirs would cost memory, and what mixes tokens is small, or seen already.
+# Elements. Larger weights get no gradient here, to save memory. Weights that mix tokens are small, or found by the trace.
 LARGEST_WEIGHT = 2**24
 
 
@@ -52,23 +52,23 @@ def token_wise_fallback_reason(
     chunk_rows: int = 0,
     reach: Reach | None = None,
 ) -> str | None:
-    """Follows a call without values, and runs some rows of it on detached weights.
+    """Traces a call without values, and runs some rows of it on detached weights.
 
     Args:
-        module: whose state must not change.
+        module: the module; its state is restored.
         forward: the module's own forward.
         call: a real call of it, whose arguments have rows (`call.reason` is empty).
         with_grads: run backward too.
-        chunk_rows: rows of a chunk of this call; 0: a third.
-        reach: is told for which numbers of rows the answer holds.
+        chunk_rows: rows of a chunk of this call; 0 for a third of all.
+        reach: gets the numbers of rows for which the result holds.
 
     Returns:
-        An empty string if the module is token-wise; else the reason why it is not. None where it cannot be told: neither
-        its output nor a gradient differs from token to token.
+        An empty string if the module is token-wise; else the reason why it is not. None if the runs cannot tell: all rows of
+        the output are equal and all gradients are zero.
     """
     reach = Reach() if reach is None else reach
     state = State(module)
-    with quietly(module, call.input.device, with_dropout=True):  # which may be of weights, for all tokens alike
+    with quietly(module, call.input.device, with_dropout=True):  # dropout of weights would be the same for all tokens
         try:
             reason = follow_module(module, forward, call, chunk_rows or -(-call.num_rows // _CHUNKS), reach)
         finally:
@@ -76,8 +76,8 @@ def token_wise_fallback_reason(
     with quietly(module, call.input.device):
         answer = _ask(module, forward, call, with_grads, reach)
         if answer in (_Answer.NOT_IN_BACKWARD.value, _Answer.NO.value):
-            # Once more, with other random numbers: the gradient of a single number may happen to be next to nothing, and all
-            # rounding in bfloat16.
+            # Again, with other random numbers: a single gradient may happen to be near zero, and pure rounding error in
+            # bfloat16.
             answer = _ask(module, forward, call, with_grads, reach)
         return reason if answer == _Answer.YES.value else answer
 
@@ -85,7 +85,7 @@ def token_wise_fallback_reason(
 def read_attributes(
     module: nn.Module, forward: Callable[..., Any], call: RowArgs, slots: list[tuple[int, str]], signature: Signature
 ) -> list[str]:
-    """Which of some attributes of its parts a module reads."""
+    """Which of the given attributes of its submodules a module reads."""
     state = State(module)
     few = call.narrowed(_BATCH, _TOKENS, torch.randn_like)
     with quietly(module, call.input.device), torch.no_grad():
@@ -120,7 +120,7 @@ def _ask(module: nn.Module, forward: Callable[..., Any], call: RowArgs, with_gra
         if answer == _Answer.YES.value and not changed and not watch.makes_indices:
             answer = run.why_poison_spreads(expected)
     except Exception as error:
-        if is_out_of_memory(error):  # says nothing about the module
+        if is_out_of_memory(error):  # not a property of the module
             raise
         return f"it fails on a part of the tokens ({type(error).__name__}: {str(error)[:100]})"
     finally:
@@ -137,14 +137,14 @@ HELD = "it keeps what it computed beyond the call (an auxiliary loss, perhaps)"
 
 
 def long_probe(module: nn.Module, x: Tensor) -> int:
-    """Tokens of a probe that may take as much memory as the module's weights."""
+    """The number of tokens in a probe that takes about as much memory as the module's weights."""
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
     a_token = 32 * x.shape[-1] * max(4, x.element_size())
     return max(_BATCH * _TOKENS, min(LONGEST_PROBE, max(weights, _PROBE_BYTES) // a_token))
 
 
 def real_and_random(x: Tensor) -> Tensor:
-    """Real rows at odd places and random ones between them."""
+    """Real rows at odd indices, random rows at even ones."""
     values = torch.randn_like(x)
     if x.dim() > 1 and x.isfinite().all():
         values[..., 1::2, :] = x[..., 1::2, :]
@@ -152,7 +152,7 @@ def real_and_random(x: Tensor) -> Tensor:
 
 
 def tolerance(tensors: Sequence[Tensor | None]) -> float:
-    """For what is computed of these: as coarse as the coarsest of them, or as autocast."""
+    """The tolerance for results computed from these tensors: that of the coarsest dtype, or of autocast."""
     dtypes = {t.dtype for t in tensors if t is not None and t.is_floating_point()}
     if AutocastState(tensors[0].device).dtype() is not None:
         return _COARSE
@@ -160,7 +160,7 @@ def tolerance(tensors: Sequence[Tensor | None]) -> float:
 
 
 class _Run:
-    """Runs a call on detached weights, as a whole and by chunks; backward with one random gradient."""
+    """Runs a call on detached weights, at once and by chunks; all backwards use the same random gradient."""
 
     def __init__(self, module: nn.Module, forward: Callable[..., Any], call: RowArgs, with_grads: bool):
         self.reason = ""
@@ -169,15 +169,15 @@ class _Run:
         self._sentinels: list[weakref.ref] = []
 
     def is_held(self) -> bool:
-        """Whether somebody still holds a part of the graph of a run."""
+        """Whether a part of a run's graph is still held."""
         return is_held(self._sentinels)
 
     def whole(self) -> list[Tensor | None]:
-        """Output, gradient of the first argument, gradients of the weights; empty if there is a reason not to go on."""
+        """Output, gradient of the first argument, gradients of the weights; empty if `reason` was set."""
         return self._over([slice(0, self._call.num_rows)], self._call.whole)
 
     def in_reversed_chunks(self) -> list[Tensor | None]:
-        """The same, put together from chunks."""
+        """The same, computed by chunks."""
         num_rows, size = self._call.num_rows, -(-self._call.num_rows // _CHUNKS)
         return self._over([slice(i, i + size) for i in reversed(range(0, num_rows, size))], self._call.with_rows)
 
@@ -190,7 +190,7 @@ class _Run:
             for rows in slices:
                 parts = [row[rows].detach().clone() for row in call.rows()]
                 leaf = parts[0].requires_grad_(parts[0].is_floating_point())
-                # What is no leaf may be written to.
+                # Not a leaf: the module may write to it in place.
                 parts[0] = guarded(leaf, self._sentinels) if leaf.requires_grad and self._with_grads else leaf * 1
                 args, kwargs = arguments(parts)
                 version = parts[0]._version
@@ -211,7 +211,7 @@ class _Run:
                 output[rows] = y.detach()
                 inputs = [t for t in (leaf, *leaves) if t.requires_grad]
                 if y.requires_grad:
-                    # A copy, as a backward may write over the gradient that it is given.
+                    # A copy, since a backward may overwrite its incoming gradient.
                     grads = iter(torch.autograd.grad(y, inputs, self._grad[rows].clone(), allow_unused=True))
                     if writes_gradients(leaves):
                         self.reason = WRITES_GRADIENTS
@@ -223,14 +223,14 @@ class _Run:
         return [output, input_grad, *sums.result()]
 
     def why_poison_spreads(self, expected: Sequence[Tensor | None]) -> str:
-        """Rows that are no numbers, or large, reach no other row; nor do such rows of the gradient, in backward."""
+        """The reason if rows that are NaN or large change other rows, in forward or in backward; else empty."""
         output, input_grad = expected[0], expected[1]
         for value in (float("nan"), LARGE):
             with_grads = self._with_grads and value != value
             poisoned = torch.rand(self._call.num_rows, device=output.device) < 0.5
             try:
                 y, grad = self._poisoned(value, poisoned, with_grads)
-            except Exception:  # says nothing: it may look for numbers that are none
+            except Exception:  # not a finding: the module may check for NaN
                 continue
             close = tolerance([self._call.input, output])
             if not is_close(y[~poisoned], output[~poisoned], close):
@@ -240,7 +240,7 @@ class _Run:
         return ""
 
     def _poisoned(self, value: float, rows: Tensor, with_grads: bool) -> tuple[Tensor, Tensor | None]:
-        """Output, and gradient of the first argument, where some rows are times `value`."""
+        """Output and gradient of the first argument, with `rows` of inputs and gradient multiplied by `value`."""
         parts, slots = [row.detach().clone() for row in self._call.rows()], ParameterSlots(self._module)
         for part in parts:
             if part.is_floating_point():
@@ -259,7 +259,7 @@ class _Run:
         return y.detach(), grad
 
 
-LARGE = 300.0  # times a row; of which squares are numbers in float16 too
+LARGE = 300.0  # a factor whose square is finite in float16
 
 
 def _compared(actual: list[Tensor | None], expected: list[Tensor | None], tolerance: float) -> str | None:
@@ -285,7 +285,7 @@ def is_close(actual: Tensor | None, expected: Tensor | None, tolerance: float) -
 
 
 def are_close(actual: Tensor | None, expected: Tensor | None, tolerance: float) -> bool:
-    """The same of rows, of which the random and the real ones differ in size."""
+    """Compares random and real rows separately, since their sizes differ."""
     if actual is None or expected is None or expected.dim() < 2:
         return is_close(actual, expected, tolerance)
     return all(is_close(actual[i::2], expected[i::2], tolerance) for i in (0, 1) if i < expected.shape[0])
@@ -307,12 +307,12 @@ WRITES_GRADIENTS = (
 
 
 def writes_gradients(leaves: Sequence[Tensor]) -> bool:
-    """Whether a backward that was to return gradients has accumulated some. Inside of a chunk they would be lost."""
+    """Whether `autograd.grad` has accumulated gradients into leaves. In a chunk these would be lost."""
     return any(leaf.grad is not None for leaf in leaves)
 
 
 def foreign_weight(output: Tensor, known: Sequence[Tensor]) -> str:
-    """A trainable tensor that the module uses and does not hold would get no gradient."""
+    """The reason if the module uses a trainable tensor that it does not hold, which would get no gradient; else empty."""
     ids, seen, nodes = {id(t) for t in known}, set(), [output.grad_fn]
     while nodes:
         node = nodes.pop()
