@@ -1,1 +1,1 @@
-"""Layer inputs between forward and backward."""
+"""Stores layer inputs between forward and backward."""

@@ -1,4 +1,4 @@
-"""Where the inputs of tiled layers are between forward and backward: in host memory (`offload`), or on the device."""
+"""Stores the inputs of tiled layers between forward and backward: in host memory (`offload`), or on the device."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ logger = logging.getLogger("ds_minis")
 
 
 class LayerInput(Protocol):
-    """The input of one call of a layer, from its forward to its backward, with what is kept of its attention."""
+    """Stores the input of one call of a layer until backward, and the kept tensors of its attention."""
 
     def keep(self, *tensors: Tensor) -> None:
-        """The layer's input, and what there is to be kept of its attention."""
+        """Stores the layer's input, and the kept tensors of its attention, if any."""
 
     def fetch(self) -> list[Tensor]:
-        """The same tensors, in the same order."""
+        """Returns the same tensors in the same order."""
 
     def release(self) -> None:
-        """Called after backward; nothing is let go of where the graph is kept for another one."""
+        """Called after backward; frees the tensors unless the graph is retained for another backward."""
 
 
 class LayerInputStore:
-    """The layer inputs of one model. A copy of it has none.
+    """The layer inputs of one model. A copy starts empty.
 
     Attributes:
-        num_layers: how many layers are tiled as a whole.
+        num_layers: number of layers that are tiled as a whole.
     """
 
     def __init__(self, config: MiniSequenceConfig, num_layers: int = 0):
@@ -51,24 +51,24 @@ class LayerInputStore:
 
     @property
     def host_bytes_peak(self) -> int:
-        """Bytes of host memory that layer inputs took at most."""
+        """Peak host memory of layer inputs, in bytes."""
         return self._store.host_bytes_peak if self._store is not None else 0
 
     def new_input(self) -> LayerInput | None:
-        """For a call of a layer: where its input is kept; None for autograd's own place."""
+        """Storage for the input of one call of a layer; None leaves it to autograd."""
         if self._store is None:
             return InMemory() if self._config.keep_attention else None
         self._tell_outside()
         return _InHostMemory(self._store, self._state_need)
 
     def _state_need(self, tensors: Sequence[Tensor]) -> None:
-        """Says how much host memory a run takes, before it takes it, and again when longer sequences come.
+        """Reports how much host memory a run needs before allocating it, and again for longer sequences.
 
         Args:
-            tensors: what one layer keeps, its input first.
+            tensors: the tensors that one layer stores, its input first.
 
         Raises:
-            ValueError: there is not so much.
+            ValueError: not enough host memory is available.
         """
         x, num_bytes = tensors[0], sum(t.nbytes for t in tensors)
         if num_bytes <= self._stated or not has_values(x):
@@ -84,7 +84,7 @@ class LayerInputStore:
                 f'"offload": "cpu" needs {need / 2**30:.1f} GiB of host memory in each of {ranks} processes, for {what}, and '
                 f"{available / 2**30:.1f} GiB are available on this machine: {way_out}, or train on shorter sequences"
             )
-        tell, self._stated = num_bytes > 1.5 * self._stated, num_bytes  # not for each sequence that is a little longer
+        tell, self._stated = num_bytes > 1.5 * self._stated, num_bytes  # not again for slightly longer sequences
         if tell and is_main_process():
             free = "" if available is None else f", {available / 2**30:.1f} GiB are available"
             logger.warning("ds_minis offload: %.2f GiB of host memory per process for %s%s", need / 2**30, what, free)
@@ -98,7 +98,7 @@ class LayerInputStore:
 
 
 class InMemory:
-    """On the device, as autograd would, but within reach of the layers behind."""
+    """Holds the tensors on the device, as autograd would; they stay accessible through this object."""
 
     _kept: list[tuple[Tensor, int]] | None = None
 
@@ -134,7 +134,7 @@ class _InHostMemory:
         self._kept = [self._store.keep(t, at_once=len(tensors)) for t in tensors]
 
     def fetch(self) -> list[Tensor]:
-        # In the order in which they are brought ahead, the last first.
+        # Last first, the order in which they are prefetched.
         return [kept.fetch(ahead=len(self._kept)) for kept in reversed(self._kept)][::-1]
 
     def release(self) -> None:

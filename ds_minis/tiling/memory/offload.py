@@ -1,8 +1,8 @@
-"""LayerInputStore (the inputs of decoder layers) in host memory from forward to backward, copied beside the computation.
+"""Keeps the inputs of decoder layers in host memory until backward; copies overlap with computation.
 
-A device has one stream for the copies of both directions: forward only copies out and backward only in, and copies that run
-in the order in which they were asked for make it safe to reuse a block while a copy is still to come. Other devices, the CPU
-among them, run the same code on `torch.cpu`'s streams, which do nothing, as a copy is done when it returns.
+A device has one stream for copies in both directions: forward only copies out, and backward only copies in. Copies run in
+the order of their launch, so a block may be reused while a copy from it is pending. Other devices, including the CPU, run the
+same code on `torch.cpu`'s streams, which do nothing, since there a copy is done when it returns.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _MAX_IN_FLIGHT = 2  # layers
 
 
 class HostStore:
-    """The checkpoints of one model in host memory, which is pinned where the device has streams.
+    """The layer inputs of one model in host memory, which is pinned if the device has streams.
 
-    A copy of it (also as a part of a model, also through pickle) is a store of its own with nothing in it.
+    A copy or a pickle of it, also as part of a model, is an empty store.
     """
 
     def __init__(self):
@@ -35,23 +35,23 @@ class HostStore:
 
     @property
     def host_bytes_in_use(self) -> int:
-        """Bytes of the blocks that hold checkpoints; free blocks are not counted."""
+        """Bytes of the blocks in use, without free ones."""
         return sum(lane.pool.bytes_in_use for lane in list(self._lanes.values()))
 
     @property
     def host_bytes_allocated(self) -> int:
-        """Bytes of all blocks, those that are free included."""
+        """Bytes of all blocks, including free ones."""
         return sum(lane.pool.bytes_allocated for lane in list(self._lanes.values()))
 
     def keep(self, x: Tensor, at_once: int = 1) -> OffloadedTensor:
-        """Starts to copy `x` to host memory. Its device memory is free once the caller and the copy are done with it.
+        """Starts to copy `x` to host memory. Its device memory is freed once the caller and the copy are done with it.
 
-        The caller may read `x` and drop it, but must not write into it: the copy runs beside what the current stream does
-        next. (A write before the copy's end has been seen is an error, as with tensors that autograd saves.) The end is
-        looked for at the next `keep`. If two copies are under way there, the device waits for the older, the host does not.
+        The caller may read and drop `x`, but must not write to it: the copy overlaps with the current stream's next work. A
+        write before the end of the copy was observed raises an error, as for tensors that autograd saves. The next `keep`
+        checks for the end. If two copies are in flight then, the device waits for the older one; the host never waits.
 
         Args:
-            at_once: as many copies are asked for in a row, by one layer; twice as many may be under way then.
+            at_once: number of copies that one layer starts in a row; twice as many may be in flight.
         """
         lane = self._lanes.get(x.device) or self._lanes.setdefault(x.device, _Lane(x.device))
         kept = OffloadedTensor(lane, x, at_once)
@@ -60,7 +60,7 @@ class HostStore:
 
 
 class OffloadedTensor:
-    """One checkpoint. Made by `HostStore.keep`; given up with `release`, or when nothing holds it any more."""
+    """One offloaded tensor. Created by `HostStore.keep`; freed by `release`, or when nothing refers to it."""
 
     def __init__(self, lane: _Lane, x: Tensor, at_once: int = 1):
         lane.limit_copies(_MAX_IN_FLIGHT * at_once)
@@ -74,12 +74,12 @@ class OffloadedTensor:
         self._before, lane.last = lane.last, weakref.ref(self)
 
     def fetch(self, ahead: int = 1) -> Tensor:
-        """The checkpoint on its device, contiguous, ready on the current stream; starts to bring those kept before it.
+        """The tensor on its device, contiguous, ready on the current stream. Starts to prefetch those kept before it.
 
-        Only to be read: it may be the very memory that was kept. Any number of times, in any order.
+        Do not write to it: it may be the memory that was kept. May be called any number of times, in any order.
 
         Args:
-            ahead: how many are brought ahead of their turn: as many as one layer keeps.
+            ahead: number of tensors to prefetch: as many as one layer keeps.
         """
         if not self._give_up.alive:
             raise RuntimeError("a checkpoint was fetched after its host memory had been released")
@@ -90,20 +90,20 @@ class OffloadedTensor:
         before = self
         for _ in range(ahead):
             before = before._before()
-            # Backward runs from last to first. In any other order, the one before has had its turn already.
+            # Backward runs from last to first. In another order, the one before may have been fetched already.
             if before is None or before._num_fetches >= self._num_fetches:
                 break
             before._prefetch(ahead)
         return x
 
     def release(self) -> None:
-        """Gives the host memory back to the pool. A second time does nothing."""
+        """Returns the host memory to the pool. A second call does nothing."""
         self._give_up()
 
     def _prefetch(self, at_most: int) -> None:
         if self._give_up.alive and self._on_device.tensor is None:
             ahead = self._lane.ahead = deque(one for one in self._lane.ahead if one.tensor is not None)
-            while len(ahead) >= at_most:  # also where backward ends early or takes another order
+            while len(ahead) >= at_most:  # also if backward ends early or runs in another order
                 ahead.popleft().drop()
             self._bring()
             ahead.append(self._on_device)
@@ -113,7 +113,7 @@ class OffloadedTensor:
         self._on_device.put(self._lane, x, self._lane.copy(self._pieces(x)))
 
     def _pieces(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The bytes of a contiguous tensor, piece by piece, with the part of a block that holds them."""
+        """Pairs of a contiguous tensor's bytes, piece by piece, and the part of a block that holds them."""
         size, _ = block_layout(x.nbytes)
         for piece, block in zip(x.flatten().view(torch.uint8).split(size), self._blocks, strict=False):
             yield piece, block[: len(piece)]
@@ -125,7 +125,7 @@ def _give_up(pool: BlockPool, blocks: list[Tensor], on_device: _OnDevice) -> Non
 
 
 class _Lane:
-    """The copies between one device and the host."""
+    """The stream, the pool and the pending copies between one device and the host."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -141,10 +141,10 @@ class _Lane:
         return self._streams.current_stream(self.device)
 
     def copy(self, pairs: Iterable[tuple[Tensor, Tensor]]):
-        """Copies pairs of (target, source) behind what the current stream has been given so far.
+        """Copies pairs of (target, source) after all work queued on the current stream so far.
 
         Returns:
-            The event behind the copies.
+            The event recorded after the copies.
         """
         self._stream.wait_stream(self.current_stream())
         with self._streams.stream(self._stream):
@@ -155,19 +155,19 @@ class _Lane:
         return event
 
     def limit_copies(self, at_most: int) -> None:
-        """Lets go of what has been copied, and of the oldest of what has not, so that there is room for one more."""
+        """Drops finished copies, and the oldest pending ones until fewer than `at_most` are in flight."""
         while self.in_flight and (len(self.in_flight) >= at_most or self.in_flight[0].is_copied()):
             self.in_flight.popleft().take(self.current_stream())
 
 
 class _OnDevice:
-    """A tensor, or none, while a copy from or to it may run, behind which alone its memory may be used again."""
+    """Holds a tensor while a copy from or to it may run; its memory may be reused only after that copy."""
 
     tensor: Tensor | None = None
 
     def put(self, lane: _Lane, tensor: Tensor, event) -> None:
         self.tensor, self._version, self._event = tensor, tensor._version, event
-        self._stream = lane.current_stream()  # where its memory goes back to
+        self._stream = lane.current_stream()  # the stream that its memory returns to
         self._asynchronous = lane.asynchronous
 
     def is_copied(self) -> bool:
@@ -179,13 +179,13 @@ class _OnDevice:
             self.tensor = None
 
     def take(self, stream) -> Tensor | None:
-        """The tensor for use on a stream; it is held here no longer."""
+        """Returns the tensor for use on a stream, and drops it here."""
         tensor = self.tensor
         if tensor is None:
             return None
         stream.wait_event(self._event)
         if self._asynchronous and stream != self._stream:
-            tensor.record_stream(stream)  # or it would go back while this one still reads it
+            tensor.record_stream(stream)  # or its memory would be reused while this stream still reads it
         self.drop()
         if tensor._version != self._version:
             raise RuntimeError(
