@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-_RUNNING = "ds_minis_running_in"  # a thread id; it is never compared or restored as a setting
+_RUNNING = "ds_minis_running_in"  # a thread id; the prefix ds_ keeps it out of settings and signatures
 
 
 @contextlib.contextmanager

@@ -174,7 +174,7 @@ class Untrained:
 
 
 def untouched(tensor: Tensor) -> Tensor:
-    """A copy-on-write clone: it keeps its values when the given tensor is written to."""
+    """A copy-on-write clone, which keeps its values when the given tensor is written to; else the tensor itself."""
     if type(tensor) is not Tensor or tensor.is_meta or tensor.is_inference():
         return tensor
     try:

@@ -189,7 +189,7 @@ def _chunk_tokens(layer: TiledLayer, call: LayerArgs) -> int:
 
 
 def experts_per_choice(layer: nn.Module) -> float:
-    """Experts per expert that a token is routed to, in the layer's mixture of experts; 1 without experts."""
+    """Number of experts in the layer, divided by the experts chosen per token; 1 without experts."""
     experts = max((p.shape[0] for p in layer.parameters() if p.dim() == 3), default=0)
     names = ("top_k", "num_experts_per_tok", "num_experts_per_token")
     choices = max((getattr(m, n, 0) or 0 for m in layer.modules() for n in names if n in m.__dict__), default=0)

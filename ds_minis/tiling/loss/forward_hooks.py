@@ -133,7 +133,7 @@ def _path(model: nn.Module, name: str) -> list[nn.Module]:
 
 
 def _deferral_fallback_reason(head: nn.Module, around: list[nn.Module]) -> str:
-    """The reason why a hook must see the logits; empty if none must.
+    """The reason why logits cannot be deferred, a hook that must see them; empty if there is none.
 
     An engine's hooks on the head itself run around all chunks. On a module around the head, they would add autograd nodes to
     the logits. Of the head's submodules, only forward hooks are checked.

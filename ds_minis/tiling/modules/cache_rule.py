@@ -22,8 +22,8 @@ _BESIDE_THE_MODEL = (
 class NoCacheUnasked:
     """Forward pre-hook of a decoder, and of modules around one, that may make a cache.
 
-    It keeps the cache where this changes the result, and the layers then run as a whole. That is so for packed sequences:
-    transformers reads their positions only if there is neither a mask nor a cache.
+    It does nothing where a missing cache would change the result; the layers then run as a whole. That is so for packed
+    sequences: transformers reads their positions only if there is neither a mask nor a cache.
     """
 
     def __init__(self, chunking: Chunking, has_loss: bool):

@@ -12,7 +12,7 @@ outside_of_graphs = torch._disable_dynamo
 
 
 def compiled_inside(module: nn.Module) -> str:
-    """The reason that a submodule is compiled by itself; empty if none is.
+    """Names a submodule that is compiled by itself; empty if none is.
 
     Its graph would be recompiled for each chunk of a layer, and for each handler of its attention.
     """

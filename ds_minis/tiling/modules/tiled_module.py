@@ -147,7 +147,7 @@ def passing_state(module: nn.Module, signature: Signature | None = None) -> str:
 
 
 def _experts_per_choice(module: nn.Module, call: RowArgs) -> float:
-    """Experts per expert that a token is routed to; 1 for a module without experts."""
+    """Number of experts, divided by the experts chosen per token; 1 for a module without experts."""
     experts = max(
         (param.shape[0] for param in module._parameters.values() if param is not None and param.dim() == 3), default=0
     )
@@ -155,7 +155,7 @@ def _experts_per_choice(module: nn.Module, call: RowArgs) -> float:
 
 
 def engine_inside(module: nn.Module, signature: Signature | None = None) -> str:
-    """The reason that an engine gathers the weights of a submodule separately; empty if none does."""
+    """Names an engine that gathers the weights of a submodule separately; empty if none does."""
     if not any(engine_of(part) for part in (signature_of(module) if signature is None else signature).parts):
         return ""
     for name, child in module.named_modules():

@@ -30,7 +30,7 @@ from ds_minis.tiling.passes.rematerialize import (
 
 Attend = Callable[[AttentionRequest, Sequence[Tensor]], Tensor]
 
-# Kind of call -> for each saved tensor that is a copy: group and index of its source, transposed, number of repeats.
+# Kind of call -> for each saved tensor: group and index of its source, transposed, repeats; None if it is no copy.
 Plans = dict[tuple, list[tuple[str, int, bool, int] | None]]
 
 _MOST = 2  # most that one call may keep, in multiples of the output's bytes

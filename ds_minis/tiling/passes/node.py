@@ -2,7 +2,7 @@
 
 All but the attention is token-wise. Forward runs the layer on each chunk up to its attention (`pre_attention`), then the
 attention once for all tokens, then the layer on each chunk again with the attention's output given (`post_attention`).
-Backward goes through the three in reverse order and recomputes each: `post_attention` by chunks, the attention,
+Backward recomputes `pre_attention` and the attention. Then it goes back: `post_attention` by chunks, the attention,
 `pre_attention` by chunks.
 
 With `head_groups`, queries, keys, values and their gradients exist for one group at a time. `pre_attention` and the attention

@@ -49,8 +49,10 @@ class Signature:
 
 
 def signature_of(module: nn.Module, ignored: dict[int, str] | None = None) -> Signature:
-    """Args:
-    ignored: index of a value to leave out -> its name.
+    """Computes the signature of a module.
+
+    Args:
+        ignored: index of a value to leave out -> its name.
     """
     values: list[Any] = []
     versions: list[int] = []
