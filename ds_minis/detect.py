@@ -11,7 +11,7 @@ from torch import nn
 from ds_minis.tiling.loss.forward_hooks import takes_labels
 from ds_minis.tiling.modules.arguments import takes_any_keyword
 from ds_minis.tiling.modules.swap import replaced_forward, untiled_class
-from ds_minis.tiling.passes.attention import num_attentions, why_unanswered
+from ds_minis.tiling.passes.attention import interface_fallback_reason, num_attentions
 
 _FEED_FORWARD = re.compile(r"mlp|feed_?forward|ffn", re.IGNORECASE)
 _MIXER = re.compile(r"attention|attn|mixer|mamba|ssm|retention|recurrent|rnn|conv|delta_?net|lstm", re.IGNORECASE)
@@ -137,8 +137,8 @@ def _is_layer_list(module: nn.Module) -> bool:
 
 def _layer_fallback_reason(layer: nn.Module) -> str:
     count = num_attentions(layer)
-    if count and why_unanswered():
-        return f"as a whole: {why_unanswered()}"
+    if count and interface_fallback_reason():
+        return f"as a whole: {interface_fallback_reason()}"
     if count == 1:
         return _replaced_fallback_reason(layer)
     if not count:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ds_minis.tiling.layer.tiled_layer import experts_per_choice
+from ds_minis.tiling.layer.tiled_layer import layer_experts_per_choice
 from ds_minis.tiling.modules.state import Chunking
 
 STATED_TOKENS = 8192
@@ -65,7 +65,7 @@ def find_sizes(
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     longest, vocab_size = (getattr(config, name, None) for name in ("max_position_embeddings", "vocab_size"))
     num_tokens = min(longest, STATED_TOKENS) if isinstance(longest, int) and longest > 0 else STATED_TOKENS
-    experts = max(map(experts_per_choice, layers), default=1.0)
+    experts = max(map(layer_experts_per_choice, layers), default=1.0)
     chunk = min(chunking.module_rows(num_tokens, chunking.hidden_size, experts), num_tokens)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     item, loss_chunk, logits = dtype.itemsize if dtype else 0, 0, 0

@@ -94,7 +94,6 @@ def compare_with_plain(
     *,
     make_batch: Callable[[nn.Module], Batch] | None = None,
     settings: Mapping[str, Any] | None = None,
-    seed: int = 0,
 ) -> Exactness:
     """Builds a tiny model twice, converts one, and compares loss, all gradients and router outputs in float32.
 
@@ -108,7 +107,7 @@ def compare_with_plain(
         PlainModelFails: the plain model cannot be built at this size, does not run, or its loss is no finite number.
     """
     try:
-        plain, converted = (without_dropout(tiny_model(model_class, config, seed=seed)) for _ in range(2))
+        plain, converted = (without_dropout(tiny_model(model_class, config)) for _ in range(2))
         batch = (make_batch or text_batch)(plain)
         expected = _step(plain, batch)
     except Exception as error:

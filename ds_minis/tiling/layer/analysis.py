@@ -78,7 +78,7 @@ def analyze_layer(
     if not has_values(x):
         return LayerProbe(
             layer, forward, call.narrowed(PROBE_BATCH, PROBE_TOKENS, torch.empty_like), chunking
-        ).finding_by_shapes()
+        ).analysis_by_shapes()
     reach = Reach()
     reason, settings = followed(layer, forward, call, chunk_tokens, reach)
     with quietly(layer, x.device):
@@ -112,7 +112,7 @@ def _ask(
             raise
         return LayerAnalysis(f"it fails on a part of the tokens ({type(error).__name__}: {str(error)[:100]})")
     finally:
-        first_state.restore(layer)
+        first_state.restore()
 
 
 class LayerProbe:
@@ -160,7 +160,7 @@ class LayerProbe:
         if differing:
             return LayerAnalysis(f"its attention's argument {differing} depends on the number of tokens")
         actual = self._by_chunks(NO_DEAD_VALUES)
-        changed = state.changed(self._layer)
+        changed = state.changed()
         if changed:
             return LayerAnalysis(f"it keeps state from one call to the next ({changed})")
         if not any(g is not None and g.any() for g in expected[1:]):
@@ -176,7 +176,7 @@ class LayerProbe:
         analysis = LayerAnalysis(rest=rest, dead_values=self._search().found(actual), attention_asked=asked)
         return analysis if self._chunking.config.head_groups == 1 else self._with_groups(analysis, actual)
 
-    def finding_by_shapes(self) -> LayerAnalysis:
+    def analysis_by_shapes(self) -> LayerAnalysis:
         """The analysis on meta tensors: compares no values; head groups are accepted if the numbers of heads match."""
         if self._chunking.config.head_groups == 1:
             return LayerAnalysis()
@@ -282,8 +282,8 @@ class LayerProbe:
             written = any(t._version for t in given)
             failed = gradients_fallback_reason(result, qkv)
         finally:
-            changed = state.changed(request.module)
-            state.restore(request.module)
+            changed = state.changed()
+            state.restore()
             result = given = None
         if written:
             return "its attention function writes to its queries, keys or values", True

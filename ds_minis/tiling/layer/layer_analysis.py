@@ -72,7 +72,7 @@ def followed(
         try:
             return follow_layer(forward, layer, call, x, chunk_tokens or -(-x.shape[1] // PROBE_CHUNKS), reach)
         finally:
-            state.restore(layer)
+            state.restore()
 
 
 def read_attributes(
@@ -90,4 +90,4 @@ def read_attributes(
         try:
             return read_by(run, slots, signature)
         finally:
-            state.restore(layer)
+            state.restore()

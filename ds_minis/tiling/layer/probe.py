@@ -42,12 +42,12 @@ def all_close(actual: Sequence[Tensor | None], expected: Sequence[Tensor | None]
     return all(are_close(*pair, coarse) for pair in by_tokens) and all(is_close(a, e, coarse) for a, e in pairs[2:])
 
 
-def gradients_fallback_reason(result: Tensor, heads: Sequence[Tensor]) -> str:
+def gradients_fallback_reason(result: Tensor, qkv: Sequence[Tensor]) -> str:
     """The reason why `autograd.grad` for queries, keys and values fails (reentrant checkpointing); empty if it works."""
     if not result.requires_grad:
         return ""
     try:
-        torch.autograd.grad(result, heads, torch.ones_like(result), allow_unused=True)
+        torch.autograd.grad(result, qkv, torch.ones_like(result), allow_unused=True)
     except Exception as error:
         if is_out_of_memory(error):
             raise

@@ -19,6 +19,7 @@ from ds_minis.tiling.layer.layer_analysis import LayerAnalysis, analyze_again, r
 from ds_minis.tiling.layer.probe import a_few_tokens
 from ds_minis.tiling.modules.compiling import compiled_inside, outside_of_graphs
 from ds_minis.tiling.modules.gate import run_whole
+from ds_minis.tiling.modules.state import experts_per_choice
 from ds_minis.tiling.modules.swap import Tiled, own_forward, warn_once
 from ds_minis.tiling.modules.tiled_module import engine_inside, passing_state, require_weights
 from ds_minis.tiling.passes.layer_args import LayerArgs
@@ -138,9 +139,9 @@ def _left_behind(layer: TiledLayer, forward: Callable[..., Any], call: LayerArgs
         try:
             with passes.attention_memory():
                 request.run(qkv)
-            changed = state.changed(request.module)
+            changed = state.changed()
         finally:
-            state.restore(request.module)
+            state.restore()
             set_random_states(x.device, random)
             call.hidden = x
     return f"its attention function leaves something behind ({changed})" if changed else ""
@@ -184,16 +185,15 @@ def _runs_whole(layer: TiledLayer, call: LayerArgs) -> bool:
 def _chunk_tokens(layer: TiledLayer, call: LayerArgs) -> int:
     """Tokens per sequence in a chunk; at least two, since models treat a single one as a generation step."""
     batch, num_tokens, width = call.hidden.shape
-    rows = layer.mini_sequence_chunking.module_rows(batch * num_tokens, width, experts_per_choice(layer))
+    rows = layer.mini_sequence_chunking.module_rows(batch * num_tokens, width, layer_experts_per_choice(layer))
     return max(2, rows // batch)
 
 
-def experts_per_choice(layer: nn.Module) -> float:
-    """Number of experts in the layer, divided by the experts chosen per token; 1 without experts."""
-    experts = max((p.shape[0] for p in layer.parameters() if p.dim() == 3), default=0)
+def layer_experts_per_choice(layer: nn.Module) -> float:
+    """`experts_per_choice` of the layer's mixture of experts, whose configured number of choices is used."""
     names = ("top_k", "num_experts_per_tok", "num_experts_per_token")
     choices = max((getattr(m, n, 0) or 0 for m in layer.modules() for n in names if n in m.__dict__), default=0)
-    return max(1.0, experts / choices) if experts and choices else 1.0
+    return experts_per_choice(layer.parameters(), choices)
 
 
 def _bounds(num_tokens: int, chunk: int) -> list[tuple[int, int]]:

@@ -139,15 +139,15 @@ class ChunkedHead:
         analysis, with_grads = None, torch.is_grad_enabled()
         own_forward = self._module.__dict__.get("forward")
 
-        def examine(few_LH: Tensor) -> Tensor:
+        def analyze(few_LH: Tensor) -> Tensor:
             nonlocal analysis
             require_weights(self._module)
             with patched_forwards({self._module: own_forward}):
-                analysis = _examined(self._module, few_LH, with_grads, signature.versions)
+                analysis = _analyzed(self._module, few_LH, with_grads, signature.versions)
             return few_LH
 
         with torch.no_grad():
-            self._call(examine, few)
+            self._call(analyze, few)
         if analysis is None:  # the runs cannot tell, with these weights
             return HeadAnalysis("its weights are such that nothing shows")
         heads[key] = analysis
@@ -314,7 +314,7 @@ def _mode(module: nn.Module, hidden_LH: Tensor) -> tuple:
     return module.training, torch.is_grad_enabled(), hidden_LH.dtype, hidden_LH.dim() > 2, hidden_LH.shape[-1], autocast
 
 
-def _examined(module: nn.Module, few_LH: Tensor, with_grads: bool, versions: tuple) -> HeadAnalysis | None:
+def _analyzed(module: nn.Module, few_LH: Tensor, with_grads: bool, versions: tuple) -> HeadAnalysis | None:
     """Analyzes a head on a few rows; None if they cannot tell."""
     reach = Reach()
     if has_values(few_LH):

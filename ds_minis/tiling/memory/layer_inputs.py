@@ -102,10 +102,6 @@ class InMemory:
 
     _kept: list[tuple[Tensor, int]] | None = None
 
-    @property
-    def is_empty(self) -> bool:
-        return self._kept is None
-
     def keep(self, *tensors: Tensor) -> None:
         self._kept = [(t.detach(), t._version) for t in tensors]
 

@@ -107,7 +107,7 @@ def _idle_for(module: nn.Module, slots: ParameterSlots, few: Callable[[], list[T
             raise
         return ()
     finally:
-        state.restore(module)
+        state.restore()
     return walk.idle()
 
 

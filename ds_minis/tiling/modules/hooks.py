@@ -37,9 +37,9 @@ def _is_captured(module: nn.Module) -> bool:
     return isinstance(forward, types.FunctionType) and "collected_outputs" in forward.__code__.co_freevars
 
 
-def global_user_hook(kinds: tuple[str, ...] = ALL) -> str:
+def global_user_hook() -> str:
     """The same for torch's global module hooks."""
-    return next(filter(None, (_foreign(getattr(nn.modules.module, f"_global_{kind}").values()) for kind in kinds)), "")
+    return next(filter(None, (_foreign(getattr(nn.modules.module, f"_global_{kind}").values()) for kind in ALL)), "")
 
 
 def engine_forward_hook(module: nn.Module) -> str:

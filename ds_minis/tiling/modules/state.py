@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -166,3 +166,13 @@ class Chunking:
             return self.config.loss_chunk_size
         busy = max(self.hidden_size, _MIN_AUTO_LOSS_TOKENS)
         return max(1, min(max(hidden_bytes // 2 // row_bytes, busy), _MAX_AUTO_LOGIT_BYTES // row_bytes))
+
+
+def experts_per_choice(parameters: Iterable[torch.Tensor], choices: int) -> float:
+    """The number of experts, divided by the `choices` that a token is routed to; 1 without experts.
+
+    Args:
+        parameters: those of a module; the weights of all experts are one with three dimensions.
+    """
+    experts = max((p.shape[0] for p in parameters if p.dim() == 3), default=0)
+    return max(1.0, experts / choices) if experts and choices else 1.0

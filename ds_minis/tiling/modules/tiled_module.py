@@ -15,6 +15,7 @@ from ds_minis.tiling.core.tiled_op import runs_whole, tile_rows
 from ds_minis.tiling.modules.compiling import outside_of_graphs
 from ds_minis.tiling.modules.gate import run_whole
 from ds_minis.tiling.modules.hooks import ALL, engine_of, global_user_hook, user_hook
+from ds_minis.tiling.modules.state import experts_per_choice
 from ds_minis.tiling.modules.swap import Tiled, own_forward, warn_once
 from ds_minis.tiling.verify.follow import Reach
 from ds_minis.tiling.verify.signature import STALE, ModuleAnalysis, Signature, signature_of
@@ -31,7 +32,9 @@ class TiledModule(Tiled):
         call = RowArgs(args, kwargs)
         if call.num_rows == 0:
             return _run_whole(self, forward, call)
-        chunk_rows = chunking.module_rows(call.num_rows, call.width, _experts_per_choice(self, call))
+        chunk_rows = chunking.module_rows(
+            call.num_rows, call.width, experts_per_choice(self.parameters(recurse=False), call.choices)
+        )
         if runs_whole(call.num_rows, chunk_rows):
             chunking.note("module", call.num_rows, chunk_rows, as_it_is=True)
             return forward(*args, **kwargs)
@@ -144,14 +147,6 @@ def passing_state(module: nn.Module, signature: Signature | None = None) -> str:
     if signature.has_parametrizations:  # PEFT's LoRA on parameters
         return "its weights are parametrized, perhaps for one call alone"
     return ""
-
-
-def _experts_per_choice(module: nn.Module, call: RowArgs) -> float:
-    """Number of experts, divided by the experts chosen per token; 1 for a module without experts."""
-    experts = max(
-        (param.shape[0] for param in module._parameters.values() if param is not None and param.dim() == 3), default=0
-    )
-    return max(1.0, experts / call.choices) if experts and call.choices else 1.0
 
 
 def engine_inside(module: nn.Module, signature: Signature | None = None) -> str:

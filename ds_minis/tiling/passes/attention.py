@@ -170,7 +170,7 @@ def _answering(get_interface: Callable[..., Callable], *args, **kwargs) -> Calla
     return attention
 
 
-def why_unanswered() -> str:
+def interface_fallback_reason() -> str:
     """The reason why attention calls cannot be replaced here; empty if they can."""
     transformers, modeling = map(sys.modules.get, ("transformers", "transformers.modeling_utils"))
     registry = getattr(modeling, _REGISTRY, None)

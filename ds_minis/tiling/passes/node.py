@@ -191,12 +191,12 @@ class LayerNode(TiledOp):
                 grad_x = grad_y if reuse else torch.empty_like(x)
         with self._passes.running(), self._passes.again(), self._as_in_forward(leaves):
             if self._kept is not None:
-                request, qkv = self._passes.pre_attention(x)
+                _, qkv = self._passes.pre_attention(x)
                 with self._passes.attention_memory():
                     edge, out = None, self._kept.output(qkv, kept)
                     grad_out = torch.empty_like(out)
             elif self._groups is None:
-                request, qkv, edge, out = self._attended_with_graph(x)
+                qkv, edge, out = self._attended_with_graph(x)
                 with self._passes.attention_memory():
                     grad_out = torch.empty_like(out)
             else:
@@ -210,7 +210,7 @@ class LayerNode(TiledOp):
                 del qkv, kept, grad_out
                 self._backward_of_pre_attention(x, grads, grad_x, sums, leaves)
             elif self._groups is None:
-                grads = self._backward_of_attention(request, qkv, edge, grad_out, sums, leaves)
+                grads = self._backward_of_attention(qkv, edge, grad_out, sums, leaves)
                 del qkv, edge, grad_out
                 self._backward_of_pre_attention(x, grads, grad_x, sums, leaves)
             else:
@@ -233,7 +233,7 @@ class LayerNode(TiledOp):
         with torch.enable_grad(), self._passes.attending(group):
             out = self._attend(request, qkv)
         # An edge does not hold the output, which not every attention needs in its backward.
-        return request, qkv, torch.autograd.graph.get_gradient_edge(out), out.detach()
+        return qkv, torch.autograd.graph.get_gradient_edge(out), out.detach()
 
     def _backward_of_post_attention(
         self,
@@ -260,7 +260,7 @@ class LayerNode(TiledOp):
         return [self._passes.post_attention(chunk, out_chunk, index)], [grad]
 
     def _backward_of_attention(
-        self, request: AttentionRequest, qkv: list[Tensor], edge, grad_out: Tensor, sums: GradientSums, leaves
+        self, qkv: list[Tensor], edge, grad_out: Tensor, sums: GradientSums, leaves
     ) -> list[Tensor | None]:
         """Gradients of queries, keys and values; those of parameters that the attention uses are added to `sums`."""
         # All leaves: an attention function may read weights from its module, beside those among its arguments.
@@ -303,9 +303,9 @@ class LayerNode(TiledOp):
         for group in range(self._groups.count):
             cut = CutWeights(leaves)
             with self._groups.cut(group, cut):
-                request, qkv, edge, _ = self._attended_with_graph(x, group)
+                qkv, edge, _ = self._attended_with_graph(x, group)
                 part = self._groups.of_output(grad_out, group)
-                grads = self._backward_of_attention(request, qkv, edge, part, sums, leaves)
+                grads = self._backward_of_attention(qkv, edge, part, sums, leaves)
                 del qkv, edge, part
                 self._backward_of_pre_attention(x, grads, grad_x, sums, leaves, cut)
             cut.add_to(sums)

@@ -130,11 +130,6 @@ class Watch(TorchDispatchMode):
             random.setstate(self._python)
         return moved
 
-    @property
-    def reads_values(self) -> bool:
-        """Whether the control flow of the run may depend on a tensor's value."""
-        return any(s.packet in _READS for s in self.steps)
-
 
 _INDICES = frozenset((torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8))
 

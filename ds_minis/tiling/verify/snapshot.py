@@ -98,7 +98,7 @@ class State:
                     self._objects.append((name, value, dict(held)))
                     todo += held.items()
 
-    def changed(self, module: nn.Module) -> str:
+    def changed(self) -> str:
         """The name of something that has changed; empty if nothing has."""
         for m, attributes in self._attributes.items():
             for holder, before in ((m.__dict__, attributes), (m._buffers, self._buffers[m])):
@@ -117,7 +117,7 @@ class State:
                 return name
         return next((name for name, t, version, _ in self._tensors if version_of(t) != version), "")
 
-    def restore(self, module: nn.Module) -> None:
+    def restore(self) -> None:
         """Restores everything except parameters that were written to."""
         for m, attributes in self._attributes.items():
             m.__dict__.clear()

@@ -72,7 +72,7 @@ def token_wise_fallback_reason(
         try:
             reason = follow_module(module, forward, call, chunk_rows or -(-call.num_rows // _CHUNKS), reach)
         finally:
-            state.restore(module)
+            state.restore()
     with quietly(module, call.input.device):
         answer = _ask(module, forward, call, with_grads, reach)
         if answer in (_Answer.NOT_IN_BACKWARD.value, _Answer.NO.value):
@@ -92,7 +92,7 @@ def read_attributes(
         try:
             return read_by(lambda: few.run(forward), slots, signature)
         finally:
-            state.restore(module)
+            state.restore()
 
 
 def _ask(module: nn.Module, forward: Callable[..., Any], call: RowArgs, with_grads: bool, reach: Reach) -> str | None:
@@ -115,17 +115,17 @@ def _ask(module: nn.Module, forward: Callable[..., Any], call: RowArgs, with_gra
             return SHARED_DRAW
         state = State(module)
         actual = run.in_reversed_chunks()
-        changed = state.changed(module)
+        changed = state.changed()
         answer = _compared(actual, expected, tolerance([few.input, *module.parameters(), *actual]))
         if answer == _Answer.YES.value and not changed and not watch.makes_indices:
-            answer = run.why_poison_spreads(expected)
+            answer = run.poison_fallback_reason(expected)
     except Exception as error:
         if is_out_of_memory(error):  # not a property of the module
             raise
         return f"it fails on a part of the tokens ({type(error).__name__}: {str(error)[:100]})"
     finally:
         watch.undo_writes()
-        first_state.restore(module)
+        first_state.restore()
     if changed:
         return f"it keeps state from one call to the next ({changed})"
     if run.is_held():
@@ -222,7 +222,7 @@ class _Run:
                 y = None
         return [output, input_grad, *sums.result()]
 
-    def why_poison_spreads(self, expected: Sequence[Tensor | None]) -> str:
+    def poison_fallback_reason(self, expected: Sequence[Tensor | None]) -> str:
         """The reason if rows that are NaN or large change other rows, in forward or in backward; else empty."""
         output, input_grad = expected[0], expected[1]
         for value in (float("nan"), LARGE):
