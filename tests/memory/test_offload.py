@@ -407,7 +407,7 @@ def test_no_host_memory_left():
     message, counts, after = done.stdout.splitlines()
     number, in_use = map(int, counts.split())
     assert number > 1 and in_use == number * 2**25 == int(after)
-    assert f"{in_use:,} bytes hold checkpoints" in message and f"needs {2**25:,}" in message
+    assert f"{in_use:,} bytes hold layer inputs" in message and f"needs {2**25:,}" in message
     assert "shorter sequences" in message and "pinned" not in message
 
 

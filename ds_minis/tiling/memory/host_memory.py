@@ -53,8 +53,8 @@ class BlockPool:
         except (RuntimeError, MemoryError) as error:
             free.extend(blocks)
             raise RuntimeError(
-                f"no {'pinned ' if self._pinned else ''}host memory left for checkpoints: {self.bytes_in_use:,} bytes hold "
-                f"checkpoints, {self.bytes_allocated - self.bytes_in_use:,} are in free blocks, and the next checkpoint "
+                f"no {'pinned ' if self._pinned else ''}host memory left for layer inputs: {self.bytes_in_use:,} bytes hold "
+                f"layer inputs, {self.bytes_allocated - self.bytes_in_use:,} are in free blocks, and the next "
                 f"needs {count * size:,}. Train on shorter sequences, or let the process have more host memory"
             ) from error
         return blocks

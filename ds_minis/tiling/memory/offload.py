@@ -82,7 +82,7 @@ class OffloadedTensor:
             ahead: number of tensors to prefetch: as many as one layer keeps.
         """
         if not self._give_up.alive:
-            raise RuntimeError("a checkpoint was fetched after its host memory had been released")
+            raise RuntimeError("a layer input was fetched after its host memory had been released")
         self._num_fetches += 1
         if self._on_device.tensor is None:
             self._bring()
