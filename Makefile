@@ -14,7 +14,7 @@ test:            ## unit tests, as many processes as cores
 matrix:          ## real engines in two processes
 	$(PYTHON) -m pytest -m engine
 
-census:          ## every architecture of transformers: three minutes, writes docs/supported_models.md
+census:          ## every architecture of transformers; writes docs/supported_models.md
 	$(PYTHON) scripts/census.py --write
 
 docs:            ## what documentation is made of measurements
