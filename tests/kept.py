@@ -2,13 +2,12 @@
 
 import weakref
 
-from models import batch, checkpointed, twins
+from models import CHUNKS, batch, checkpointed, twins
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ds_minis import convert_to_mini_sequence
 
-CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
 SETTINGS = {
     "layer": {},
     "layer, offload": {"offload": "cpu"},

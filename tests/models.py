@@ -31,6 +31,8 @@ from ds_minis.tiling.layer.tiled_layer import TiledLayer
 from ds_minis.tiling.modules.swap import whole_fallback_reason
 
 VOCAB_SIZE = 131
+# Chunks of the tests to which their sizes do not matter: neither divides the length of a batch, nor the other.
+CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
 _SIZES = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,

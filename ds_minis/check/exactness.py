@@ -170,7 +170,7 @@ def text_batch(model: nn.Module, *, batch_size: int = BATCH_SIZE, length: int = 
 
 
 def _idle(model: nn.Module) -> tuple[str, ...]:
-    """Modules without a verdict: they were never called with more rows than a chunk has."""
+    """Modules without an analysis: they were never called with more rows than a chunk has."""
     tiled = modules_with_chunks(model)
     layers = [
         m for m in tiled if isinstance(m, TiledLayer) and m.mini_sequence_analyses and not whole_fallback_reason(m)

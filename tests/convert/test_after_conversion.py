@@ -6,11 +6,10 @@ from collections import Counter
 
 import pytest
 import torch
-from models import LLAMA_CALLS, add_lora, assert_same_training, batch, build, checkpointed, twins
+from models import CHUNKS, LLAMA_CALLS, add_lora, assert_same_training, batch, build, checkpointed, twins
 
 from ds_minis import convert_to_mini_sequence
 
-CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
 INPUTS = batch(23, prompt=2, padding=3)
 
 

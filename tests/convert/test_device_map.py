@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from models import (
+    CHUNKS,
     LLAMA_CALLS,
     add_lora,
     assert_same_tensors,
@@ -22,7 +23,6 @@ from transformers import AutoModelForCausalLM
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report, revert_mini_sequence
 
-CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
 INPUTS = batch(23, prompt=2, padding=3)
 LAYERS = ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"]
 

@@ -7,12 +7,20 @@ import torch
 from engine_cases import RANKS
 from engines import launch
 from generate_worker import CASES, STEPS
-from models import CONFIGS, LLAMA_CALLS, add_lora, assert_same_tensors, assert_same_training, batch, checkpointed, twins
+from models import (
+    CHUNKS,
+    CONFIGS,
+    LLAMA_CALLS,
+    add_lora,
+    assert_same_tensors,
+    assert_same_training,
+    batch,
+    checkpointed,
+    twins,
+)
 from parity import ENGINE_CLASSES
 
 from ds_minis import convert_to_mini_sequence
-
-CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
 
 
 def generate(model, length: int = 17, **settings) -> torch.Tensor:

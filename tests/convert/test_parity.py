@@ -4,13 +4,12 @@ import copy
 
 import pytest
 import torch
-from models import CONFIGS, add_lora, assert_same_training, batch, build, checkpointed, loss_and_grads, twins
+from models import CHUNKS, CONFIGS, add_lora, assert_same_training, batch, build, checkpointed, loss_and_grads, twins
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ds_minis import convert_to_mini_sequence
 
-CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
 # In rows (batch size 2): below one chunk, exactly one, not divisible, divisible.
 LENGTHS = (4, 5, 23, 20)
 

@@ -4,13 +4,20 @@ import threading
 
 import pytest
 import torch
-from models import add_lora, assert_same_tensors, assert_same_training, batch, build, count_layers, loss_and_grads
+from models import (
+    CHUNKS,
+    add_lora,
+    assert_same_tensors,
+    assert_same_training,
+    batch,
+    build,
+    count_layers,
+    loss_and_grads,
+)
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
-
-CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
 
 
 class Scaled(nn.Module):

@@ -5,14 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from models import assert_same_training, batch, build, checkpointed, loss_and_grads, twins
+from models import CHUNKS, assert_same_training, batch, build, checkpointed, loss_and_grads, twins
 
 from ds_minis import convert_to_mini_sequence
 from ds_minis.tiling.core import grad_accum
 from ds_minis.tiling.loss import cross_entropy
 
 pytestmark = pytest.mark.gpu
-CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
 
 
 def on_gpu(inputs):

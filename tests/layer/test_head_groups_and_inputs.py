@@ -7,7 +7,17 @@ import weakref
 import pytest
 import torch
 from common import SHAPES
-from models import add_lora, assert_same_training, batch, build, checkpointed, count_layers, loss_and_grads, twins
+from models import (
+    CHUNKS,
+    add_lora,
+    assert_same_training,
+    batch,
+    build,
+    checkpointed,
+    count_layers,
+    loss_and_grads,
+    twins,
+)
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transient_memory import decoder_memory
@@ -22,7 +32,6 @@ from ds_minis.tiling.memory import layer_inputs
 from ds_minis.tiling.modules.state import Chunking
 from ds_minis.tiling.modules.swap import tile
 
-CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
 SETTINGS = {
     "groups": {"head_groups": "auto"},
     "two groups": {"head_groups": 2},

@@ -5,8 +5,9 @@ import gc
 
 import pytest
 import torch
-from kept import CHUNKS, SETTINGS, WIDE, Attention, converted, unmasked
+from kept import SETTINGS, WIDE, Attention, converted, unmasked
 from models import (
+    CHUNKS,
     add_lora,
     assert_same_tensors,
     assert_same_training,

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from models import (
+    CHUNKS,
     add_lora,
     assert_same_tensors,
     assert_same_training,
@@ -21,8 +22,6 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
 from ds_minis.tiling.layer import analysis
-
-CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
 
 
 def test_layers_that_count_positions_themselves():

@@ -7,13 +7,12 @@ import threading
 
 import pytest
 import torch
-from models import assert_same_training, batch, build, count_layers, loss_and_grads, twins
+from models import CHUNKS, assert_same_training, batch, build, count_layers, loss_and_grads, twins
 from transformers import AutoModelForCausalLM, Qwen3NextConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
 
-CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
 PARTS = ["k_proj", "v_proj", "down_proj"]
 
 

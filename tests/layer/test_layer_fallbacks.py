@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from models import (
+    CHUNKS,
     LLAMA_CALLS,
     add_lora,
     assert_same_tensors,
@@ -26,7 +27,6 @@ from ds_minis.tiling.layer.analysis import LayerProbe
 from ds_minis.tiling.layer.tiled_layer import TiledLayer
 from ds_minis.tiling.modules.tiled_module import TiledModule
 
-CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
 LAYERS = ("model.layers.0", "model.layers.1")
 
 

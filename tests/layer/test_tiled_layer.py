@@ -3,6 +3,7 @@
 import pytest
 import torch
 from models import (
+    CHUNKS,
     LAYER_CONFIGS,
     add_lora,
     assert_same_tensors,
@@ -21,7 +22,6 @@ from ds_minis import convert_to_mini_sequence, mini_sequence_report
 from ds_minis.check.exactness import compare_with_plain
 from ds_minis.check.tiny import tiny_config
 
-CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
 # Tokens; a chunk has 10, or 5 of each of two sequences: below one chunk, exactly one, not divisible, divisible.
 LENGTHS = {1: (7, 10, 23, 20), 2: (4, 5, 23, 20)}
 KINDS = {

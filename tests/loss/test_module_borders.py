@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 from heads import LOSS_ONLY, Model, Output, assert_same_loss, data
-from models import assert_same_tensors, assert_same_training, batch, count_layers, twins
+from models import CHUNKS, assert_same_tensors, assert_same_training, batch, count_layers, twins
 from torch import nn
 from transformers import (
     AutoModel,
@@ -18,7 +18,6 @@ from transformers import (
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report, revert_mini_sequence
 
-CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
 INPUTS = batch(23, prompt=2, padding=3)
 
 

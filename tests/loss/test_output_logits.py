@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from heads import LargestTensor
-from models import assert_same_tensors, batch, build, twins
+from models import CHUNKS, assert_same_tensors, batch, build, twins
 
 from ds_minis import convert_to_mini_sequence
 from ds_minis.tiling.loss.chunked_head import UnreadableLogits
 from ds_minis.tiling.loss.deferred import DeferredLogits
 
-CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
 INPUTS = batch(23, prompt=2, padding=3)
 
 

@@ -6,14 +6,13 @@ import sys
 
 import pytest
 import torch
-from models import LLAMA_CALLS, VOCAB_SIZE, add_lora, assert_same_training, batch, build, checkpointed, twins
+from models import CHUNKS, LLAMA_CALLS, VOCAB_SIZE, add_lora, assert_same_training, batch, build, checkpointed, twins
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
 from ds_minis.tiling.modules.tiled_module import TiledModule
 
-CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
 INPUTS = batch(23, prompt=2, padding=3)
 SETTINGS = {"all-linear": {}, "adapted head": {"target_modules": ["lm_head", "down_proj", "q_proj"]}}
 

@@ -1,4 +1,4 @@
-"""A verdict holds at every length, for every value and state: what begins later, or is left behind, is seen."""
+"""An analysis holds at every length, for every value and state: what begins later, or is left behind, is seen."""
 
 import math
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from models import (
+    CHUNKS,
     add_lora,
     assert_same_tensors,
     batch,
@@ -19,7 +20,6 @@ from trainers import STEPS, trainer_of
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
 
-CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
 # In rows (batch size 2), a chunk being 10: not divisible, below one chunk, divisible, exactly one.
 LENGTHS = (23, 4, 20, 5)
 

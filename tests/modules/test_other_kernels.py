@@ -10,11 +10,10 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from models import LLAMA_CALLS, add_lora, assert_same_training, batch, count_layers, loss_and_grads, twins
+from models import CHUNKS, LLAMA_CALLS, add_lora, assert_same_training, batch, count_layers, loss_and_grads, twins
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report, revert_mini_sequence
 
-CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
 INPUTS = batch(23, prompt=2, padding=3)
 
 

@@ -5,15 +5,13 @@ ZeRO-2 adds gradients up in the order in which they come; one rank's hook must n
 
 import pytest
 import torch
-from models import add_lora, assert_same_tensors, batch, build, checkpointed, loss_and_grads
+from models import CHUNKS, add_lora, assert_same_tensors, batch, build, checkpointed, loss_and_grads
 from torch import nn
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
 from ds_minis.tiling.core import tiled_op
 from ds_minis.tiling.layer import tiled_layer
 from ds_minis.tiling.modules import gate
-
-CHUNKS = {"chunk_size": 10, "loss_chunk_size": 7}
 
 
 @pytest.fixture
