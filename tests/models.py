@@ -209,3 +209,10 @@ def twins(family: str, **kwargs) -> tuple[PreTrainedModel, PreTrainedModel]:
     """A model and its copy."""
     model = build(family, **kwargs)
     return model, copy.deepcopy(model)
+
+
+def with_class(model, cls):
+    """The model, its decoder layers made instances of `cls`."""
+    for layer in model.model.layers:
+        layer.__class__ = cls
+    return model

@@ -19,6 +19,7 @@ from models import (
     count_layers,
     loss_and_grads,
     twins,
+    with_class,
 )
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -85,12 +86,6 @@ REFUSED = {
     AttendsToFewer: "its attention's argument 0 is made in the layer",
     RefusesShortInputs: "it fails on a part of the tokens (ValueError: too short)",
 }
-
-
-def with_class(model, cls):
-    for layer in model.model.layers:
-        layer.__class__ = cls
-    return model
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from models import assert_same_training, batch, count_layers, twins
+from models import assert_same_training, batch, count_layers, twins, with_class
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -187,12 +187,6 @@ def test_what_changes_at_every_call_costs_few_verifications(monkeypatch):
         module.share = share / 100
         module(x)
     assert len(asked) < 16 and whole_fallback_reason(module)
-
-
-def with_class(model, cls):
-    for layer in model.model.layers:
-        layer.__class__ = cls
-    return model
 
 
 class LogScale(LlamaDecoderLayer):
