@@ -41,7 +41,7 @@ class Case:
         uneven: sequences of rank 0 that fit into one chunk, and long ones on rank 1.
         clip: the norm that gradients are clipped to; 0 for none.
         dropout: its probability, in the MLPs or (with `lora`) in the adapters.
-        head_groups, offload: those settings ("cpu" or "" for `offload`) of the tiled layers.
+        head_groups, offload_inputs: `head_groups` and `offload` ("cpu" or "") of the tiled layers.
         keep: `keep_attention`, with torch's attention; the others' eager one saves too much to be kept.
         seeds: train that often, with other random numbers each time.
     """
@@ -67,7 +67,7 @@ class Case:
     clip: float = 0.0
     dropout: float = 0.0
     head_groups: int | str = 1
-    offload: str = ""
+    offload_inputs: str = ""
     keep: bool = False
     seeds: int = 0
 
@@ -114,7 +114,7 @@ def read_head_weight(model) -> None:
 
 def mini_sequence(case: Case, rank: int) -> dict:
     chunks = {key: size * COPIES if case.dropout else size for key, size in CHUNKS[rank].items()}
-    layers = {"head_groups": case.head_groups, "offload": case.offload or None}
+    layers = {"head_groups": case.head_groups, "offload": case.offload_inputs or None}
     return {"scope": case.scope, "keep_attention": case.keep, **chunks, **layers}
 
 

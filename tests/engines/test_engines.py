@@ -24,13 +24,15 @@ CELLS = [  # every row and every column of the matrix, and what once was wrong u
     ("ZeRO-0", "gradient clipping"),
 ]
 SETTINGS = {
-    "head groups and host memory, ZeRO-3": Case(zero_stage=3, head_groups="auto", offload="cpu", uneven=True),
-    "head groups and host memory, FSDP2, LoRA": Case(engine="fsdp2", lora=True, head_groups="auto", offload="cpu"),
-    "head groups, FSDP1": Case(engine="fsdp1", head_groups="auto", offload="cpu"),
+    "head groups and host memory, ZeRO-3": Case(zero_stage=3, head_groups="auto", offload_inputs="cpu", uneven=True),
+    "head groups and host memory, FSDP2, LoRA": Case(
+        engine="fsdp2", lora=True, head_groups="auto", offload_inputs="cpu"
+    ),
+    "head groups, FSDP1": Case(engine="fsdp1", head_groups="auto", offload_inputs="cpu"),
     "head groups, flat FSDP1": Case(engine="fsdp1_flat", head_groups=2),
-    "head groups and host memory, DDP": Case(engine="ddp", head_groups="auto", offload="cpu", uneven=True),
-    "attention kept in host memory, ZeRO-3": Case(zero_stage=3, keep=True, offload="cpu", uneven=True),
-    "attention kept in host memory, FSDP2, LoRA": Case(engine="fsdp2", lora=True, keep=True, offload="cpu"),
+    "head groups and host memory, DDP": Case(engine="ddp", head_groups="auto", offload_inputs="cpu", uneven=True),
+    "attention kept in host memory, ZeRO-3": Case(zero_stage=3, keep=True, offload_inputs="cpu", uneven=True),
+    "attention kept in host memory, FSDP2, LoRA": Case(engine="fsdp2", lora=True, keep=True, offload_inputs="cpu"),
     "attention kept, FSDP1": Case(engine="fsdp1", keep=True, uneven=True),
     "attention kept, DDP, reentrant": Case(engine="ddp", keep=True, reentrant=True),
 }
