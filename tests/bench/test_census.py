@@ -75,7 +75,7 @@ def test_exit_status(monkeypatch, capsys):
 
 
 def test_model_that_does_not_run_is_no_failure():
-    result = census.analyze_layer("image-text:pi0")
+    result = census.examine("image-text:pi0")
     assert "state" in result["plain_fails"] and not census.failed(result)
 
 

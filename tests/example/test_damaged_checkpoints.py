@@ -178,7 +178,9 @@ def test_a_damaged_checkpoint_stops_a_run_before_it_begins(trained, tmp_path):
     status, printed = sft_runs.run(ONE, output, resume_from_checkpoint=output / "checkpoint-4")
     assert status == 1
     message = printed.strip().splitlines()[-1]
-    assert message.startswith("ValueError: --resume_from_checkpoint") and "optimizer.pt is cut short" in message
+    assert (
+        message.startswith("train.py: ValueError: --resume_from_checkpoint") and "optimizer.pt is cut short" in message
+    )
     assert "'loss'" not in printed and "Loading weights" not in printed
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 import subprocess
 import sys
 import warnings
@@ -29,12 +30,18 @@ AFTER = (
 )
 
 
+def _with_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs ignore
+
+
 def ended(tmp_path, code: str, *flags: str, **env: str) -> tuple[int, str]:
     """Exit status of a script that begins quietly, and what it said."""
     variables = {"RANK": "0", "WORLD_SIZE": "1", "PYTHONPATH": str(sft_runs.EXAMPLE), "PATH": ""} | env
     (tmp_path / "train.py").write_text(code)
     command = [sys.executable, str(tmp_path / "train.py"), "--output_dir", str(tmp_path / "out"), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=variables)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=200, env=variables, preexec_fn=_with_interrupts
+    )
     assert not done.stdout
     return done.returncode, done.stderr
 
