@@ -5,6 +5,7 @@ import os
 import psutil
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from models import LLAMA_CALLS
 from support import warm
 
@@ -38,6 +39,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="takes minutes and 20 GiB; DS_MINIS_HUGE=1 runs it"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _nothing_left_by_accelerate():
+    """What a file of tests has left is not the next one's: accelerate's state, and what `TrainingArguments` sets for it."""
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(params=LLAMA_CALLS)

@@ -1,14 +1,12 @@
 """`outputs.logits` of a model that was given labels: computed when it is read before backward, by chunks where possible."""
 
 import copy
-import os
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from heads import LargestTensor
 from models import CHUNKS, assert_same_tensors, batch, build, twins
 
@@ -135,10 +133,7 @@ def test_logits_of_weights_that_an_engine_holds_in_parts_are_an_error_with_a_way
 
 
 @pytest.mark.parametrize("method", ["gather", "gather_for_metrics", "pad_across_processes", "reduce"])
-def test_accelerators_collectives_are_given_them_in_full(method, monkeypatch):
-    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
-        monkeypatch.delenv(name)
-    AcceleratorState._reset_state(reset_partial_state=True)  # what another test has left: its precision, for one
+def test_accelerators_collectives_are_given_them_in_full(method):
     accelerator = Accelerator(cpu=True)
     model, reference = twins("llama")
     model = accelerator.prepare(convert_to_mini_sequence(model, CHUNKS))
