@@ -1,6 +1,7 @@
 """For a program that cannot be asked (`trl sft`): with this folder on PYTHONPATH, rank 0 writes at its end what it ran.
 
-It reads what is in memory then, and changes nothing.
+It reads what is in memory then. It changes one thing: a rank that ended well leaves before Python takes itself apart,
+where gloo's threads abort at times, after all work is done (pytorch#190489; TRL destroys no process group).
 """
 
 import atexit
@@ -23,5 +24,16 @@ def save_facts() -> None:
     save(facts, os.environ["FACTS"])
 
 
-if os.environ.get("RANK") == "0":
-    atexit.register(lambda: "trl.trainer.sft_trainer" in sys.modules and save_facts())
+def leave() -> None:
+    if "trl.trainer.sft_trainer" not in sys.modules:
+        return  # a process of the launcher
+    if os.environ["RANK"] == "0":
+        save_facts()
+    if not hasattr(sys, "last_value"):  # no exception ended this rank
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+if "RANK" in os.environ:
+    atexit.register(leave)
