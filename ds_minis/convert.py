@@ -199,10 +199,10 @@ def mini_sequence_report(model: nn.Module) -> ConversionReport | None:
     if bypassed:
         sizes = report.sizes and report.sizes.without_loss()
         report = dataclasses.replace(report, loss=f"not tiled ({bypassed})", sizes=sizes)
-    return _with_verdicts(report, model)
+    return _with_analyses(report, model)
 
 
-def _with_verdicts(report: ConversionReport, model: nn.Module) -> ConversionReport:
+def _with_analyses(report: ConversionReport, model: nn.Module) -> ConversionReport:
     """The report, with what was found out about modules at their first calls."""
     modules = [m for m in model.modules() if isinstance(m, Tiled) and m.mini_sequence_chunking is not None]
     wrong = {m.mini_sequence_name: whole_fallback_reason(m) for m in modules if whole_fallback_reason(m)}

@@ -124,15 +124,15 @@ def _no_checkpointing(result: Mapping[str, Any]) -> str:
 def _layers(result: Mapping[str, Any]) -> str:
     """`2 of 2`, and why not where it is fewer."""
     tiled, left = sum(result.get("layers", {}).values()), result.get("layers_left", [])
-    reasons = "; ".join(dict.fromkeys(f"`{cls}`: {_short(_in_short(reason))}" for cls, reason, _ in left))
+    reasons = "; ".join(dict.fromkeys(f"`{cls}`: {_short(_layer_reason(reason))}" for cls, reason, _ in left))
     count = f"{tiled} of {tiled + sum(entry[-1] for entry in left)}"
     return f"{count}; {reasons}" if reasons else count
 
 
-def _in_short(reason: str) -> str:
-    """Routers' outputs are asked for here, of all mixtures of experts."""
-    asked = "output_capturing_hook" in reason
-    return "tiled where router outputs are not asked for" if asked else reason.removeprefix("as a whole: ")
+def _layer_reason(reason: str) -> str:
+    """The census asks every mixture of experts for its router outputs."""
+    with_router = "output_capturing_hook" in reason
+    return "tiled where router outputs are not asked for" if with_router else reason.removeprefix("as a whole: ")
 
 
 def _feed_forward(result: Mapping[str, Any]) -> str:

@@ -46,6 +46,20 @@ def _nothing_left_by_accelerate():
     """What a file of tests has left is not the next one's: accelerate's state, and what `TrainingArguments` sets for it."""
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         del os.environ[name]
+    _reset_accelerate()
+
+
+@pytest.fixture
+def clean_accelerate_state(monkeypatch):
+    """For tests that make accelerate's state: none is left to the next test, and no DeepSpeed is asked for."""
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
+    yield
+    _reset_accelerate()
+
+
+def _reset_accelerate() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     AcceleratorState._reset_state(reset_partial_state=True)
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ds_minis.check.errors import in_short
 from ds_minis.check.tiny import FIRST_SPECIAL_ID, FIRST_TEXT_ID, tiny_model, without_dropout
 from ds_minis.convert import (
     ConversionReport,
@@ -111,7 +112,7 @@ def compare_with_plain(
         batch = (make_batch or text_batch)(plain)
         expected = _step(plain, batch)
     except Exception as error:
-        raise PlainModelFails(_in_short(error)) from error
+        raise PlainModelFails(in_short(error)) from error
     if not math.isfinite(expected.loss):
         raise PlainModelFails(f"the loss is {expected.loss}")
     notes = []
@@ -289,7 +290,7 @@ def _checkpointing_error(
     try:
         plain_error = _worst(_errors(_checkpointed_step(plain, batch), expected)[:2])
     except Exception as failure:
-        notes.append(f"gradient checkpointing fails in the plain model too: {_in_short(failure)}")
+        notes.append(f"gradient checkpointing fails in the plain model too: {in_short(failure)}")
         return None
     if not plain_error <= LIMIT:
         notes.append(f"gradient checkpointing changes the plain model's own gradients, by {plain_error:.1e}")
@@ -321,10 +322,6 @@ def _warnings_of_ds_minis():
     finally:
         logger.removeHandler(handler)
         logger.propagate = propagate
-
-
-def _in_short(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _largest(tensor: torch.Tensor) -> float:

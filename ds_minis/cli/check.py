@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ds_minis.check.errors import in_short
 from ds_minis.config import AUTO, MiniSequenceConfig
 
 DESCRIPTION = """Says what would be tiled in a model at its full size, what not and why, and trains a tiny random instance
@@ -145,7 +146,7 @@ def load_adapter(folder: str) -> Any:
 
         adapter = peft.PeftConfig.from_pretrained(folder)
     except Exception as error:
-        raise WrongArgument(f"no adapter could be read from {folder!r}: {_in_short(error)}; {_ALLOWED}") from None
+        raise WrongArgument(f"no adapter could be read from {folder!r}: {in_short(error)}; {_ALLOWED}") from None
     if not adapter.base_model_name_or_path:
         raise WrongArgument(f"{str(path / 'adapter_config.json')!r} names no base model; check the base itself")
     adapter.inference_mode = False
@@ -189,9 +190,7 @@ def load_config(model: str, trust_remote_code: bool) -> Any:
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise WrongArgument(
-            f"no configuration could be loaded from {model!r}: {_in_short(error)}; {_ALLOWED}"
-        ) from None
+        raise WrongArgument(f"no configuration could be loaded from {model!r}: {in_short(error)}; {_ALLOWED}") from None
 
 
 def model_class_for(config: Any, trust_remote_code: bool) -> tuple[Callable[[Any], Any], Any]:
@@ -239,7 +238,7 @@ def full_size_report(model_class: Callable[[Any], Any], config: Any, settings: M
     except WrongGroups as error:
         raise WrongArgument(f"--set: {error}") from None
     except Exception as error:
-        return None, _in_short(error)
+        return None, in_short(error)
 
 
 def _for_tiny(settings: dict[str, Any]) -> dict[str, Any]:
@@ -269,7 +268,3 @@ def in_words(result: dict[str, Any]) -> str:
         lines.append(f"  full logits: {'held in memory' if result['logits_held'] else 'never held'}")
     lines += [f"note: {note}" for note in result["notes"]]
     return "\n".join([*lines, f"({result['seconds']} s)"])
-
-
-def _in_short(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

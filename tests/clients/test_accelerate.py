@@ -37,16 +37,11 @@ VARIABLES = "DS_MINIS_CONFIG", "DS_MINIS_CONFIG_SOURCE", "DS_MINIS_RUN"
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch):
+def fresh(monkeypatch, clean_accelerate_state):
     """Neither a state of accelerate's nor a variable of ours, before and after."""
     for variable in VARIABLES:
         monkeypatch.setenv(variable, "")
         monkeypatch.delenv(variable)
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
 
 
 def config_file(folder, section=None, name="a config.yaml", key="mini_sequence"):
@@ -183,14 +178,14 @@ def test_plugin_and_environment_must_agree(monkeypatch):
         Accelerator(kwargs_handlers=[MiniSequencePlugin()], mini_sequence_plugin=SETTINGS)
 
 
-def test_doors_that_disagree_are_told_before_accelerate_makes_its_state(monkeypatch):
+def test_sources_that_disagree_are_told_before_accelerate_makes_its_state(monkeypatch):
     monkeypatch.setenv("DS_MINIS_CONFIG", json.dumps(SETTINGS))
     with pytest.raises(ValueError, match="different mini-sequence settings"):
         Accelerator(cpu=True, mini_sequence_plugin=True)
     assert not AcceleratorState._shared_state and not PartialState._shared_state
 
 
-def test_the_third_door_must_agree_too():
+def test_the_third_source_must_agree_too():
     first, second, third = Request(CONFIG, "first"), Request(CONFIG, "second"), Request(MiniSequenceConfig(), "third")
     assert reconcile(None, first, second) is first
     with pytest.raises(ValueError, match=r"(?s)first: .*third: "):

@@ -77,7 +77,7 @@ def test_settings_survive_a_round_trip_through_json(key, defaults):
     ("value", "expected"),
     [(True, {}), (None, {}), ({}, {}), (False, {"enabled": False}), ({"chunk_size": 4}, {"chunk_size": 4})],
 )
-def test_from_value_of_what_a_door_may_hold(value, expected):
+def test_from_value_of_what_a_source_may_hold(value, expected):
     assert MiniSequenceConfig.from_value(value) == MiniSequenceConfig(**expected)
 
 
@@ -96,10 +96,10 @@ def test_frozen_hashable_keyword_only_and_picklable():
 
 
 @pytest.mark.parametrize(("key", "value", "allowed"), WRONG, ids=lambda value: repr(value)[:20])
-def test_wrong_value_names_door_key_value_and_what_is_allowed(key, value, allowed):
+def test_wrong_value_names_source_key_value_and_what_is_allowed(key, value, allowed):
     with pytest.raises(ValueError) as error:
-        MiniSequenceConfig.from_value({key: value}, source="the front door")
-    assert str(error.value).startswith(f"the front door: {key}: {allowed} is allowed")
+        MiniSequenceConfig.from_value({key: value}, source="the settings file")
+    assert str(error.value).startswith(f"the settings file: {key}: {allowed} is allowed")
     assert f"got {value!r} ({type(value).__name__})" in str(error.value)
     with pytest.raises(ValueError, match=f"^{key}: "):
         MiniSequenceConfig(**{key: value})
@@ -136,9 +136,9 @@ def test_the_nearest_value_that_is_allowed_is_named(key, value, meant):
 @pytest.mark.parametrize("value", ["true", 1, 0, 1.0, [], [("chunk_size", 4)]])
 def test_neither_a_bool_nor_a_mapping_is_refused(value):
     with pytest.raises(ValueError) as error:
-        MiniSequenceConfig.from_value(value, source="the front door")
+        MiniSequenceConfig.from_value(value, source="the settings file")
     assert str(error.value) == (
-        f"the front door: true, false or a mapping of settings is allowed, got {value!r} ({type(value).__name__})"
+        f"the settings file: true, false or a mapping of settings is allowed, got {value!r} ({type(value).__name__})"
     )
 
 
@@ -157,11 +157,11 @@ def test_neither_a_bool_nor_a_mapping_is_refused(value):
         (7, None),
     ],
 )
-def test_unknown_key_names_door_key_value_all_keys_and_the_nearest(key, meant):
+def test_unknown_key_names_source_key_value_all_keys_and_the_nearest(key, meant):
     with pytest.raises(ValueError) as error:
-        MiniSequenceConfig.from_value({"loss": False, key: 1234}, source="the front door")
+        MiniSequenceConfig.from_value({"loss": False, key: 1234}, source="the settings file")
     message = str(error.value)
-    assert message.startswith(f"the front door: unknown key {key!r} (value 1234)")
+    assert message.startswith(f"the settings file: unknown key {key!r} (value 1234)")
     assert message.endswith(f"allowed keys: {', '.join(DEFAULTS)}")
     assert f'did you mean "{meant}"?' in message if meant else "did you mean" not in message
 
@@ -174,8 +174,8 @@ def test_an_unknown_keyword_is_an_unknown_key():
 
 
 def test_chunk_size_together_with_num_mini_sequences_is_refused():
-    with pytest.raises(ValueError, match=r"^the front door: chunk_size=8 and num_mini_sequences=2 .* give one"):
-        MiniSequenceConfig.from_value({"chunk_size": 8, "num_mini_sequences": 2}, source="the front door")
+    with pytest.raises(ValueError, match=r"^the settings file: chunk_size=8 and num_mini_sequences=2 .* give one"):
+        MiniSequenceConfig.from_value({"chunk_size": 8, "num_mini_sequences": 2}, source="the settings file")
     assert MiniSequenceConfig(chunk_size="auto", num_mini_sequences=2, loss_chunk_size=8).num_mini_sequences == 2
 
 

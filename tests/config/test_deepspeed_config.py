@@ -5,7 +5,6 @@ import types
 
 import deepspeed
 import pytest
-from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DeepSpeedPlugin
 from deepspeed.runtime import constants
 from deepspeed.utils import set_z3_leaf_module, z3_leaf_module, z3_leaf_parameter
@@ -19,6 +18,7 @@ from ds_minis.convert import tiled_modules
 from ds_minis.integrations.deepspeed import attach_initialize, attach_zero3
 from ds_minis.tiling.modules.swap import Tiled
 
+pytestmark = pytest.mark.usefixtures("clean_accelerate_state")
 SETTINGS = {"chunk_size": 6, "loss_chunk_size": 5}
 ENGINE = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2}}
 REAL_KEYS = """
@@ -49,14 +49,6 @@ def ds_json(tmp_path):
         return str(tmp_path / "zero2.json")
 
     return write
-
-
-@pytest.fixture(autouse=True)
-def clean_accelerate_state(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
 
 
 @pytest.mark.parametrize(

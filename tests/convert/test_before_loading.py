@@ -4,19 +4,12 @@ import json
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
 from models import build
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
 
 from ds_minis import mini_sequence_report
 
-
-@pytest.fixture(autouse=True)
-def clean_accelerate_state(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
+pytestmark = pytest.mark.usefixtures("clean_accelerate_state")
 
 
 @pytest.fixture

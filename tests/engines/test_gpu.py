@@ -141,7 +141,7 @@ def test_products_are_added_to_a_float32_sum_on_the_device(dtype):
     assert sums._sums[0].dtype == torch.float32
     exact = 3 * left.double().t() @ right.double()
     assert (sums._sums[0] - exact).norm() <= 1e-5 * exact.norm()  # a product rounded to 16 bits would be off by 1e-3
-    assert grad_accum._asked_to_multiply(left.device, dtype)
+    assert grad_accum._addmm_takes(left.device, dtype)
 
 
 def test_the_head_of_a_bfloat16_model():

@@ -448,14 +448,14 @@ def test_what_is_not_read_is_asked_again_of_each_layer(monkeypatch):
     convert_to_mini_sequence(model, CHUNKS)
     assert_same_training(model, reference, batch(23))
     layers = list(model.model.layers)
-    (first, second, third), analyses = map(asked.count, layers), [findings_of(layer)[0] for layer in layers]
+    (first, second, third), analyses = map(asked.count, layers), [analyses_of(layer)[0] for layer in layers]
     read = [m.mlp.down_proj not in f.dead_values.values_post_attention for m, f in zip(layers, analyses, strict=True)]
     assert read == [False, False, True]
     assert first > 10 and second == 3, "as it is, without outputs and without values"
     assert third == first + 1, "one question more: the one that told"
 
 
-def findings_of(layer) -> list:
+def analyses_of(layer) -> list:
     return list(layer.mini_sequence_analyses.values())
 
 
@@ -467,7 +467,7 @@ def test_a_projection_that_draws_random_numbers_in_one_layer_alone():
     convert_to_mini_sequence(model, CHUNKS)
     loss_and_grads(model, batch(23))
     left_out = [
-        layer.self_attn.q_proj in {m for m, *_ in findings_of(layer)[0].dead_values.outputs}
+        layer.self_attn.q_proj in {m for m, *_ in analyses_of(layer)[0].dead_values.outputs}
         for layer in model.model.layers
     ]
     assert left_out == [True, False]

@@ -118,11 +118,11 @@ def _add_product(total_VH: Tensor, left_VC: Tensor, right_CH: Tensor, beta: int 
 
 def _multiplies_into_float32(total: Tensor, dtype: torch.dtype) -> bool:
     real = type(total) in (Tensor, nn.Parameter) and not total.is_meta  # a fake tensor has no kernel to try
-    return real and total.dtype == torch.float32 and _asked_to_multiply(total.device, dtype)
+    return real and total.dtype == torch.float32 and _addmm_takes(total.device, dtype)
 
 
 @functools.cache
-def _asked_to_multiply(device: torch.device, dtype: torch.dtype) -> bool:
+def _addmm_takes(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `addmm` on the device takes `dtype` operands and a float32 sum: cuBLAS does, the CPU does not."""
     if device.type == "cpu":
         return False

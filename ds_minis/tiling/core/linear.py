@@ -79,7 +79,7 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def chunk_forwards(
-    module: nn.Module, sums: Sequence[GradientSums], unread: Sequence[nn.Linear] = (), value: float = 0.0
+    module: nn.Module, sums: Sequence[GradientSums], dead: Sequence[nn.Linear] = (), value: float = 0.0
 ) -> Forwards:
     """Forwards for the plain linear layers in `module`, to be patched in while leaves replace its parameters.
 
@@ -88,8 +88,8 @@ def chunk_forwards(
 
     Args:
         sums: accumulate the gradients of the weights that are among their leaves.
-        unread: layers whose result is a dead value.
-        value: fills the results of `unread`.
+        dead: layers whose result is a dead value.
+        value: fills the results of `dead`.
     """
     forwards: Forwards = {}
     for linear in module.modules():
@@ -97,7 +97,7 @@ def chunk_forwards(
         if not own or is_traceable_wrapper_subclass(linear.weight):
             continue
         add = _adder(linear.weight, sums)
-        if linear in unread:
+        if linear in dead:
             forwards[linear] = _forward(linear, add, value)
         elif add is not None:
             forwards[linear] = _forward(linear, add, None)

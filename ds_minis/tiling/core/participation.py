@@ -87,6 +87,6 @@ def _of_signature(known: tuple[tuple, tuple[int, ...]] | None, signature: tuple)
     return known[1] if known is not None and known[0] == signature else None
 
 
-def signature_of(slots: ParameterSlots, constants: Constants, way: object) -> tuple:
+def call_signature(slots: ParameterSlots, constants: Constants, way: object) -> tuple:
     """Cache key: all that decides which tensors take part and is known before the call."""
     return slots.names, [values for _, values in constants], way

@@ -28,7 +28,7 @@ from ds_minis.tiling.core.exclusive import alone
 from ds_minis.tiling.core.grad_accum import GradientSums
 from ds_minis.tiling.core.linear import LastLinear, chunk_forwards
 from ds_minis.tiling.core.params import Constants, ParameterSlots, Untrained, constants_of, restored_flags
-from ds_minis.tiling.core.participation import Memory, Walk, signature_of
+from ds_minis.tiling.core.participation import Memory, Walk, call_signature
 from ds_minis.tiling.core.replay import Replay, patched_forwards, refuse_gradients_of_gradients
 from ds_minis.tiling.core.reuse import can_overwrite
 
@@ -75,7 +75,7 @@ class TiledOp(abc.ABC):
         Unless an earlier call used all of them, this runs the forward, with the graph of one chunk at a time, and keeps its
         result for `result`.
         """
-        signature = signature_of(self.slots, self.constants, self.way)
+        signature = call_signature(self.slots, self.constants, self.way)
         if self.memory.all_take_part(self.module, signature):
             return
         self.walk = Walk(self.slots)

@@ -82,17 +82,17 @@ def analyze_layer(
     reach = Reach()
     reason, settings = followed(layer, forward, call, chunk_tokens, reach)
     with quietly(layer, x.device):
-        analysis = _ask(layer, forward, call, chunking, reach)
+        analysis = _analyze(layer, forward, call, chunking, reach)
         if analysis is not None and analysis.reason == _MIXES:
             # Again, with other random numbers: a single gradient may happen to be near zero, and pure rounding error in
             # bfloat16.
-            analysis = _ask(layer, forward, call, chunking, reach)
+            analysis = _analyze(layer, forward, call, chunking, reach)
         if analysis is None:
             return None
         return dataclasses.replace(analysis, reason=analysis.reason or reason, reach=reach, settings=settings)
 
 
-def _ask(
+def _analyze(
     layer: nn.Module, forward: Callable[..., Any], call: LayerArgs, chunking: Chunking, reach: Reach
 ) -> LayerAnalysis | None:
     first_state = State(layer)
@@ -132,7 +132,7 @@ class LayerProbe:
         self._bounds = [(i, min(i + size, num_tokens)) for i in reversed(range(0, num_tokens, size))]
         self._slots = ParameterSlots(layer)
         self._params = [p.detach() for p in self._slots.tensors]
-        self._asked = [p.numel() <= LARGEST_WEIGHT for p in self._params]
+        self._with_grad = [p.numel() <= LARGEST_WEIGHT for p in self._params]
         self._grad: Tensor | None = None
         self._settings: dict[int | str, Any] = {}  # of the attention, called for all tokens
         self._num_counting = 0  # chunks that call torch.arange
@@ -170,10 +170,10 @@ class LayerProbe:
             return LayerAnalysis(_MIXES)
         if not watch.makes_indices and PoisonedRows(self._forward, self._call, self._slots, self._x).spread(coarse):
             return LayerAnalysis(_MIXES)
-        reason, asked = self._attention_fallback_reason()
+        reason, attention_ran = self._attention_fallback_reason()
         if reason:
             return LayerAnalysis(reason)
-        analysis = LayerAnalysis(rest=rest, dead_values=self._search().found(actual), attention_asked=asked)
+        analysis = LayerAnalysis(rest=rest, dead_values=self._search().found(actual), attention_ran=attention_ran)
         return analysis if self._chunking.config.head_groups == 1 else self._with_groups(analysis, actual)
 
     def analysis_by_shapes(self) -> LayerAnalysis:
@@ -188,7 +188,7 @@ class LayerProbe:
 
     def _whole(self) -> tuple[list[Tensor | None], tuple | None, str]:
         """Runs the layer at once: result and gradients, further outputs, the reason why it cannot be tiled."""
-        leaves = [p.detach().requires_grad_(asked) for p, asked in zip(self._params, self._asked, strict=True)]
+        leaves = [p.detach().requires_grad_(wanted) for p, wanted in zip(self._params, self._with_grad, strict=True)]
         x = self._x.clone().requires_grad_()
         requests: list[AttentionRequest] = []
         given, reason = guarded(x, self._sentinels), ""
@@ -254,12 +254,12 @@ class LayerProbe:
         with torch.no_grad():
             y = node.forward([self._x], with_backward=True)
             node.grad_output = self._grad.clone()  # backward may overwrite it
-            return [y, *node.backward([self._x, *self._params], [True, *self._asked])]
+            return [y, *node.backward([self._x, *self._params], [True, *self._with_grad])]
 
     def _search(self) -> DeadValueSearch:
-        unasked = [p for p, asked in zip(self._slots.tensors, self._asked, strict=True) if not asked]
+        without_grad = [p for p, wanted in zip(self._slots.tensors, self._with_grad, strict=True) if not wanted]
         return DeadValueSearch(
-            self._layer, self._forward, self._call, self._x, unasked, self._chunking, self._by_chunks
+            self._layer, self._forward, self._call, self._x, without_grad, self._chunking, self._by_chunks
         )
 
     def _attention_fallback_reason(self) -> tuple[str, bool]:

@@ -28,7 +28,7 @@ class DeadValueSearch:
         forward: the layer's own forward.
         call: the call for a few tokens.
         x: its hidden states.
-        unasked: weights whose gradients are not computed because they are too large.
+        without_grad: weights whose gradients are not computed because they are too large.
         by_chunks: computes result and gradients of the layer without the given dead values.
     """
 
@@ -38,12 +38,12 @@ class DeadValueSearch:
         forward: Callable[..., Any],
         call: LayerArgs,
         x: Tensor,
-        unasked: Sequence[Tensor],
+        without_grad: Sequence[Tensor],
         chunking: Chunking,
         by_chunks: Callable[..., list[Tensor | None]],
     ):
         self._layer, self._forward, self._call, self._x = layer, forward, call, x
-        self._unasked, self._chunking, self._by_chunks = unasked, chunking, by_chunks
+        self._without_grad, self._chunking, self._by_chunks = without_grad, chunking, by_chunks
 
     def found(self, expected: Sequence[Tensor | None]) -> DeadValues:
         """Tries the dead values of a layer with the same signature, else searches by bisection and checks all together."""
@@ -109,7 +109,7 @@ class DeadValueSearch:
 
         Their weight gradients read that input, but are not computed here, so no result would show the NaN.
         """
-        large = {id(p) for p in self._unasked}
+        large = {id(p) for p in self._without_grad}
         parts = [m for m in self._layer.modules() if large and any(id(p) in large for p in m._parameters.values())]
         reached: list[nn.Module] = []
 
@@ -177,7 +177,7 @@ def _shapes(part: nn.Module) -> tuple:
 
 
 def _dead_outputs(
-    module: nn.Module, before: dict[nn.Module, tuple[int, torch.dtype]], is_unread: Callable[[tuple], bool]
+    module: nn.Module, before: dict[nn.Module, tuple[int, torch.dtype]], is_dead: Callable[[tuple], bool]
 ) -> Iterator[tuple[nn.Module, int, torch.dtype]]:
     """The outermost submodules called before the attention whose output is dead after it.
 
@@ -185,10 +185,10 @@ def _dead_outputs(
     """
     for child in module.children():
         output = (child, *before[child]) if child in before and not any(map(_draws, child.modules())) else None
-        if output is not None and is_unread(output):
+        if output is not None and is_dead(output):
             yield output
         else:
-            yield from _dead_outputs(child, before, is_unread)
+            yield from _dead_outputs(child, before, is_dead)
 
 
 def stand_in(request: AttentionRequest, tensors: Sequence[Tensor]) -> Tensor:

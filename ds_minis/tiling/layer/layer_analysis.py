@@ -35,7 +35,7 @@ class LayerAnalysis:
         one_call: reason why head_groups fell back to one call; empty if it did not, or is not set.
         reach: the lengths for which this holds.
         settings: the non-tensor arguments of the attention's call; None if unknown.
-        attention_asked: whether the real attention function was run on a few tokens.
+        attention_ran: whether the real attention function was run on a few tokens.
         versions: versions of the tensors that this depends on; None if it depends on no values.
     """
 
@@ -46,7 +46,7 @@ class LayerAnalysis:
     one_call: str = ""
     reach: Reach = field(default_factory=Reach)
     settings: dict | None = field(default=None, compare=False)
-    attention_asked: bool = True
+    attention_ran: bool = True
     versions: tuple | None = field(default=None, compare=False, repr=False)
 
 
@@ -75,7 +75,7 @@ def followed(
             state.restore()
 
 
-def read_attributes(
+def attributes_read_by_layer(
     layer: nn.Module, forward: Callable[..., Any], call: LayerArgs, slots: list[tuple[int, str]], signature: Signature
 ) -> list[str]:
     """Which of the given attributes of its submodules a layer reads."""

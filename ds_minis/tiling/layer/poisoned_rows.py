@@ -38,7 +38,7 @@ class PoisonedRows:
         for value in (float("nan"), LARGE):
             try:
                 poisoned, poisoned_grads = self._run(value, ~clean)
-            except Exception as error:  # not a finding: the layer may check for NaN
+            except Exception as error:  # proves nothing: the layer may check for NaN
                 if is_out_of_memory(error):
                     raise
                 continue

@@ -15,7 +15,7 @@ from ds_minis.tiling.core.replay import AutocastState, has_values, random_states
 from ds_minis.tiling.core.tiled_op import run_call
 from ds_minis.tiling.layer.analysis import analyze_layer
 from ds_minis.tiling.layer.checkpointed_layer import ItsOwnCheckpointing
-from ds_minis.tiling.layer.layer_analysis import LayerAnalysis, analyze_again, read_attributes
+from ds_minis.tiling.layer.layer_analysis import LayerAnalysis, analyze_again, attributes_read_by_layer
 from ds_minis.tiling.layer.probe import a_few_tokens
 from ds_minis.tiling.modules.compiling import compiled_inside, outside_of_graphs
 from ds_minis.tiling.modules.gate import run_whole
@@ -25,7 +25,7 @@ from ds_minis.tiling.modules.tiled_module import engine_inside, passing_state, r
 from ds_minis.tiling.passes.layer_args import LayerArgs
 from ds_minis.tiling.passes.layer_passes import DifferentSettings, LayerPasses, NoAttention
 from ds_minis.tiling.passes.node import LayerNode
-from ds_minis.tiling.verify.signature import STALE, Signature, signature_of
+from ds_minis.tiling.verify.signature import STALE, Signature, module_signature
 from ds_minis.tiling.verify.snapshot import State
 
 
@@ -47,14 +47,14 @@ class TiledLayer(ItsOwnCheckpointing, Tiled):
             chunking.note("layer", num_tokens, _chunk_tokens(self, call) * call.hidden.shape[0], as_it_is=True)
             return self._as_it_is(forward, args, kwargs)
         hidden = call.hidden  # a tiled call frees it
-        analysis = _found_out(self, forward, call)
+        analysis = _analysis_for(self, forward, call)
         if analysis.reason:
             return self._run_whole(forward, args, kwargs, call)
         try:
             y = _forward_by_tokens(self, forward, call, analysis)
         except DifferentSettings as error:
             call.hidden = hidden
-            _told(self, ("call", str(error)), LayerAnalysis(str(error)))
+            _record(self, ("call", str(error)), LayerAnalysis(str(error)))
             return self._run_whole(forward, args, kwargs, call)
         except NoAttention:
             # The layer skips its attention in this call, for example at random. The random state has not advanced yet.
@@ -83,33 +83,33 @@ def one_call_fallback_reason(layer: nn.Module) -> str:
 
 
 @outside_of_graphs
-def _found_out(layer: TiledLayer, forward: Callable[..., Any], call: LayerArgs) -> LayerAnalysis:
+def _analysis_for(layer: TiledLayer, forward: Callable[..., Any], call: LayerArgs) -> LayerAnalysis:
     """Analyzes the layer once per kind of call and signature. Hooks are checked at each call: they may come and go."""
     analyses = layer.mini_sequence_analyses
-    signature = signature_of(layer, analyses.ignored)
+    signature = module_signature(layer, analyses.ignored)
     with_grads = torch.is_grad_enabled() or layer.training
     reason = call.reason or passing_state(layer, signature) or engine_inside(layer, signature)
     reason = reason or (compiled_inside(layer) if signature.may_be_compiled else "") or analyses.changing
     if reason:
-        return _told(layer, ("call", reason), LayerAnalysis(reason))
+        return _record(layer, ("call", reason), LayerAnalysis(reason))
     kind = with_grads, call.hidden.dtype, AutocastState(call.hidden.device).dtype(), call.key
     key = (*kind, signature.stable)
     analysis, chunk = analyses.get(key), _chunk_tokens(layer, call)
     if analysis is not None and not analyses.is_stale(analysis, signature.versions):
         if analysis.reason or analysis.reach.holds(call.hidden.shape[1], chunk) or not has_values(call.hidden):
-            return _told(layer, key, analysis)
+            return _record(layer, key, analysis)
         with layer.mini_sequence_chunking.untiled():
             analysis = analyze_again(layer, forward, call, chunk, analysis)
         if analysis is not None:
-            return _told(layer, key, analysis)
-    analysis = _asked(layer, forward, call, chunk, kind, signature)
-    return LayerAnalysis(_NOTHING_SHOWS) if analysis is None else _told(layer, key, analysis)
+            return _record(layer, key, analysis)
+    analysis = _analyze(layer, forward, call, chunk, kind, signature)
+    return LayerAnalysis(_NOTHING_SHOWS) if analysis is None else _record(layer, key, analysis)
 
 
 _NOTHING_SHOWS = "its weights are such that nothing shows"
 
 
-def _asked(
+def _analyze(
     layer: TiledLayer, forward: Callable[..., Any], call: LayerArgs, chunk: int, kind: tuple, signature: Signature
 ) -> LayerAnalysis | None:
     """A new analysis; None if the runs cannot tell."""
@@ -119,8 +119,8 @@ def _asked(
     with chunking.guarded(), chunking.untiled():
         analysis = analyze_layer(layer, forward, call, chunking, chunk)
         if analysis is not None and often:
-            analyses.ignore_unread(often, read_attributes(layer, forward, call, often, signature))
-        if analysis is not None and not analysis.reason and not analysis.attention_asked:
+            analyses.ignore_changing(often, attributes_read_by_layer(layer, forward, call, often, signature))
+        if analysis is not None and not analysis.reason and not analysis.attention_ran:
             analysis = dataclasses.replace(analysis, reason=_left_behind(layer, forward, call, chunk))
     if analysis is None or not has_values(call.hidden):
         return analysis
@@ -147,7 +147,7 @@ def _left_behind(layer: TiledLayer, forward: Callable[..., Any], call: LayerArgs
     return f"its attention function leaves something behind ({changed})" if changed else ""
 
 
-def _told(layer: TiledLayer, key: tuple, analysis: LayerAnalysis) -> LayerAnalysis:
+def _record(layer: TiledLayer, key: tuple, analysis: LayerAnalysis) -> LayerAnalysis:
     analyses = layer.mini_sequence_analyses
     if analyses.get(key) is not analysis:
         if key[0] != "call" or key not in analyses:

@@ -25,7 +25,7 @@ from ds_minis.tiling.modules.compiling import outside_of_graphs
 from ds_minis.tiling.modules.state import Chunking
 from ds_minis.tiling.modules.tiled_module import require_weights
 from ds_minis.tiling.verify.follow import Reach
-from ds_minis.tiling.verify.signature import STALE, signature_of
+from ds_minis.tiling.verify.signature import STALE, module_signature
 from ds_minis.tiling.verify.token_wise import token_wise_fallback_reason
 
 HEAD = "_mini_sequence_head"
@@ -102,7 +102,7 @@ class ChunkedHead:
 
     def deferred_logits(self, hidden_LH: Tensor) -> Tensor | None:
         """Deferred logits; None if the module must be called as usual."""
-        analysis = self._known(hidden_LH) if _is_plain(self._module) else self._found_out(hidden_LH)
+        analysis = self._known(hidden_LH) if _is_plain(self._module) else self._analysis_for(hidden_LH)
         if analysis.reason:
             self.reason = f"the LM head, a {type(self._module).__name__}, is run as a whole: {analysis.reason}"
             return None
@@ -119,12 +119,12 @@ class ChunkedHead:
         width = shape[0] if len(shape) == 2 else self._module.out_features  # FSDP1 may hold flat weights
         return HeadAnalysis(width=width, dtype=AutocastState(hidden_LH.device).dtype_of(hidden_LH))
 
-    def _found_out(self, hidden_LH: Tensor) -> HeadAnalysis:
+    def _analysis_for(self, hidden_LH: Tensor) -> HeadAnalysis:
         """The analysis of any other module, once per kind of call and signature, as for a tiled module.
 
         It calls the module, so that engines gather its weights. So all ranks must take the same path here.
         """
-        heads, signature = self._chunking.heads, signature_of(self._module)
+        heads, signature = self._chunking.heads, module_signature(self._module)
         key = _mode(self._module, hidden_LH), signature.stable
         known = heads.get(key)
         if known is not None and (not heads.is_stale(known, signature.versions) or heads.often_stale):

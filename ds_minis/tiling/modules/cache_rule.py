@@ -19,7 +19,7 @@ _BESIDE_THE_MODEL = (
 )
 
 
-class NoCacheUnasked:
+class NoUnrequestedCache:
     """Forward pre-hook of a decoder, and of modules around one, that may make a cache.
 
     It does nothing where a missing cache would change the result; the layers then run as a whole. That is so for packed
@@ -72,11 +72,11 @@ def attach_cache_rule(model: nn.Module, layers: list[nn.Module], chunking: Chunk
     for module in model.modules():
         makes = takes(module, "use_cache") and takes(module, "past_key_values")
         if module not in held and makes and any(part in held for part in module.modules()):
-            module.register_forward_pre_hook(NoCacheUnasked(chunking, has_loss), with_kwargs=True)
+            module.register_forward_pre_hook(NoUnrequestedCache(chunking, has_loss), with_kwargs=True)
 
 
 def detach_cache_rule(module: nn.Module) -> None:
     """Removes the hook from one module."""
-    for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, NoCacheUnasked)]:
+    for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, NoUnrequestedCache)]:
         module._forward_pre_hooks.pop(key)
         module._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ds_minis.ranks import has_other_ranks
 from ds_minis.tiling.core.out_of_memory import is_out_of_memory
 from ds_minis.tiling.core.params import ParameterSlots, constants_of
-from ds_minis.tiling.core.participation import Memory, Walk, signature_of
+from ds_minis.tiling.core.participation import Memory, Walk, call_signature
 from ds_minis.tiling.modules.hooks import engine_of
 from ds_minis.tiling.verify.side_effects import quietly
 from ds_minis.tiling.verify.snapshot import State
@@ -66,7 +66,7 @@ def run_whole(
     slots = ParameterSlots(module)
     if not slots.tensors or not all(map(_is_held_whole, slots.tensors)):
         return run(forward)
-    signature = signature_of(slots, constants_of(module), way)
+    signature = call_signature(slots, constants_of(module), way)
     idle = memory.idle_when_whole(module, signature)
     if idle is None:
         idle = _idle_for(module, slots, few)

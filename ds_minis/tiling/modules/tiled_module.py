@@ -18,8 +18,8 @@ from ds_minis.tiling.modules.hooks import ALL, engine_of, global_user_hook, user
 from ds_minis.tiling.modules.state import experts_per_choice
 from ds_minis.tiling.modules.swap import Tiled, own_forward, warn_once
 from ds_minis.tiling.verify.follow import Reach
-from ds_minis.tiling.verify.signature import STALE, ModuleAnalysis, Signature, signature_of
-from ds_minis.tiling.verify.token_wise import read_attributes, token_wise_fallback_reason
+from ds_minis.tiling.verify.signature import STALE, ModuleAnalysis, Signature, module_signature
+from ds_minis.tiling.verify.token_wise import attributes_read_by_module, token_wise_fallback_reason
 
 
 class TiledModule(Tiled):
@@ -73,14 +73,14 @@ def _run_whole(module: TiledModule, forward: Callable[..., Any], call: RowArgs) 
 def _is_token_wise(module: TiledModule, forward: Callable[..., Any], call: RowArgs, chunk_rows: int) -> bool:
     """Checks the module once per kind of call and signature. Hooks are checked at each call: they may come and go."""
     analyses = module.mini_sequence_analyses
-    signature = signature_of(module, analyses.ignored)
+    signature = module_signature(module, analyses.ignored)
     passing, with_grads = passing_state(module, signature), torch.is_grad_enabled() or module.training
     dtypes = call.input.dtype, AutocastState(call.input.device).dtype()
     kind = with_grads, call.keys, call.flags, call.reason, passing, call.input.dim(), *dtypes
     key = (*kind, signature.stable)
     analysis = analyses.get(key)
     if analysis is None or analyses.is_stale(analysis, signature.versions) or not _reaches(analysis, call, chunk_rows):
-        analysis = _asked(module, forward, call, chunk_rows, key, kind, signature, analysis)
+        analysis = _analyze(module, forward, call, chunk_rows, key, kind, signature, analysis)
         if analysis is None:
             return not has_values(call.input)
     analyses.note(module.training, analysis.reason)
@@ -91,7 +91,7 @@ def _reaches(analysis: ModuleAnalysis, call: RowArgs, chunk_rows: int) -> bool:
     return bool(analysis.reason) or analysis.reach is None or analysis.reach.holds(call.num_rows, chunk_rows)
 
 
-def _asked(
+def _analyze(
     module: TiledModule,
     forward: Callable[..., Any],
     call: RowArgs,
@@ -117,8 +117,8 @@ def _asked(
             if reason is None:
                 return None
             if often:
-                read = read_attributes(module, forward, call, often, signature)
-                analyses.ignore_unread(often, read)
+                read = attributes_read_by_module(module, forward, call, often, signature)
+                analyses.ignore_changing(often, read)
                 reason = reason or analyses.changing
         if earlier is not None and not reason and not earlier.reason and earlier.reach is not None:
             reach = reach.extended(earlier.reach)
@@ -137,7 +137,7 @@ def with_grads_of(kind: tuple) -> bool:
 
 def passing_state(module: nn.Module, signature: Signature | None = None) -> str:
     """Transient hooks or parametrizations that recomputation would miss, in words; empty if there are none."""
-    signature = signature_of(module) if signature is None else signature
+    signature = module_signature(module) if signature is None else signature
     hook = user_hook(signature.hooked, ALL)
     if hook:  # PEFT passes per-sample arguments to layers in a hook
         return f"a part of it has the hook {hook}, which may look at all tokens"
@@ -151,7 +151,7 @@ def passing_state(module: nn.Module, signature: Signature | None = None) -> str:
 
 def engine_inside(module: nn.Module, signature: Signature | None = None) -> str:
     """Names an engine that gathers the weights of a submodule separately; empty if none does."""
-    if not any(engine_of(part) for part in (signature_of(module) if signature is None else signature).parts):
+    if not any(engine_of(part) for part in (module_signature(module) if signature is None else signature).parts):
         return ""
     for name, child in module.named_modules():
         wrapper = engine_of(child)

@@ -159,7 +159,7 @@ class _Packing:
         self._sources += [(t, View.like(t, "arguments", i)) for i, t in enumerate(arguments)]
         self._plan = plans.setdefault(key, [])
         self._num_known = len(self._plan)
-        self._num_asked, self._same = 0, []
+        self._num_met, self._same = 0, []
 
     def __call__(self, t: Tensor) -> Tensor | View | Copy:
         key = storage_key(t)
@@ -176,7 +176,7 @@ class _Packing:
         return View.like(t, *self._places[key])
 
     def _copy_of(self, t: Tensor) -> Copy | None:
-        number, self._num_asked = self._num_asked, self._num_asked + 1
+        number, self._num_met = self._num_met, self._num_met + 1
         if number < self._num_known:
             known = self._plan[number]
             if known is None:

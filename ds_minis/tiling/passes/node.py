@@ -1,4 +1,4 @@
-"""A whole decoder layer as one autograd node that saves only the layer's input. Source: issue 5 and DESIGN finding 4.
+"""A whole decoder layer as one autograd node that saves only the layer's input.
 
 All but the attention is token-wise. Forward runs the layer on each chunk up to its attention (`pre_attention`), then the
 attention once for all tokens, then the layer on each chunk again with the attention's output given (`post_attention`).

@@ -48,7 +48,7 @@ class Signature:
     may_be_compiled: bool = False
 
 
-def signature_of(module: nn.Module, ignored: dict[int, str] | None = None) -> Signature:
+def module_signature(module: nn.Module, ignored: dict[int, str] | None = None) -> Signature:
     """Computes the signature of a module.
 
     Args:
@@ -186,7 +186,7 @@ class AnalysisCache(dict):
                 often.append(slot)
         return often
 
-    def ignore_unread(self, slots: list[tuple[int, str]], read: list[str]) -> None:
+    def ignore_changing(self, slots: list[tuple[int, str]], read: list[str]) -> None:
         """Ignores changing numbers that the module does not read; if it reads one, the module is run as a whole."""
         self.ignored |= {place: name for place, name in slots if name not in read}
         if read:

@@ -74,15 +74,15 @@ def token_wise_fallback_reason(
         finally:
             state.restore()
     with quietly(module, call.input.device):
-        answer = _ask(module, forward, call, with_grads, reach)
+        answer = _compare_runs(module, forward, call, with_grads, reach)
         if answer in (_Answer.NOT_IN_BACKWARD.value, _Answer.NO.value):
             # Again, with other random numbers: a single gradient may happen to be near zero, and pure rounding error in
             # bfloat16.
-            answer = _ask(module, forward, call, with_grads, reach)
+            answer = _compare_runs(module, forward, call, with_grads, reach)
         return reason if answer == _Answer.YES.value else answer
 
 
-def read_attributes(
+def attributes_read_by_module(
     module: nn.Module, forward: Callable[..., Any], call: RowArgs, slots: list[tuple[int, str]], signature: Signature
 ) -> list[str]:
     """Which of the given attributes of its submodules a module reads."""
@@ -95,7 +95,9 @@ def read_attributes(
             state.restore()
 
 
-def _ask(module: nn.Module, forward: Callable[..., Any], call: RowArgs, with_grads: bool, reach: Reach) -> str | None:
+def _compare_runs(
+    module: nn.Module, forward: Callable[..., Any], call: RowArgs, with_grads: bool, reach: Reach
+) -> str | None:
     first_state = State(module)
     tokens = _TOKENS if reach.complete else max(_TOKENS, long_probe(module, call.input) // _BATCH)
     if not reach.complete and min(call.num_rows, LONGEST_PROBE) <= _BATCH * tokens:
@@ -230,7 +232,7 @@ class _Run:
             poisoned = torch.rand(self._call.num_rows, device=output.device) < 0.5
             try:
                 y, grad = self._poisoned(value, poisoned, with_grads)
-            except Exception:  # not a finding: the module may check for NaN
+            except Exception:  # proves nothing: the module may check for NaN
                 continue
             close = tolerance([self._call.input, output])
             if not is_close(y[~poisoned], output[~poisoned], close):
