@@ -1,0 +1,1 @@
+"""Sequence parallelism: one sequence on several ranks. Needs torch.distributed, and no training engine."""
