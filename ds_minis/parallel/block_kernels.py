@@ -79,8 +79,10 @@ def visible(num_queries: int, num_keys: int, band: Band, device: torch.device | 
 
 
 def _tiles(num_queries: int, num_keys: int, band: Band, heads: int) -> Iterator[tuple[slice, slice, Band]]:
-    """A trimmed block cut along its queries, into parts that have at most about `SCORES` scores for so many heads."""
+    """A trimmed block cut along its queries: at most about `SCORES` scores for so many heads, and few of them hidden."""
     rows = max(1, SCORES // (heads * num_keys))
+    if band != ALL:
+        rows = min(rows, max(64, num_queries // 8 if None in band else band.left + band.right))
     for start in range(0, num_queries, rows):
         left = None if band.left is None else band.left - start
         right = None if band.right is None else band.right + start
@@ -163,7 +165,7 @@ def _cpu_calls(q: Tensor, k: Tensor, band: Band) -> Iterator[tuple[slice, slice,
 
 
 def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, band: Band) -> tuple[Tensor, Tensor]:
-    """One call for each query head of a KV head: not every torch from 2.6 on has a kernel for fewer KV heads than heads."""
+    """One call for each query head of a KV head: the kernel knows groups of heads only since pytorch#157893 (July 2025)."""
     width = max(q.shape[-1], v.shape[-1])
     out = q.new_empty(*q.shape[:3], v.shape[-1])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)

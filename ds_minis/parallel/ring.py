@@ -86,6 +86,8 @@ def ring_attention(
         dtype = torch.get_autocast_dtype(device)
         q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
     rank, size = dist.get_rank(group), dist.get_world_size(group)
+    if rank < 0:
+        raise ValueError("ring_attention: this rank is not in the group that was given; give the one that it shares")
     _check(q, k, v, size, window, documents)
     plan = plan_ring(rank, size, q.shape[2] // 2, window, documents)
     return _RingAttention.apply(q, k, v, group, scale, plan)

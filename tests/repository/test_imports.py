@@ -18,6 +18,8 @@ LINT = "from importlinter.cli import lint_imports_command as lint; lint()"
         ("tiling/core/params.py", "from ds_minis.tiling.modules import swap", True),
         ("tiling/memory/offload.py", "from ds_minis.tiling.modules import state", True),
         ("detect.py", "from ds_minis import convert", True),
+        ("parallel/ring.py", "from ds_minis import tiling", False),
+        ("tiling/core/params.py", "from ds_minis.parallel import ring", True),
     ],
 )
 def test_an_upward_import_breaks_the_contract(file, line, broken, tmp_path):
