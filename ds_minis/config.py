@@ -20,6 +20,56 @@ REMOVED = {
 }
 
 
+MODES = ("auto", "gather", "ulysses", "ring")
+
+
+@dataclass(frozen=True)
+class SequenceParallel:
+    """The value of `sequence_parallel`: how many ranks share a sequence, and how they attend to each other's tokens.
+
+    Attributes:
+        size: ranks in a group.
+        mode: "auto", "gather", "ulysses" or "ring"; for a grid of the last two, the ranks of each: `(a, b)`, `a * b = size`.
+    """
+
+    size: int
+    mode: str | tuple[int, int] = "auto"
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Ranks that exchange heads, and ranks in a ring, for the mode with both."""
+        return self.mode
+
+    @classmethod
+    def from_value(cls, value: Any) -> SequenceParallel | None:
+        """Reads a size, or a mapping of `size` and `mode`; None for what is neither."""
+        if isinstance(value, cls):
+            return value
+        if _is_int(value) and value >= 1:
+            return cls(value)
+        if not isinstance(value, Mapping) or not {"size"} <= set(value) <= {"size", "mode"}:
+            return None
+        size, mode = value["size"], value.get("mode", "auto")
+        if not (_is_int(size) and size >= 1):
+            return None
+        if isinstance(mode, Mapping):
+            parts = [mode.get("ulysses"), mode.get("ring")]
+            if set(mode) != {"ulysses", "ring"} or not all(_is_int(n) and n >= 1 for n in parts):
+                return None
+            return cls(size, tuple(parts)) if parts[0] * parts[1] == size else None
+        return cls(size, mode) if mode in MODES else None
+
+    def to_value(self) -> Any:
+        """As a configuration holds it: the size alone, or a mapping."""
+        if self.mode == "auto":
+            return self.size
+        mode = self.mode if isinstance(self.mode, str) else dict(zip(("ulysses", "ring"), self.mode, strict=True))
+        return {"size": self.size, "mode": mode}
+
+
+_ALONE = SequenceParallel(1)
+
+
 def _setting(default: Any, kind: str, doc: str):
     """A dataclass field with its value rule (`kind`, see `_RULES`) and its documentation for users."""
     return field(default=default, metadata={"kind": kind, "doc": doc})
@@ -89,6 +139,13 @@ class MiniSequenceConfig:
         "forward again: less time, the longer the sequence the more, for about as much memory again as the layers' inputs "
         "take (host memory, with `offload`).",
     )
+    sequence_parallel: SequenceParallel = _setting(
+        _ALONE,
+        "parallel",
+        "Divide each sequence among this many ranks, which act as one data-parallel replica: a size, or "
+        '`{"size": 4, "mode": "ring"}`. Modes: "gather" (any attention, any mask), "ulysses" (divides heads), "ring" (holds '
+        'the keys and values of one rank at a time), `{"ulysses": 2, "ring": 2}`, and "auto".',
+    )
     include: tuple[str, ...] = _setting(
         (), "patterns", 'Tile only modules whose qualified name matches one of these patterns, e.g. ["*.layers.*.mlp"].'
     )
@@ -121,6 +178,8 @@ class MiniSequenceConfig:
                 )
             if spec.metadata["kind"] == "patterns":
                 object.__setattr__(self, spec.name, tuple(value))
+            if spec.metadata["kind"] == "parallel":
+                object.__setattr__(self, spec.name, SequenceParallel.from_value(value))
         if self.num_mini_sequences is not None and self.chunk_size != AUTO:
             raise ValueError(
                 f"chunk_size={self.chunk_size!r} and num_mini_sequences={self.num_mini_sequences!r} both set the size of "
@@ -180,6 +239,7 @@ class MiniSequenceConfig:
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
             if defaults or value != spec.default:
+                value = value.to_value() if isinstance(value, SequenceParallel) else value
                 settings[spec.name] = list(value) if isinstance(value, tuple) else value
         return settings
 
@@ -204,6 +264,11 @@ _RULES = {
     "groups": ('a whole number of groups from 1 or "auto"', _is_size),
     "offload": ('"cpu" or null', lambda value: value is None or value == "cpu"),
     "patterns": ("a list of name patterns", _is_patterns),
+    "parallel": (
+        'a number of ranks from 1, or {"size": ranks, "mode": MODE}, MODE "auto", "gather", "ulysses", "ring" or '
+        '{"ulysses": a, "ring": b} with a * b = size',
+        lambda value: SequenceParallel.from_value(value) is not None,
+    ),
 }
 
 

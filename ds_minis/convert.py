@@ -21,6 +21,7 @@ from ds_minis.detect import (
     find_wrappers,
     has_several_heads,
 )
+from ds_minis.parallel.attach import attach_sequence_parallel, detach_sequence_parallel
 from ds_minis.ranks import is_main_process
 from ds_minis.report import ConversionReport
 from ds_minis.sizes import find_sizes
@@ -107,7 +108,8 @@ def convert(
 
     warn_of_old_versions()
     chunking = Chunking(config, find_hidden_size(model), layer_inputs=LayerInputStore(config))
-    candidates = [c for c in find_candidates(model) if config.scope == "layer" or c.role != "layer"]
+    found = list(find_candidates(model))
+    candidates = [c for c in found if config.scope == "layer" or c.role != "layer"]
     loss_models = find_models_with_loss(model)
     if candidates or loss_models:  # else there is nothing for a pattern to match
         _require_matches(candidates, config, source)
@@ -117,6 +119,8 @@ def convert(
         raise NothingToTile(_nothing_to_tile(model, candidates, config, source))
     layers = [c.module for c in tiled if c.role == "layer"]
     _require_groups(layers, config, source)
+    stack = [(c.fqn, c.module, c.reason) for c in found if c.role == "layer" and not c.in_tower]
+    attach_sequence_parallel(model, chunking, stack, loss_models, source)
     chunking.layer_inputs.num_layers = sum(candidate.role == "layer" for candidate in tiled)
     for candidate in tiled:
         tile(candidate.module, TiledLayer if candidate.role == "layer" else TiledModule, chunking, candidate.fqn)
@@ -135,6 +139,7 @@ def convert(
         untiled={c.fqn: (type(c.module).__name__, c.reason) for c in candidates if c.reason},
         loss=loss,
         sizes=find_sizes(model, chunking, layers, feed_forwards, has_loss=loss.startswith("tiled, ")),
+        parallel="" if chunking.parallel is None else chunking.parallel.in_words(),
     )
     model.__dict__[_STATE] = report
     if is_main_process():
@@ -186,6 +191,7 @@ def revert_mini_sequence(model: nn.Module) -> nn.Module:
             untile(module)
         detach_loss_tiling(module)
         detach_cache_rule(module)
+        detach_sequence_parallel(module)
         module.__dict__.pop(_STATE, None)
     return model
 
@@ -209,6 +215,9 @@ def _with_analyses(report: ConversionReport, model: nn.Module) -> ConversionRepo
     one_call = {m.mini_sequence_name: one_call_fallback_reason(m) for m in modules if one_call_fallback_reason(m)}
     unkept = [pair for m in modules for pair in m.mini_sequence_chunking.unkept.values()]
     last_step = next(filter(None, (m.mini_sequence_chunking.last_step() for m in modules)), "")
+    parallel = next((m.mini_sequence_chunking.parallel for m in modules), None)
+    if parallel is not None:
+        report = dataclasses.replace(report, parallel=parallel.in_words())
     if last_step:
         report = dataclasses.replace(report, last_step=last_step)
     if one_call or unkept:

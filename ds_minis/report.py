@@ -25,6 +25,7 @@ class ConversionReport:
             `keep_attention`, as the first step found out.
         loss: what became of the LM head and the loss, in words.
         sizes: of the chunks; None where nothing is tiled.
+        parallel: how sequences are divided among ranks, in words; empty if they are not.
         last_step: how many chunks the last forward pass in training had, in words; empty before the first.
     """
 
@@ -38,6 +39,7 @@ class ConversionReport:
     unkept: Sequence[tuple[str, str]] = ()
     sizes: Sizes | None = None
     last_step: str = ""
+    parallel: str = ""
 
     def __str__(self) -> str:
         inside = {fqn for fqn in self.tiled if any(fqn.startswith(f"{layer}.") for layer in self.layers)}
@@ -56,4 +58,5 @@ class ConversionReport:
         for (name, reason), count in Counter(self.untiled.values()).items():
             lines.append(f"  not tiled: {count} x {name} ({reason})")
         lines.append(f"  loss: {self.loss}")
+        lines += [f"  sequence parallelism: {self.parallel}"] if self.parallel else []
         return "\n".join([*lines, f"  the last step: {self.last_step}"] if self.last_step else lines)

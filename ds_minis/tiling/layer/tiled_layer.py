@@ -22,6 +22,7 @@ from ds_minis.tiling.modules.gate import run_whole
 from ds_minis.tiling.modules.state import experts_per_choice
 from ds_minis.tiling.modules.swap import Tiled, own_forward, warn_once
 from ds_minis.tiling.modules.tiled_module import engine_inside, passing_state, require_weights
+from ds_minis.tiling.passes.attention import attention_wrapped_by
 from ds_minis.tiling.passes.layer_args import LayerArgs
 from ds_minis.tiling.passes.layer_passes import DifferentSettings, LayerPasses, NoAttention
 from ds_minis.tiling.passes.node import LayerNode
@@ -116,12 +117,14 @@ def _analyze(
     require_weights(layer)
     chunking, analyses = layer.mini_sequence_chunking, layer.mini_sequence_analyses
     often = analyses.often_changed(kind, signature.stable)
-    with chunking.guarded(), chunking.untiled():
+    with chunking.guarded(), chunking.untiled(), attention_wrapped_by(None):
         analysis = analyze_layer(layer, forward, call, chunking, chunk)
         if analysis is not None and often:
             analyses.ignore_changing(often, attributes_read_by_layer(layer, forward, call, often, signature))
         if analysis is not None and not analysis.reason and not analysis.attention_ran:
             analysis = dataclasses.replace(analysis, reason=_left_behind(layer, forward, call, chunk))
+    if analysis is not None and analysis.reason and chunking.parallel is not None:
+        chunking.parallel.refuse(layer, analysis.reason)
     if analysis is None or not has_values(call.hidden):
         return analysis
     reason = analysis.reason or analyses.changing or (STALE if analyses.often_stale and analysis.reach.versions else "")

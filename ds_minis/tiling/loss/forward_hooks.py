@@ -98,10 +98,16 @@ class BeginForward:
         around = self._around(model, module)
         begun.reason = _deferral_fallback_reason(module, around[1:])
         if not begun.reason:
-            begun.head, begun.is_own = ChunkedHead(module, self.chunking, _sharded(module, around), defer), True
+            unreadable = self._parallel_part() or _sharded(module, around)
+            begun.head, begun.is_own = ChunkedHead(module, self.chunking, unreadable, defer), True
             begun.enter_context(begun.head.deferring())
             begun.head.scope = begun
             begun.callback(setattr, begun.head, "scope", None)
+
+    def _parallel_part(self) -> str:
+        """Says that the logits will be those of this rank's tokens; empty if they are all."""
+        parallel = self.chunking.parallel
+        return "" if parallel is None or not parallel.loss_is_local else parallel.UNREADABLE
 
     def _around(self, model: nn.Module, module: nn.Module) -> list[nn.Module]:
         """The modules that contain the LM head, from the model to the head's parent."""

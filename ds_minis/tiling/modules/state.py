@@ -45,6 +45,7 @@ class Chunking:
         warnings: the warnings given about the model.
         memory: what earlier calls of its modules have shown.
         passes: for each forward pass in progress, what its end must undo (`ds_minis.tiling.loss.forward_hooks`).
+        parallel: what shares the model's sequences with other ranks (`ds_minis.parallel`); None without.
         last_calls: "layer" or "module" -> (tokens, tokens in a chunk, whether it ran untiled) of the last call in training.
     """
 
@@ -60,6 +61,7 @@ class Chunking:
     warnings: Warnings = field(default_factory=Warnings, repr=False, compare=False)
     memory: Memory = field(default_factory=Memory, repr=False, compare=False)
     passes: list[contextlib.ExitStack] = field(default_factory=list, repr=False, compare=False)
+    parallel: Any = field(default=None, repr=False, compare=False)
     last_calls: dict[str, tuple[int, int, bool]] = field(default_factory=dict, repr=False, compare=False)
 
     @contextlib.contextmanager

@@ -107,11 +107,15 @@ class AttentionReached(Exception):
 Handler = Callable[[Callable[..., Any], tuple, dict[str, Any]], tuple]
 
 
+Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
 class _Answers(threading.local):
-    """The handlers of attention calls in this thread, innermost last."""
+    """The handlers of attention calls in this thread, and the wrappers of attention functions, innermost last."""
 
     def __init__(self):
         self.stack: list[Handler] = []
+        self.wrappers: list[Wrapper | None] = []
 
 
 _answers = _Answers()
@@ -140,8 +144,23 @@ def attention_handled_by(handler: Handler) -> Iterator[None]:
         _set_answering(-1)
 
 
+@contextlib.contextmanager
+def attention_wrapped_by(wrap: Wrapper | None) -> Iterator[None]:
+    """Inside, this thread's lookups give `wrap(function)` for an attention function; None: the function itself.
+
+    A handler gets the wrapped function too.
+    """
+    _set_answering(1)
+    _answers.wrappers.append(wrap)
+    try:
+        yield
+    finally:
+        _answers.wrappers.pop()
+        _set_answering(-1)
+
+
 def _set_answering(step: int) -> None:
-    """Replaces the lookup while any thread has a handler. The replacement looks for a handler of its own thread."""
+    """Replaces the lookup while any thread has a handler or a wrapper. The replacement looks for those of its own thread."""
     global _num_answering
     registry = getattr(sys.modules["transformers.modeling_utils"], _REGISTRY)
     with _lock:
@@ -159,6 +178,9 @@ def _set_answering(step: int) -> None:
 
 def _answering(get_interface: Callable[..., Callable], *args, **kwargs) -> Callable:
     function = get_interface(*args, **kwargs)
+    wrap = _answers.wrappers[-1] if _answers.wrappers else None
+    if wrap is not None:
+        function = wrap(function)
     if not _answers.stack:
         return function
     handler = _answers.stack[-1]

@@ -1,0 +1,97 @@
+"""Makes a converted model run its sequences on the ranks of a group, and undoes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import nn
+
+from ds_minis.parallel import decoder as decoders
+from ds_minis.parallel import layers, loss
+from ds_minis.parallel.groups import GroupError, replicas
+from ds_minis.parallel.state import Parallel
+from ds_minis.tiling.modules.arguments import takes
+from ds_minis.tiling.modules.state import Chunking
+
+_HOOKS = (decoders.CutInputs, decoders.GatherOutputs, layers.BeginLayer, layers.EndLayer, loss.BeginLoss, loss.EndLoss)
+
+
+def sequence_parallel_fallback_reason(model: nn.Module, stack: Sequence[tuple[str, nn.Module, str]]) -> str:
+    """The reason why a model's sequences cannot be divided, as far as its structure tells; empty if they can.
+
+    Args:
+        stack: name, module and reason of each decoder layer, see `ds_minis.detect.Candidate`.
+    """
+    if not stack:
+        return "no list of decoder layers was found in it"
+    unfit = [(name, type(layer).__name__, reason) for name, layer, reason in stack if reason]
+    if unfit:
+        name, kind, reason = unfit[0]
+        return f"{len(unfit)} of {len(stack)} layers ({name}, a {kind}) mix tokens otherwise than by one attention: {reason}"
+    found = find_decoder(model, [layer for _, layer, _ in stack])
+    if found is None:
+        return "no module around its decoder layers takes input_ids or inputs_embeds"
+    if not takes(found, "position_ids"):
+        return (
+            f"{type(found).__name__} takes no position_ids, so it cannot be told where its tokens are in the sequence"
+        )
+    if getattr(found, "layerdrop", 0) or getattr(getattr(found, "config", None), "layerdrop", 0):
+        return f"{type(found).__name__} drops layers at random (layerdrop), each rank others: set layerdrop to 0"
+    return ""
+
+
+def find_decoder(model: nn.Module, stack: Sequence[nn.Module]) -> nn.Module | None:
+    """The innermost module that holds all layers and is given tokens."""
+    held, found = set(stack), None
+    for module in model.modules():
+        takes_tokens = takes(module, "input_ids") or takes(module, "inputs_embeds")
+        if module not in held and takes_tokens and held <= set(module.modules()):
+            found = module
+    return found
+
+
+def attach_sequence_parallel(
+    model: nn.Module,
+    chunking: Chunking,
+    stack: Sequence[tuple[str, nn.Module, str]],
+    loss_models: Sequence[nn.Module],
+    source: str,
+) -> None:
+    """Registers the hooks that divide the model's sequences among ranks.
+
+    Raises:
+        ValueError: the model's sequences cannot be divided, or the processes cannot.
+    """
+    settings = chunking.config.sequence_parallel
+    if settings.size == 1:
+        return
+    reason = sequence_parallel_fallback_reason(model, stack)
+    if reason:
+        raise ValueError(
+            f"{source}: sequence_parallel={settings.to_value()!r}: {type(model).__name__} cannot be run on a part of each "
+            f"sequence: {reason}. Leave sequence_parallel out for this model"
+        )
+    if dist.is_available() and dist.is_initialized():
+        try:
+            replicas(dist.get_world_size(), settings.size)
+        except GroupError as error:
+            raise ValueError(f"{source}: {error}") from None
+    parallel = chunking.parallel = Parallel(settings, chunking)
+    modules = [layer for _, layer, _ in stack]
+    decoders.attach(find_decoder(model, modules), parallel)
+    for layer in modules:
+        layers.attach(layer, parallel)
+    for loss_model in loss_models:
+        loss.attach(loss_model, parallel)
+
+
+def detach_sequence_parallel(module: nn.Module) -> None:
+    """Removes the hooks from one module."""
+    for hooks, companions in (
+        (module._forward_pre_hooks, [module._forward_pre_hooks_with_kwargs]),
+        (module._forward_hooks, [module._forward_hooks_with_kwargs, module._forward_hooks_always_called]),
+    ):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, _HOOKS)]:
+            for holder in (hooks, *companions):
+                holder.pop(key, None)

@@ -1,0 +1,75 @@
+"""The exchanges of a group as differentiable operations.
+
+No gradient is scaled here: the gradient of a tensor that all ranks use is the sum over ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_minis.parallel.cut import Cut
+from ds_minis.parallel.groups import Group
+
+
+def gather(x: Tensor, group: Group) -> list[Tensor]:
+    """The tensors of all ranks, in their order; equal shapes. No gradient."""
+    x = x.contiguous()
+    parts = [torch.empty_like(x) for _ in range(group.size)]
+    dist.all_gather(parts, x, group=group.handle)
+    return parts
+
+
+def gather_sequence(x: Tensor, cut: Cut, group: Group, dim: int = 1) -> Tensor:
+    """The whole sequence from each rank's tokens: `(B, T, ...)` -> `(B, S, ...)`. Backward sums over ranks."""
+    return _GatherSequence.apply(x, cut, group, dim)
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, cut: Cut, group: Group, dim: int) -> Tensor:
+        ctx.cut, ctx.group, ctx.dim = cut, group, dim
+        return cut.in_order(gather(x, group), dim)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return scattered_sum(ctx.cut.by_rank(grad, ctx.dim), ctx.group), None, None, None
+
+
+def scattered_sum(of_ranks: list[Tensor], group: Group) -> Tensor:
+    """This rank's tensor, summed over ranks: each gives one for every rank."""
+    of_ranks = [x.contiguous() for x in of_ranks]
+    result = torch.empty_like(of_ranks[group.rank])
+    dist.reduce_scatter(result, of_ranks, group=group.handle)
+    return result
+
+
+def exchange(of_ranks: list[Tensor], group: Group) -> list[Tensor]:
+    """Gives each rank the tensor meant for it, and returns those that the others meant for this one. Equal shapes."""
+    return list(_Exchange.apply(group, *of_ranks))
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, group: Group, *of_ranks: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return tuple(_all_to_all(of_ranks, group))
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        return None, *_all_to_all(grads, ctx.group)
+
+
+def _all_to_all(of_ranks: tuple[Tensor, ...], group: Group) -> list[Tensor]:
+    of_ranks = [x.contiguous() for x in of_ranks]
+    received = [torch.empty_like(x) for x in of_ranks]
+    dist.all_to_all(received, of_ranks, group=group.handle)
+    return received
+
+
+def summed(x: Tensor, group: Group) -> Tensor:
+    """The sum over ranks. No gradient."""
+    total = x.detach().clone()
+    dist.all_reduce(total, group=group.handle)
+    return total

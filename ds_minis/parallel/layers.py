@@ -1,0 +1,92 @@
+"""What a decoder layer must be for a part of its tokens to be enough: token-wise but for one attention."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+from torch import nn
+
+from ds_minis.parallel.masks import Refused, SequenceMask
+from ds_minis.parallel.state import Parallel
+from ds_minis.tiling.core.row_args import tensors_in
+from ds_minis.tiling.layer.analysis import analyze_layer
+from ds_minis.tiling.layer.tiled_layer import TiledLayer
+from ds_minis.tiling.modules.compiling import outside_of_graphs
+from ds_minis.tiling.modules.swap import untiled_class
+from ds_minis.tiling.passes.attention import attention_wrapped_by
+from ds_minis.tiling.passes.layer_args import LayerArgs
+from ds_minis.tiling.verify.snapshot import State
+
+_ATTRIBUTE = "_mini_sequence_attends"
+
+
+class BeginLayer:
+    """Forward pre-hook of a decoder layer: its attention is that of all ranks, also where backward runs the layer again."""
+
+    def __init__(self, parallel: Parallel):
+        self._parallel = parallel
+
+    @outside_of_graphs
+    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        _end(layer)
+        parallel = self._parallel
+        if parallel.is_running:
+            if not any(isinstance(t, SequenceMask) for t in tensors_in((args, tuple(kwargs.values())))):
+                raise Refused(
+                    f"sequence_parallel: {untiled_class(type(layer)).__name__} is given no mask of transformers' masking "
+                    "functions, from which the mask for all tokens could be made"
+                )
+            if not isinstance(layer, TiledLayer):
+                _require_token_wise(layer, args, kwargs, parallel)
+        under = contextlib.ExitStack()
+        under.enter_context(attention_wrapped_by(parallel.wrap))
+        layer.__dict__[_ATTRIBUTE] = under
+
+
+class EndLayer:
+    """Forward hook, also called when forward fails."""
+
+    @outside_of_graphs
+    def __call__(self, layer: nn.Module, args: tuple, output: Any) -> None:
+        _end(layer)
+
+
+def _end(layer: nn.Module) -> None:
+    under = layer.__dict__.pop(_ATTRIBUTE, None)
+    if under is not None:
+        under.close()
+
+
+def _require_token_wise(layer: nn.Module, args: tuple, kwargs: dict, parallel: Parallel) -> None:
+    """Refuses a layer that mixes tokens outside of its attention; analyzed once per kind of layer.
+
+    A tiled layer is analyzed where it runs, while an engine holds its weights. Here weights that ZeRO-3 has partitioned are
+    gathered by each submodule only, so the layer cannot be run for it: its structure must do.
+    """
+    if any(param.numel() == 0 for param in layer.parameters()):
+        return
+    kind = type(layer), tuple((name, type(part)) for name, part in layer.named_modules())
+    if kind in parallel.known_layers:
+        return
+    forward = functools.partial(untiled_class(type(layer)).forward, layer)
+    call, state = LayerArgs(args, kwargs), State(layer)
+    if call.reason:
+        parallel.refuse(layer, call.reason)
+    try:
+        layer.mini_sequence_chunking = parallel.chunking  # which a run by chunks reads
+        with parallel.chunking.guarded(), parallel.chunking.untiled(), attention_wrapped_by(None):
+            analysis = analyze_layer(layer, forward, call, parallel.chunking)
+    finally:
+        del layer.mini_sequence_chunking
+        state.restore()
+    if analysis is not None and analysis.reason:
+        parallel.refuse(layer, analysis.reason)
+    parallel.known_layers.add(kind)
+
+
+def attach(layer: nn.Module, parallel: Parallel) -> None:
+    """Registers the hooks of a decoder layer."""
+    layer.register_forward_pre_hook(BeginLayer(parallel), with_kwargs=True, prepend=True)
+    layer.register_forward_hook(EndLayer(), always_call=True)

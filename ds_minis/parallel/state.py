@@ -1,0 +1,115 @@
+"""What a converted model knows of its group: the settings, the ranks, and the pass in progress."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_minis.config import SequenceParallel
+from ds_minis.parallel.attention import ParallelAttention
+from ds_minis.parallel.groups import Group, make_group
+from ds_minis.parallel.masks import Refused
+from ds_minis.tiling.modules.state import Chunking
+from ds_minis.tiling.modules.swap import untiled_class
+
+
+class Parallel:
+    """The sequence parallelism of one model.
+
+    Attributes:
+        settings: size of a group and mode.
+        chunking: the model's shared state.
+        loss_is_local: whether the loss of the pass in progress is computed from this rank's tokens.
+        is_running: whether a decoder is running on a part of its tokens.
+        used: the modes that attention calls ran in, with the reason where it is not the one that was asked for.
+        known_layers: kinds of layers that were found to be token-wise but for their attention.
+    """
+
+    UNREADABLE = "sequence parallelism has them for this rank's tokens only"
+    loss_is_local = is_running = False
+
+    def __init__(self, settings: SequenceParallel, chunking: Chunking):
+        self.settings, self.chunking = settings, chunking
+        self.used: dict[str, str] = {}
+        self.known_layers: set[tuple] = set()
+        self._group: Group | None = None
+        self._grid: tuple[Group, Group] | None = None
+        self._wrapped: dict[int, ParallelAttention] = {}
+
+    def group(self) -> Group:
+        """This rank's group; made at the first call, which all ranks of the job must make.
+
+        Raises:
+            GroupError: see `make_group`.
+        """
+        if self._group is None:
+            self._group = make_group(self.settings.size)
+        return self._group
+
+    def grid(self) -> tuple[Group, Group]:
+        """For the hybrid mode: the ranks that exchange heads (neighbours), and those in a ring; made as `group` is."""
+        if self._grid is None:
+            inner, outer = self.settings.grid
+            self.group()
+            self._grid = make_group(inner), make_group(outer, stride=inner)
+        return self._grid
+
+    def applies(self) -> bool:
+        """Whether the forward pass in progress runs in parallel: it trains, or it has labels."""
+        return torch.is_grad_enabled() or any(begun.with_labels for begun in self.chunking.passes)
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """An attention function that attends to the tokens of all ranks."""
+        wrapped = self._wrapped.get(id(function))
+        if wrapped is None or wrapped.function is not function:
+            wrapped = self._wrapped[id(function)] = ParallelAttention(function, self)
+        return wrapped
+
+    @contextlib.contextmanager
+    def in_pass(self) -> Iterator[None]:
+        """Context for a decoder that runs on this rank's tokens."""
+        self.is_running = True
+        try:
+            yield
+        finally:
+            self.is_running = False
+
+    @contextlib.contextmanager
+    def own_random_numbers(self, device: torch.device) -> Iterator[None]:
+        """Inside, each rank draws its own random numbers; afterwards all go on with the same."""
+        seed = int(torch.randint(2**62, ()))
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed + self.group().rank)
+            yield
+
+    def note(self, mode: str, reason: str = "") -> None:
+        """Records how an attention call ran; says once why it is not the mode that was asked for."""
+        if mode not in self.used or (reason and not self.used[mode]):
+            self.used[mode] = reason
+            if reason:
+                self.chunking.warnings.once(f"sequence_parallel: an attention is run by {mode}: {reason}")
+
+    def refuse(self, layer: nn.Module, reason: str) -> None:
+        """Raises `Refused` if a layer that mixes tokens outside of its attention runs on this rank's tokens."""
+        if self.is_running:
+            raise Refused(
+                f"sequence_parallel: {untiled_class(type(layer)).__name__} cannot run on a part of the sequence: {reason}. "
+                "Leave sequence_parallel out for this model"
+            )
+
+    def in_words(self) -> str:
+        """For the report: the size of a group, the mode, and how the attention calls of the last passes ran."""
+        wanted = self.settings.mode if isinstance(self.settings.mode, str) else "{} x {}".format(*self.settings.grid)
+        used = "; ".join(f"{mode} ({reason})" if reason else mode for mode, reason in self.used.items())
+        return f"each sequence on {self.settings.size} ranks, mode {wanted}{f'; attention by {used}' if used else ''}"
+
+    def tell_whole_pass(self) -> None:
+        """Says once that passes without labels and gradients run whole on each rank."""
+        self.chunking.warnings.once(
+            "sequence_parallel: a forward pass without labels and without gradients (generation) runs whole on each rank"
+        )
