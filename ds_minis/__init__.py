@@ -22,7 +22,9 @@ _PUBLIC = {
     "MiniSequenceCallback": "ds_minis.integrations.transformers",
 }
 
-_ENGINES = ("accelerate", "transformers")
+# Imported first: an engine attaches ds_minis while it is imported, which an integration in the middle of its own import is
+# not ready for.
+_ENGINES = {"MiniSequencePlugin": "accelerate", "MiniSequenceCallback": "transformers"}
 
 __all__ = [*_PUBLIC, "__version__"]
 
@@ -30,10 +32,12 @@ __all__ = [*_PUBLIC, "__version__"]
 def __getattr__(name: str):
     if name in _PUBLIC:
         try:
+            if name in _ENGINES:
+                importlib.import_module(_ENGINES[name])
             return getattr(importlib.import_module(_PUBLIC[name]), name)
         except ModuleNotFoundError as error:
             missing = (error.name or "").partition(".")[0]
-            if missing in _ENGINES:
+            if missing in _ENGINES.values():
                 raise ImportError(
                     f"ds_minis.{name} needs {missing}, which is not installed here: pip install {missing}"
                 ) from None

@@ -152,6 +152,12 @@ class MiniSequenceConfig:
     exclude: tuple[str, ...] = _setting((), "patterns", 'Never tile modules whose name matches, e.g. ["*.layers.0.*"].')
 
     def __new__(cls, *args, **settings):
+        if args:
+            raise ValueError(
+                f"settings are keywords here, such as {cls.__name__}(chunk_size=4096), got {args[0]!r} "
+                f"({type(args[0]).__name__})"
+                + (f"; did you mean {cls.__name__}(**{args[0]!r})?" if isinstance(args[0], Mapping) else "")
+            )
         cls._require_known(settings)
         return super().__new__(cls)
 

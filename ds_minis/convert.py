@@ -25,6 +25,7 @@ from ds_minis.parallel.attach import attach_sequence_parallel, detach_sequence_p
 from ds_minis.ranks import is_main_process
 from ds_minis.report import ConversionReport
 from ds_minis.sizes import find_sizes
+from ds_minis.tiling.core.warn import Warnings
 from ds_minis.tiling.layer.tiled_layer import TiledLayer, one_call_fallback_reason
 from ds_minis.tiling.loss.forward_hooks import (
     attach_loss_tiling,
@@ -107,7 +108,9 @@ def convert(
         return model
 
     warn_of_old_versions()
-    chunking = Chunking(config, find_hidden_size(model), layer_inputs=LayerInputStore(config))
+    warnings = Warnings()
+    store = LayerInputStore(config, warnings)
+    chunking = Chunking(config, find_hidden_size(model), layer_inputs=store, warnings=warnings)
     found = list(find_candidates(model))
     candidates = [c for c in found if config.scope == "layer" or c.role != "layer"]
     loss_models = find_models_with_loss(model)

@@ -124,13 +124,13 @@ def compare_with_plain(
     with LargestLogits(plain) as largest, _warnings_of_ds_minis() as warned:
         got = _step(converted, batch)
     notes += dict.fromkeys(warned)
-    loss_error, grad_error, grad_name = _errors(got, expected)
+    loss_error, grad_error, grad_name = step_errors(got, expected)
     rounding = _rounding(plain, batch, expected) if LIMIT < grad_error <= 100 * LIMIT else {}
     if rounding:
         notes.append(
             f"{grad_name} differs by {grad_error:.1e}, and by {rounding[grad_name]:.1e} for the last bit of weights"
         )
-        loss_error, grad_error, grad_name = _errors(got, expected, rounding)
+        loss_error, grad_error, grad_name = step_errors(got, expected, rounding)
     router_error = None
     if gives_router_outputs(plain):
         expected_routers, got_routers = (_step(m, batch, output_router_logits=True) for m in (plain, converted))
@@ -230,7 +230,7 @@ def _step(model: nn.Module, batch: Batch, **kwargs) -> _Step:
     return _Step(float(out.loss.detach().sum()), grads, routers)
 
 
-def _errors(got: _Step, expected: _Step, rounding: Mapping[str, float] | None = None) -> tuple[float, float, str]:
+def step_errors(got: _Step, expected: _Step, rounding: Mapping[str, float] | None = None) -> tuple[float, float, str]:
     """Error of the loss, the largest error of a gradient, and whose it is; without errors that are `rounding`."""
     loss_error = abs(got.loss - expected.loss) / max(abs(expected.loss), 1e-6)
     error, name = 0.0, ""
@@ -267,7 +267,7 @@ def _router_error(got: _Step, expected: _Step, rounding: Mapping[str, float] | N
     """Of everything with router outputs on: what the routers said, the auxiliary loss, and the gradients with it."""
     if got.routers.keys() != expected.routers.keys():
         return float("inf")
-    errors = [*_errors(got, expected, rounding)[:2]]
+    errors = [*step_errors(got, expected, rounding)[:2]]
     for name, tensor in expected.routers.items():
         if got.routers[name].shape != tensor.shape:
             return float("inf")
@@ -280,7 +280,7 @@ def _checkpointing_error(
 ) -> float | None:
     """The largest error under checkpointing; None, with a note, where the plain model's own checkpointing is wrong."""
     try:
-        error = _worst(_errors(_checkpointed_step(converted, batch), expected, rounding)[:2])
+        error = _worst(step_errors(_checkpointed_step(converted, batch), expected, rounding)[:2])
     except Exception as failure:
         error, converted_failure = math.inf, failure
     else:
@@ -288,7 +288,7 @@ def _checkpointing_error(
     if error <= LIMIT:
         return error
     try:
-        plain_error = _worst(_errors(_checkpointed_step(plain, batch), expected)[:2])
+        plain_error = _worst(step_errors(_checkpointed_step(plain, batch), expected)[:2])
     except Exception as failure:
         notes.append(f"gradient checkpointing fails in the plain model too: {in_short(failure)}")
         return None

@@ -34,6 +34,15 @@ _REQUEST = "_mini_sequence_request"
 _reading: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("ds_minis_reading", default=None)
 
 
+@contextlib.contextmanager
+def _errors_of_the_plugin() -> Iterator[None]:
+    """Puts the source in front of errors, as every other source of settings does."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"MiniSequencePlugin: {error}") from None
+
+
 class MiniSequencePlugin(MiniSequenceConfig, KwargsHandler):
     """Mini-sequences for a script with an `Accelerator`: `Accelerator(kwargs_handlers=[MiniSequencePlugin()])`.
 
@@ -42,8 +51,13 @@ class MiniSequencePlugin(MiniSequenceConfig, KwargsHandler):
     with the configuration file is a ValueError.
     """
 
+    def __new__(cls, *args, **settings):
+        with _errors_of_the_plugin():
+            return super().__new__(cls, *args, **settings)
+
     def __post_init__(self):
-        super().__post_init__()
+        with _errors_of_the_plugin():
+            super().__post_init__()
         register()  # who makes one wants it to work, whatever DS_MINIS_AUTOLOAD says
 
 

@@ -16,7 +16,7 @@ import warnings
 from ds_minis.environment import autoload_enabled, config_text
 
 # module of an engine -> the function that attaches ds_minis to it, called with that module right after its import
-_ATTACH = {
+ATTACH = {
     "deepspeed": "ds_minis.integrations.deepspeed:attach_initialize",
     "deepspeed.ops.op_builder.all_ops": "ds_minis.integrations.deepspeed:attach_op_builder",
     "deepspeed.runtime.zero.parameter_offload": "ds_minis.integrations.deepspeed:attach_zero3",
@@ -44,9 +44,9 @@ def register() -> None:
     Needed only where the automatic entry point is off (`DS_MINIS_AUTOLOAD=0`). Calling it again changes nothing. Call it
     before `from deepspeed import initialize`, as a name that was imported before cannot be exchanged.
     """
-    if not any(isinstance(finder, _AttachingFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AttachingFinder())
-    for name in _ATTACH:
+    if not any(isinstance(finder, AttachingFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, AttachingFinder())
+    for name in ATTACH:
         module = sys.modules.get(name)
         if module is not None and getattr(module.__spec__, "_initializing", False):
             module.__spec__.__class__ = _WatchedSpec
@@ -54,14 +54,14 @@ def register() -> None:
             _attach(module)
 
 
-class _AttachingFinder(importlib.abc.MetaPathFinder):
-    """Finds nothing by itself: has the modules of `_ATTACH` found by the others, and attaches after their import."""
+class AttachingFinder(importlib.abc.MetaPathFinder):
+    """Finds nothing by itself: has the modules of `ATTACH` found by the others, and attaches after their import."""
 
     def __init__(self):
         self._in_search: set[str] = set()
 
     def find_spec(self, name, path=None, target=None):
-        if name not in _ATTACH or name in self._in_search:  # another finder may ask all finders, this one too
+        if name not in ATTACH or name in self._in_search:  # another finder may ask all finders, this one too
             return None
         self._in_search.add(name)
         try:
@@ -120,7 +120,7 @@ def _attach(module) -> None:
     if module.__dict__.get("_ds_minis_attached"):
         return
     module._ds_minis_attached = True
-    place, _, function = _ATTACH[module.__name__].partition(":")
+    place, _, function = ATTACH[module.__name__].partition(":")
     try:
         getattr(importlib.import_module(place), function)(module)
     except Exception as error:

@@ -36,7 +36,7 @@ _AGAIN_SECONDS = 2  # a second Ctrl-C after so long ends the process where it st
 
 def begin() -> None:
     """To be called first of all. `--debug`, without a value, shows where an error comes from."""
-    debug = _take_debug(sys.argv)
+    debug = take_debug(sys.argv)
     for message, category in _WARNINGS.items():
         warnings.filterwarnings("ignore", message, category)
     for name, lines in _LINES.items():
@@ -102,7 +102,7 @@ class _Interrupt:
             os._exit(130)
 
 
-def _take_debug(argv: list[str]) -> bool:
+def take_debug(argv: list[str]) -> bool:
     """Whether the flag is there without a value, and takes it out; with one it is the Trainer's own."""
     for i, word in enumerate(argv):
         if word == "--debug" and (i + 1 == len(argv) or argv[i + 1].startswith("--")):

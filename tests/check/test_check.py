@@ -184,10 +184,13 @@ def test_what_counts_as_exact():
 
 def test_errors_of_gradients_are_relative_to_their_own_with_a_floor():
     expected = _step(large=[100.0], small=[2.0], tiny=[1e-6])
-    assert exactness._errors(_step(large=[100.0], small=[2.02], tiny=[1e-6]), expected)[1:] == (
+    assert exactness.step_errors(_step(large=[100.0], small=[2.02], tiny=[1e-6]), expected)[1:] == (
         pytest.approx(0.01, rel=1e-3),
         "small",
     )
-    assert exactness._errors(_step(large=[100.0], small=[2.0], tiny=[0.0]), expected)[1] == pytest.approx(1e-6)
-    assert exactness._errors(_step(large=[100.0], tiny=[1e-6]), expected)[1:] == (1.0, "small")  # a gradient is missing
-    assert exactness._errors(_step(large=[100.0], small=[2.0], tiny=[1e-6], more=[1.0]), expected)[2] == "more"
+    assert exactness.step_errors(_step(large=[100.0], small=[2.0], tiny=[0.0]), expected)[1] == pytest.approx(1e-6)
+    assert exactness.step_errors(_step(large=[100.0], tiny=[1e-6]), expected)[1:] == (
+        1.0,
+        "small",
+    )  # a gradient is missing
+    assert exactness.step_errors(_step(large=[100.0], small=[2.0], tiny=[1e-6], more=[1.0]), expected)[2] == "more"

@@ -178,6 +178,25 @@ def test_plugin_and_environment_must_agree(monkeypatch):
         Accelerator(kwargs_handlers=[MiniSequencePlugin()], mini_sequence_plugin=SETTINGS)
 
 
+@pytest.mark.parametrize(
+    ("args", "settings", "words"),
+    [
+        (
+            [{"chunk_size": 8}],
+            {},
+            "settings are keywords here, .*got {'chunk_size': 8} .dict.; did you mean MiniSequencePlug",
+        ),
+        ([True], {}, "settings are keywords here, such as MiniSequencePlugin.chunk_size=4096., got True"),
+        ([], {"checkpoint_every": 2}, 'checkpoint_every=2: it was removed .*set "offload"'),
+        ([], {"chunksize": 2}, "unknown key 'chunksize' .value 2.; did you mean \"chunk_size\""),
+        ([], {"chunk_size": 0}, "chunk_size: a whole number of tokens"),
+    ],
+)
+def test_errors_of_the_plugin_begin_with_its_name(args, settings, words):
+    with pytest.raises(ValueError, match=f"^MiniSequencePlugin: {words}"):
+        MiniSequencePlugin(*args, **settings)
+
+
 def test_sources_that_disagree_are_told_before_accelerate_makes_its_state(monkeypatch):
     monkeypatch.setenv("DS_MINIS_CONFIG", json.dumps(SETTINGS))
     with pytest.raises(ValueError, match="different mini-sequence settings"):

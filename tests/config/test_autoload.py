@@ -88,14 +88,21 @@ def test_the_configuration_needs_no_torch():
     assert "torch" not in found["modules"]
 
 
+@pytest.mark.parametrize("name", ["MiniSequencePlugin", "MiniSequenceCallback", "convert_to_mini_sequence"])
+def test_ds_minis_may_be_imported_before_every_engine(name):
+    """`from ds_minis import ...` as a script's first line: the engine is imported by it, and attached all the same."""
+    found = facts(f"from ds_minis import {name}\nimport torch\n{IMPORT_ALL}show(times=facts())")
+    assert found["times"] == dict.fromkeys(ALL, 1)
+
+
 @pytest.fixture(scope="module")
 def automatic() -> dict:
     code = """
 import ds_minis
-from ds_minis.integrations.autoload import _ATTACH, _AttachingFinder
+from ds_minis.integrations.autoload import ATTACH, AttachingFinder
 from ds_minis.integrations.deepspeed import MiniSequenceOp
 from models import build
-modules = [sys.modules[name] for name in _ATTACH]
+modules = [sys.modules[name] for name in ATTACH]
 first = facts()
 ds_minis.register(), ds_minis.register()
 builder = deepspeed.ops.op_builder.MiniSequenceBuilder()
@@ -106,7 +113,7 @@ reported = ds_minis.mini_sequence_report(model) is not None
 show(
     first=first, again=facts(), ops=[op is MiniSequenceOp for op in ops], converted=[*converted, reported],
     loaders=[[type(value).__name__ for value in (m.__spec__, m.__spec__.loader, m.__loader__)] for m in modules],
-    finders=sum(isinstance(finder, _AttachingFinder) for finder in sys.meta_path),
+    finders=sum(isinstance(finder, AttachingFinder) for finder in sys.meta_path),
     reverted=ops[0].revert(model) is model and ds_minis.mini_sequence_report(model) is None,
     compatible=builder.is_compatible(), sources=builder.sources(), name=builder.absolute_name(),
 )
@@ -137,7 +144,7 @@ def test_builder_loads_an_op_that_converts(automatic):
     ],
 )
 def test_an_engine_imported_before_torch_is_attached_too(first, attached):
-    specs = "[type(m.__spec__).__name__ for name, m in sys.modules.items() if name in autoload._ATTACH]"
+    specs = "[type(m.__spec__).__name__ for name, m in sys.modules.items() if name in autoload.ATTACH]"
     found = facts(f"{first}\nfrom ds_minis.integrations import autoload\nshow(specs={specs}, **facts())")
     assert {name: found[name] for name in attached} == dict.fromkeys(attached, 1)
     assert set(found["specs"]) == {"ModuleSpec"}
@@ -196,7 +203,7 @@ import deepspeed
 
 
 def test_a_missing_engine_stays_missing(monkeypatch):
-    finder = autoload._AttachingFinder()
+    finder = autoload.AttachingFinder()
     monkeypatch.setattr(sys, "meta_path", [finder])
     assert finder.find_spec("deepspeed") is None
     assert finder.find_spec("json") is None
@@ -209,13 +216,13 @@ def test_another_finder_that_asks_all_finders(monkeypatch, first):
             specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
             return next((spec for spec in specs if spec is not None), None)
 
-    own = [autoload._AttachingFinder()]
+    own = [autoload.AttachingFinder()]
     finders = [AsksAll(), *own] if first else [*own, AsksAll()]
     monkeypatch.setattr(sys, "meta_path", [*finders, *(f for f in sys.meta_path if type(f) is not type(own[0]))])
     monkeypatch.delitem(sys.modules, "accelerate.utils.deepspeed", raising=False)
     spec = importlib.util.find_spec("accelerate.utils.deepspeed")
     assert isinstance(spec.loader, autoload._AttachingLoader)
-    monkeypatch.setitem(autoload._ATTACH, "ds_minis_no_such_engine", "nowhere:nothing")
+    monkeypatch.setitem(autoload.ATTACH, "ds_minis_no_such_engine", "nowhere:nothing")
     assert importlib.util.find_spec("ds_minis_no_such_engine") is None
 
 

@@ -97,7 +97,7 @@ def test_bfloat16_autocast():
 def test_the_kernel_of_the_loss(vocab_size, dtype):
     """Against float64: losses, gradients beside the logits, and gradients in their place."""
     pytest.importorskip("triton")
-    kernel = cross_entropy._kernel()
+    kernel, _ = cross_entropy.kernel()
     torch.manual_seed(0)
     logits, target = torch.randn(67, vocab_size, device="cuda").mul_(4).to(dtype), torch.arange(67, device="cuda")
     target = (target * 997 % vocab_size).masked_fill(target % 5 == 0, -100)
@@ -124,7 +124,7 @@ def test_the_kernel_beyond_2_to_the_31_elements():
     target = torch.arange(num_rows, device="cuda")
     last = torch.randn(3, vocab_size, device="cuda").bfloat16()
     logits[-3:] = last
-    losses, _ = cross_entropy._kernel().losses(logits, target, -100, torch.tensor(1.0, device="cuda"))
+    losses, _ = cross_entropy.kernel()[0].losses(logits, target, -100, torch.tensor(1.0, device="cuda"))
     expected = F.cross_entropy(last.float(), target[-3:], reduction="none")
     torch.testing.assert_close(losses[-3:], expected, rtol=1e-5, atol=1e-5)
     gradient = last.float().softmax(-1) - F.one_hot(target[-3:], vocab_size)
@@ -138,10 +138,10 @@ def test_products_are_added_to_a_float32_sum_on_the_device(dtype):
     torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
         sums.add_product(0, left, right)
-    assert sums._sums[0].dtype == torch.float32
+    assert sums.sums[0].dtype == torch.float32
     exact = 3 * left.double().t() @ right.double()
-    assert (sums._sums[0] - exact).norm() <= 1e-5 * exact.norm()  # a product rounded to 16 bits would be off by 1e-3
-    assert grad_accum._addmm_takes(left.device, dtype)
+    assert (sums.sums[0] - exact).norm() <= 1e-5 * exact.norm()  # a product rounded to 16 bits would be off by 1e-3
+    assert grad_accum.addmm_takes(left.device, dtype)
 
 
 def test_the_head_of_a_bfloat16_model():

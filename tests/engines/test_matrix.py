@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from engine_worker import stacked, train_again, train_alone
 from parity import COLUMNS, REFUSALS, ROWS, SEEDS, cell, judge
 
-from ds_minis.tiling.core.replay import Replay
+from ds_minis.tiling.core.replay import Replay, Seeds
 from ds_minis.tiling.passes.layer_passes import LayerPasses
 
 FULL = cell("DDP", "full")
@@ -128,18 +128,28 @@ def test_dropout_that_is_wrong_fails(plain_runs, mutation, monkeypatch):
 
 
 def test_dropout_with_another_mask_in_backward_fails(plain_runs, monkeypatch):
-    active, again = Replay.active, LayerPasses.again
+    active, again, part = Replay.active, LayerPasses.again, Seeds.part
+    offset = 0
 
+    @contextlib.contextmanager
     def with_other_numbers(replay):
-        replay._cpu_rng = torch.get_rng_state()
-        return active(replay)
+        with active(replay):
+            torch.rand(100)
+            yield
 
+    @contextlib.contextmanager
     def with_other_seeds(passes):
-        passes._seeds._first += 1000
-        return again(passes)
+        nonlocal offset
+        offset = 1000
+        try:
+            with again(passes):
+                yield
+        finally:
+            offset = 0
 
     monkeypatch.setattr(Replay, "active", with_other_numbers)
     monkeypatch.setattr(LayerPasses, "again", with_other_seeds)
+    monkeypatch.setattr(Seeds, "part", lambda seeds, index: part(seeds, index + offset))
     for case in (DROPOUT, OF_MODULES):
         judgement = judge(case, {"plain": plain_runs, "converted": runs(True, case)})
         assert judgement.kind == "FAILED" and "standard errors" in judgement.text, judgement

@@ -56,9 +56,9 @@ def test_an_error_is_what_it_says(tmp_path):
 
 def test_debug_with_a_value_is_the_trainers(quiet):
     argv = ["train.py", "--debug", "underflow_overflow", "--seed", "1"]
-    assert not quiet._take_debug(argv) and argv[1] == "--debug"
+    assert not quiet.take_debug(argv) and argv[1] == "--debug"
     for argv in (["train.py", "--debug"], ["train.py", "--debug", "--seed"]):
-        assert quiet._take_debug(argv) and "--debug" not in argv
+        assert quiet.take_debug(argv) and "--debug" not in argv
 
 
 @pytest.mark.parametrize("code", [INTERRUPT, AFTER])

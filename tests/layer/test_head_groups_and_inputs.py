@@ -130,10 +130,10 @@ def test_host_memory_holds_each_input_and_is_used_again():
     store = model.model.layers[0].mini_sequence_chunking.layer_inputs
     for _ in range(3):
         loss = model(**batch(32)).loss
-        assert store._store.host_bytes_in_use == 5 * 2 * 32 * 32 * 4
+        assert store.host.host_bytes_in_use == 5 * 2 * 32 * 32 * 4
         loss.backward()
-        assert store._store.host_bytes_in_use == 0  # with the loss still there
-    assert store.host_bytes_peak == store._store.host_bytes_allocated == 5 * 2 * 32 * 32 * 4
+        assert store.host.host_bytes_in_use == 0  # with the loss still there
+    assert store.host.host_bytes_peak == store.host.host_bytes_allocated == 5 * 2 * 32 * 32 * 4
 
 
 def test_inputs_are_not_held_on_the_device():
@@ -178,6 +178,16 @@ def test_checkpointing_by_somebody_else_is_told(caplog):
     assert sum("turn that off, a tiled layer needs none" in r.message for r in caplog.records) == 1
 
 
+def test_each_model_is_told_once_what_offload_takes(caplog):
+    """A copy too: it may train elsewhere."""
+    model, _ = converted("llama", {"offload": "cpu"}, **DEEP)
+    for m in (model, converted("llama", {"offload": "cpu"}, **DEEP)[0], copy.deepcopy(model)):
+        caplog.clear()
+        for _ in range(2):
+            m(**batch(23)).loss.backward()
+        assert sum(r.message.startswith("offload: 0.00 GiB of host memory") for r in caplog.records) == 1
+
+
 @pytest.mark.parametrize("settings", ["offload", "all"])
 def test_copies_of_a_model_share_no_host_memory(settings):
     model, reference = converted("llama", SETTINGS[settings], **DEEP)
@@ -186,7 +196,7 @@ def test_copies_of_a_model_share_no_host_memory(settings):
     assert_same_training(other, reference, batch(23))
     loss.backward()
     ours, theirs = (m.model.layers[0].mini_sequence_chunking.layer_inputs for m in (model, other))
-    assert ours is not theirs and theirs.num_layers == 5 and ours._store is not theirs._store
+    assert ours is not theirs and theirs.num_layers == 5 and ours.host is not theirs.host
 
 
 def test_heads_that_cannot_be_cut_are_attended_to_at_once():

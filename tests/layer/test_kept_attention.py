@@ -222,9 +222,9 @@ def test_host_memory_holds_outputs_too(caplog, monkeypatch):
     for _ in range(2):
         loss = model(**unmasked(32)).loss
         # Inputs and outputs of 64 numbers for each token, and a log-sum-exp for each of 4 heads.
-        assert store._store.host_bytes_in_use == 2 * 2 * 32 * (64 + 64 + 4) * 4
+        assert store.host.host_bytes_in_use == 2 * 2 * 32 * (64 + 64 + 4) * 4
         loss.backward()
-        assert store._store.host_bytes_in_use == 0
+        assert store.host.host_bytes_in_use == 0
     lines = [r.message for r in caplog.records if "host memory" in r.message]
     assert len(lines) == 1 and "2 layer inputs of (2, 32, 64) and attention outputs" in lines[0]
     monkeypatch.setattr(layer_inputs, "available_host_bytes", lambda: 1000)

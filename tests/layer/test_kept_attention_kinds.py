@@ -205,16 +205,16 @@ def test_a_mask_is_kept_by_nobody_a_second_time():
     for inputs in (batch(23, padding=5), unmasked(23) | {"attention_mask": masks}):
         loss = model(**inputs).loss
         # Inputs and outputs of 64 numbers for each token, a log-sum-exp for each of 4 heads, in blocks of powers of two.
-        assert store._store.host_bytes_in_use == 2 * (2**14 + 2**14 + 2**10)
+        assert store.host.host_bytes_in_use == 2 * (2**14 + 2**14 + 2**10)
         loss.backward()
 
 
 def test_kept_tensors_are_brought_back_once_each_in_the_order_of_backward(monkeypatch):
     model, _ = converted({"offload": "cpu"}, num_hidden_layers=4)
     loss_and_grads(model, unmasked(23))
-    loss, brought, kept, init, bring = None, [], [], OffloadedTensor.__init__, OffloadedTensor._bring
+    loss, brought, kept, init, bring = None, [], [], OffloadedTensor.__init__, OffloadedTensor.bring
     monkeypatch.setattr(OffloadedTensor, "__init__", lambda self, *args: kept.append(self) or init(self, *args))
-    monkeypatch.setattr(OffloadedTensor, "_bring", lambda self: brought.append(kept.index(self)) or bring(self))
+    monkeypatch.setattr(OffloadedTensor, "bring", lambda self: brought.append(kept.index(self)) or bring(self))
     loss = model(**unmasked(23)).loss
     loss.backward()
     assert len(kept) == 12

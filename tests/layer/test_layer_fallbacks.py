@@ -439,8 +439,8 @@ def class_with(activation):
 
 def test_what_is_not_read_is_asked_again_of_each_layer(monkeypatch):
     """The second layer is made as the first, the third only seems to be: it reads its MLP's result for a gradient."""
-    asked, run = [], LayerProbe._by_chunks
-    monkeypatch.setattr(LayerProbe, "_by_chunks", lambda self, *args: asked.append(self._layer) or run(self, *args))
+    asked, run = [], LayerProbe.by_chunks
+    monkeypatch.setattr(LayerProbe, "by_chunks", lambda self, *args: asked.append(self.layer) or run(self, *args))
     model, reference = twins("llama", num_hidden_layers=3)
     for m in (model, reference):
         for layer, activation in zip(m.model.layers, (torch.clone, torch.clone, torch.sin), strict=True):

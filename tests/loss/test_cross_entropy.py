@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from heads import CHUNK, LOSS_ONLY, H, Model, Output, V, assert_same_loss, data, pair
 from live_bytes import LiveBytes
+from models import CHUNKS, batch, twins
 from torch import nn
 
 from ds_minis import convert_to_mini_sequence
@@ -42,40 +43,55 @@ def test_the_kernel_compiles_for_a_gpu_that_is_not_here(capability, with_loss, w
     compiler = pytest.importorskip("triton.compiler")
     from triton.backends.compiler import GPUTarget
 
-    from ds_minis.tiling.loss.cross_entropy_kernel import _rows
+    from ds_minis.tiling.loss.cross_entropy_kernel import loss_of_rows
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     pointers = {"logits": "*bf16", "targets": "*i64", "losses": "*fp32", "normalizers": "*fp32", "gradients": "*bf16"}
     numbers = {"row_stride": "i32", "gradient_stride": "i32", "factor_stride": "i32", "vocab_size": "i32"}
     constants = {"WITH_LOSS": with_loss, "WITH_GRADIENT": with_gradient, "BLOCK": 8192}
     types = pointers | numbers | {"factors": "*fp32", "ignore_index": "i64"} | dict.fromkeys(constants, "constexpr")
-    signature = {name: types[name] for name in _rows.arg_names}
-    source = compiler.ASTSource(fn=_rows, signature=signature, constexprs=constants)
+    signature = {name: types[name] for name in loss_of_rows.arg_names}
+    source = compiler.ASTSource(fn=loss_of_rows, signature=signature, constexprs=constants)
     compiled = compiler.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
     assert compiled.asm["cubin"]
     for rows_of in ["logits"] + ["gradients"] * with_gradient:  # the row times its stride, in 64 bits
         assert re.search(rf"%{rows_of}\w* = arith.muli [^\n]* : i64", compiled.asm["ttir"])
 
 
-def test_without_triton_the_loss_is_computed_by_torch(monkeypatch):
-    cross_entropy._kernel.cache_clear()
+@pytest.fixture
+def forget_the_kernel():
+    """Whether Triton works is found out once in a process."""
+    cross_entropy.kernel.cache_clear()
+    yield
+    cross_entropy.kernel.cache_clear()
+
+
+def test_without_triton_the_loss_is_computed_by_torch(monkeypatch, forget_the_kernel):
     monkeypatch.delattr("ds_minis.tiling.loss.cross_entropy_kernel", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "ds_minis.tiling.loss.cross_entropy_kernel", raising=False)
-    assert cross_entropy._kernel() is None
-    cross_entropy._kernel.cache_clear()
+    assert cross_entropy.kernel() == (None, "")
 
 
-def test_where_the_kernel_cannot_be_launched_the_loss_is_computed_by_torch(monkeypatch, caplog):
+def test_where_the_kernel_cannot_be_launched_the_loss_is_computed_by_torch(monkeypatch, forget_the_kernel):
     """No compiler, say; here there is no device."""
-    cross_entropy._kernel.cache_clear()
     kernel = types.SimpleNamespace(losses=lambda *_: None)
     monkeypatch.setattr("ds_minis.tiling.loss.cross_entropy_kernel", kernel, raising=False)
     monkeypatch.setitem(sys.modules, "ds_minis.tiling.loss.cross_entropy_kernel", kernel)
     monkeypatch.setattr(torch, "zeros", _fail)
-    assert cross_entropy._kernel() is None and cross_entropy._kernel() is None
-    assert caplog.text.count("cannot be launched here (RuntimeError: Failed to find C compiler)") == 1
-    cross_entropy._kernel.cache_clear()
+    found, reason = cross_entropy.kernel()
+    assert found is None and "cannot be launched here (RuntimeError: Failed to find C compiler)" in reason
+
+
+def test_each_model_is_told_once_that_torch_computes_its_loss(monkeypatch, caplog):
+    """Not each process: the second model's user reads another log."""
+    monkeypatch.setattr("ds_minis.tiling.loss.chunked_head.kernel_fallback_reason", lambda tensor: "no kernel here")
+    for _ in range(2):
+        model, _ = twins("llama")
+        convert_to_mini_sequence(model, CHUNKS)
+        for _ in range(2):
+            model(**batch(23)).loss.backward()
+    assert [r.message for r in caplog.records].count("no kernel here") == 2
 
 
 def _fail(*_, **__):

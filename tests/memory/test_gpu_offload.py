@@ -83,14 +83,14 @@ def test_copies_run_beside_the_computation():
     kept = [store.keep(x) for x in tensors]
     torch.cuda._sleep(20 * BUSY)
     slept.record()
-    kept[3]._on_device._event.synchronize()
+    kept[3].last_copy.synchronize()
     assert not slept.query(), "a copy to the host waited for what came after it"
     torch.cuda.synchronize()
     for k in kept[:0:-1]:
         k.fetch()
     torch.cuda._sleep(20 * BUSY)
     slept.record()
-    kept[0]._on_device._event.synchronize()
+    kept[0].last_copy.synchronize()
     assert not slept.query(), "a copy to the device waited for what came after it"
 
 
@@ -156,9 +156,9 @@ def test_pinned_memory_is_as_stated_and_allocated_once():
     store, tensors, pointers = HostStore(), checkpoints(4), []
     for _ in range(3):
         kept = keep_all(store, tensors)
-        assert all(block.is_pinned() for k in kept for block in k._blocks)
+        assert all(block.is_pinned() for k in kept for block in k.blocks)
         assert store.host_bytes_in_use == store.host_bytes_peak == host_bytes_needed(4, [torch.empty(SHAPE)])
-        pointers.append({block.data_ptr() for k in kept for block in k._blocks})
+        pointers.append({block.data_ptr() for k in kept for block in k.blocks})
         assert len(pointers[0]) == 12 and pointers[-1] == pointers[0]
         for k in kept[::-1]:
             k.fetch()

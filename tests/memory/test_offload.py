@@ -22,7 +22,7 @@ BLOCK = 256
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(host_memory, "_BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr(host_memory, "BLOCK_BYTES", BLOCK)
 
 
 def checkpoints(number, shape=(2, 37, 5)):
@@ -42,7 +42,7 @@ def as_bytes(x):
 
 def spoil(kept):
     """From now on the host's copy is not what was kept, so that only what is on the device already can be right."""
-    for block in kept._blocks:
+    for block in kept.blocks:
         block.fill_(255)
 
 
@@ -111,7 +111,7 @@ def test_the_copy_is_taken_at_once_and_a_write_before_its_end_is_seen_is_an_erro
 def test_so_many_are_brought_ahead_and_no_more(ahead):
     store, tensors = HostStore(), checkpoints(9)
     kept = keep_all(store, tensors)
-    brought = lambda: [k._on_device.tensor is not None for k in kept]  # noqa: E731
+    brought = lambda: [k.is_on_device for k in kept]  # noqa: E731
     for i in reversed(range(9)):
         before = brought()
         assert torch.equal(kept[i].fetch(ahead=ahead), tensors[i])
@@ -163,7 +163,7 @@ def test_the_one_kept_before_is_brought_while_a_layer_runs_backward():
     for i in (5, 4, 3, 2, 1):
         assert torch.equal(kept[i].fetch(), tensors[i])
         spoil(kept[i - 1])
-        brought = [k._on_device.tensor is not None for k in kept]
+        brought = [k.is_on_device for k in kept]
         assert brought == [j == i - 1 for j in range(6)]
     assert torch.equal(kept[0].fetch(), tensors[0])
 
@@ -193,14 +193,14 @@ def test_other_orders_leave_one_tensor_on_the_device_at_most():
     kept[-1].fetch()
     for i in random.Random(1).choices(range(8), k=60):
         kept[i].fetch()
-        assert sum(k._on_device.tensor is not None for k in kept) <= 1
+        assert sum(k.is_on_device for k in kept) <= 1
 
 
 def test_nothing_is_brought_for_an_order_from_first_to_last():
     kept = keep_all(HostStore(), checkpoints(5))
     for k in kept[:-1]:
         k.fetch()
-        assert not any(k._on_device.tensor is not None for k in kept[:-1])
+        assert not any(k.is_on_device for k in kept[:-1])
 
 
 def test_what_is_released_or_gone_is_not_brought():
@@ -208,7 +208,7 @@ def test_what_is_released_or_gone_is_not_brought():
     kept = keep_all(store, tensors)
     kept[2].release()
     assert torch.equal(kept[3].fetch(), tensors[3])
-    assert kept[2]._on_device.tensor is None
+    assert not kept[2].is_on_device
     del kept[0]
     assert torch.equal(kept[0].fetch(), tensors[1])
 
@@ -251,7 +251,7 @@ def test_from_the_second_step_on_no_memory_is_allocated():
     for shape in [(2, 37, 5), (2, 37, 5), (1, 70, 5), (3, 17, 7), (2, 37, 5)]:
         tensors = checkpoints(4, shape)
         kept = keep_all(store, tensors)
-        blocks.append({block.data_ptr() for k in kept for block in k._blocks})
+        blocks.append({block.data_ptr() for k in kept for block in k.blocks})
         assert all(torch.equal(k.fetch(), x) for k, x in zip(kept[::-1], tensors[::-1], strict=True))
         for k in kept:
             k.release()
@@ -263,7 +263,7 @@ def test_small_tensors_take_small_blocks():
     store = HostStore()
     kept = [store.keep(torch.zeros(n, dtype=torch.uint8)) for n in (0, 1, 3, 255, 256, 257)]
     assert store.host_bytes_in_use == 0 + 1 + 4 + 256 + 256 + 512
-    assert [len(k._blocks) for k in kept] == [0, 1, 1, 1, 1, 2]
+    assert [len(k.blocks) for k in kept] == [0, 1, 1, 1, 1, 2]
 
 
 @pytest.mark.parametrize("seq", [1, 12, 13, 64, 1000])
@@ -449,7 +449,7 @@ def lane(monkeypatch):
     """The copies of a device with streams, on the CPU."""
     streams = Streams()
     monkeypatch.setattr(torch, "cpu", streams)
-    lane = offload._Lane(torch.device("cpu"))
+    lane = offload.Lane(torch.device("cpu"))
     lane.streams = streams
     return lane
 
@@ -464,7 +464,7 @@ def test_copies_wait_for_what_they_read(lane):
 def test_memory_goes_back_behind_the_copy_that_reads_it(lane):
     kept = offload.OffloadedTensor(lane, torch.randn(40))
     on_device = lane.in_flight[-1]
-    event = on_device._event
+    event = on_device.event
     assert event not in lane.streams.now.waited_for
     on_device.drop()
     assert event in lane.streams.now.waited_for and on_device.tensor is None
@@ -474,9 +474,9 @@ def test_memory_goes_back_behind_the_copy_that_reads_it(lane):
 def test_a_stream_waits_for_what_it_is_given(lane):
     """Where it is another than the one that the memory goes back to, that must know of it."""
     kept = offload.OffloadedTensor(lane, torch.randn(40))
-    on_device, event = lane.in_flight[-1], lane.in_flight[-1]._event
+    on_device, event = lane.in_flight[-1], lane.in_flight[-1].event
     other, recorded = Streams.Stream(), []
-    on_device._asynchronous = True
+    on_device.asynchronous = True
 
     class Watched(torch.Tensor):
         def record_stream(self, stream):

@@ -31,12 +31,15 @@ class GradientSums:
     Args:
         leaves: the parameters.
         single: there is only one chunk, so its gradients are kept in their own dtype.
+
+    Attributes:
+        sums: of each leaf, as it is now: float32 until `result`; None if it has no gradient yet.
     """
 
     def __init__(self, leaves: Sequence[Tensor], single: bool = False):
         self._leaves = leaves
         self._single = single
-        self._sums: list[Tensor | None] = [None] * len(leaves)
+        self.sums: list[Tensor | None] = [None] * len(leaves)
 
     def index_of(self, leaf: Tensor) -> int | None:
         """The index of `leaf`; None if it is not here or needs no gradient."""
@@ -46,15 +49,15 @@ class GradientSums:
     def add_product(self, index: int, left_CV: Tensor, right_CH: Tensor) -> None:
         """Adds `left_CV.t() @ right_CH` to one leaf's gradient, without a temporary of that size."""
         left_VC = left_CV.t()
-        if self._sums[index] is not None:
-            self._sums[index] = self._sums[index].to(self._sum_dtype(left_CV))  # back to float32 if it was rounded
-            _add_product(self._sums[index], left_VC, right_CH)
+        if self.sums[index] is not None:
+            self.sums[index] = self.sums[index].to(self._sum_dtype(left_CV))  # back to float32 if it was rounded
+            _add_product(self.sums[index], left_VC, right_CH)
         elif self._single or left_CV.dtype == self._sum_dtype(left_CV):
-            self._sums[index] = left_VC @ right_CH
+            self.sums[index] = left_VC @ right_CH
         else:
             shape = left_CV.shape[1], right_CH.shape[1]
-            self._sums[index] = right_CH.new_empty(shape, dtype=self._sum_dtype(left_CV))
-            _add_product(self._sums[index], left_VC, right_CH, beta=0)
+            self.sums[index] = right_CH.new_empty(shape, dtype=self._sum_dtype(left_CV))
+            _add_product(self.sums[index], left_VC, right_CH, beta=0)
 
     def _sum_dtype(self, grad: Tensor) -> torch.dtype:
         return grad.dtype if self._single else torch.promote_types(grad.dtype, torch.float32)
@@ -65,25 +68,25 @@ class GradientSums:
             grad = next(grads) if leaf.requires_grad else None
             if grad is None:
                 continue
-            if self._sums[i] is not None:
+            if self.sums[i] is not None:
                 wide = torch.promote_types(grad.dtype, torch.float32)
-                self._sums[i] = self._sums[i].to(wide).add_(grad)  # back to float32 if it was rounded
+                self.sums[i] = self.sums[i].to(wide).add_(grad)  # back to float32 if it was rounded
             else:
                 # Copy even if it is float32 already: autograd may return one tensor for two parameters.
-                self._sums[i] = grad.to(self._sum_dtype(grad), copy=True)
+                self.sums[i] = grad.to(self._sum_dtype(grad), copy=True)
 
     def watch(self) -> None:
         """Call this after appending a leaf to the list given to the constructor."""
-        self._sums.append(None)
+        self.sums.append(None)
 
     @for_weight_gradients
     def add_rows(self, index: int, rows: slice, grad: Tensor) -> None:
         """Adds `grad` to some rows of one sum."""
         leaf = self._leaves[index]
-        before = self._sums[index]
+        before = self.sums[index]
         wide = torch.promote_types(leaf.dtype, torch.float32)
-        self._sums[index] = torch.zeros_like(leaf, dtype=wide) if before is None else before.to(wide)
-        self._sums[index][rows].add_(grad)
+        self.sums[index] = torch.zeros_like(leaf, dtype=wide) if before is None else before.to(wide)
+        self.sums[index][rows].add_(grad)
 
     def round_to_param_dtype(self) -> None:
         """Rounds to the parameters' dtypes early, to free the float32 sums before the attention's backward."""
@@ -93,9 +96,9 @@ class GradientSums:
     def result(self) -> list[Tensor | None]:
         """Rounds each sum to its parameter's dtype, freeing the float32 sum, and returns them."""
         for i, leaf in enumerate(self._leaves):
-            if self._sums[i] is not None:
-                self._sums[i] = self._sums[i].to(leaf.dtype)
-        return self._sums
+            if self.sums[i] is not None:
+                self.sums[i] = self.sums[i].to(leaf.dtype)
+        return self.sums
 
 
 # Elements of a temporary product in the operands' dtype, before it is added to the float32 sum.
@@ -118,11 +121,11 @@ def _add_product(total_VH: Tensor, left_VC: Tensor, right_CH: Tensor, beta: int 
 
 def _multiplies_into_float32(total: Tensor, dtype: torch.dtype) -> bool:
     real = type(total) in (Tensor, nn.Parameter) and not total.is_meta  # a fake tensor has no kernel to try
-    return real and total.dtype == torch.float32 and _addmm_takes(total.device, dtype)
+    return real and total.dtype == torch.float32 and addmm_takes(total.device, dtype)
 
 
 @functools.cache
-def _addmm_takes(device: torch.device, dtype: torch.dtype) -> bool:
+def addmm_takes(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `addmm` on the device takes `dtype` operands and a float32 sum: cuBLAS does, the CPU does not."""
     if device.type == "cpu":
         return False

@@ -10,12 +10,16 @@ logger = logging.getLogger("ds_minis")
 
 
 class Warnings:
-    """The warnings of one model: each is given once, on the main process. Another model has its own."""
+    """The warnings of one model: each is given once, on the main process. Another model has its own, and so has a copy."""
 
     def __init__(self):
         self._given: set[str] = set()
 
+    def __reduce__(self):
+        return Warnings, ()
+
     def once(self, text: str) -> None:
-        if text not in self._given and is_main_process():
+        """Gives a warning, unless it was given before or is empty."""
+        if text and text not in self._given and is_main_process():
             logger.warning("%s", text)
         self._given.add(text)

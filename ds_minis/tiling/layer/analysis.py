@@ -116,7 +116,14 @@ def _analyze(
 
 
 class LayerProbe:
-    """Runs a layer on a few tokens of a call; `shape` is that of the whole call's hidden states."""
+    """Runs a layer on a few tokens of a call.
+
+    Attributes:
+        layer: the layer.
+
+    Args:
+        shape: that of the whole call's hidden states.
+    """
 
     def __init__(
         self,
@@ -126,7 +133,7 @@ class LayerProbe:
         chunking: Chunking,
         shape: Sequence[int] = (),
     ):
-        self._layer, self._forward, self._call, self._chunking = layer, forward, call, chunking
+        self.layer, self._forward, self._call, self._chunking = layer, forward, call, chunking
         self._x, self._shape = call.hidden, shape
         num_tokens, size = self._x.shape[1], -(-self._x.shape[1] // PROBE_CHUNKS)
         self._bounds = [(i, min(i + size, num_tokens)) for i in reversed(range(0, num_tokens, size))]
@@ -151,7 +158,7 @@ class LayerProbe:
             return LayerAnalysis(SHARED_DRAW)
         if is_held(self._sentinels):
             return LayerAnalysis(HELD)
-        state = State(self._layer)
+        state = State(self.layer)
         differing = self._differing_setting()
         if self._num_counting == len(self._bounds):
             return LayerAnalysis(
@@ -159,7 +166,7 @@ class LayerProbe:
             )
         if differing:
             return LayerAnalysis(f"its attention's argument {differing} depends on the number of tokens")
-        actual = self._by_chunks(NO_DEAD_VALUES)
+        actual = self.by_chunks(NO_DEAD_VALUES)
         changed = state.changed()
         if changed:
             return LayerAnalysis(f"it keeps state from one call to the next ({changed})")
@@ -244,13 +251,13 @@ class LayerProbe:
     def _passes(self, at_once: bool = False) -> LayerPasses:
         self._call.hidden = self._x
         bounds = [(0, self._x.shape[1])] if at_once else self._bounds
-        return LayerPasses(self._layer, self._forward, self._call, bounds, self._chunking)
+        return LayerPasses(self.layer, self._forward, self._call, bounds, self._chunking)
 
-    def _by_chunks(
+    def by_chunks(
         self, dead_values: DeadValues, groups: HeadGroups | None = None, at_once: bool = False
     ) -> list[Tensor | None]:
         """Result and gradients by chunks in reversed order, run as a tiled layer runs them."""
-        node = LayerNode(self._layer, self._passes(at_once), dead_values, groups, attend=stand_in, slots=self._slots)
+        node = LayerNode(self.layer, self._passes(at_once), dead_values, groups, attend=stand_in, slots=self._slots)
         with torch.no_grad():
             y = node.forward([self._x], with_backward=True)
             node.grad_output = self._grad.clone()  # backward may overwrite it
@@ -259,7 +266,7 @@ class LayerProbe:
     def _search(self) -> DeadValueSearch:
         without_grad = [p for p, wanted in zip(self._slots.tensors, self._with_grad, strict=True) if not wanted]
         return DeadValueSearch(
-            self._layer, self._forward, self._call, self._x, without_grad, self._chunking, self._by_chunks
+            self.layer, self._forward, self._call, self._x, without_grad, self._chunking, self.by_chunks
         )
 
     def _attention_fallback_reason(self) -> tuple[str, bool]:
@@ -295,7 +302,7 @@ class LayerProbe:
         """The analysis with the configured head groups, or with the reason for falling back to one call."""
         groups, _ = self._groups()
         try:
-            actual = self._by_chunks(analysis.dead_values, groups)
+            actual = self.by_chunks(analysis.dead_values, groups)
         except RuntimeError:
             actual = [None] * len(expected)
         coarse = tolerance([self._x, *self._params, *expected])

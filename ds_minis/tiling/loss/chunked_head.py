@@ -21,6 +21,7 @@ from ds_minis.tiling.core.replay import AutocastState, has_values, patched_forwa
 from ds_minis.tiling.core.row_args import RowArgs
 from ds_minis.tiling.core.tiled_op import tile_rows
 from ds_minis.tiling.core.tiled_sum import sum_rows
+from ds_minis.tiling.loss.cross_entropy import kernel_fallback_reason
 from ds_minis.tiling.modules.compiling import outside_of_graphs
 from ds_minis.tiling.modules.state import Chunking
 from ds_minis.tiling.modules.tiled_module import require_weights
@@ -201,7 +202,9 @@ class ChunkedHead:
             with patched_forwards({module: own_forward}):
                 return run(losses, module, [hidden_RH, *aligned_R], chunk_rows, guard=guard)
 
-        return self._call(all_losses, hidden_LH.reshape(-1, hidden_LH.shape[-1]))
+        result = self._call(all_losses, hidden_LH.reshape(-1, hidden_LH.shape[-1]))
+        self._chunking.warnings.once(kernel_fallback_reason(hidden_LH))
+        return result
 
     def _call(self, forward: Callable[..., Tensor], hidden: Tensor) -> Tensor:
         """Calls the module with its forward replaced, so that its hooks run once around all chunks."""

@@ -12,7 +12,6 @@ Shapes: C rows of one chunk, B rows of one block of it, V vocabulary.
 from __future__ import annotations
 
 import functools
-import logging
 from types import ModuleType
 
 import torch
@@ -20,10 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_minis.ranks import is_main_process
 from ds_minis.tiling.core.out_of_memory import is_out_of_memory
-
-logger = logging.getLogger("ds_minis")
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 # Elements of a block of rows in float32: it should fit into a core's cache on a CPU, and fill the processors of a device.
@@ -44,12 +40,8 @@ def token_losses(logits_CV: Tensor, target_C: Tensor, ignore_index: int, expecte
         expected: the gradient that every one of these losses is sure to receive, once, before any other use of the graph.
             The logits may then be overwritten.
     """
-    overwrite = expected is not None and _is_fresh(logits_CV)
-    return _TokenLosses.apply(logits_CV, target_C, ignore_index, expected if overwrite else None)
-
-
-def _is_fresh(tensor: Tensor) -> bool:
-    return tensor.grad_fn is not None and tensor.grad_fn.name() in _FRESH
+    fresh = logits_CV.grad_fn is not None and logits_CV.grad_fn.name() in _FRESH
+    return _TokenLosses.apply(logits_CV, target_C, ignore_index, expected if fresh else None)
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -128,14 +120,22 @@ def _blocks(logits_CV: Tensor) -> list[tuple[int, int]]:
 
 
 def _implementation(logits_CV: Tensor) -> type[_Torch] | ModuleType:
+    return (kernel()[0] if _is_on_device(logits_CV) else None) or _Torch
+
+
+def kernel_fallback_reason(tensor: Tensor) -> str:
+    """Why torch computes the losses of tensors like this one although there is Triton, in words; empty if the kernel does."""
+    return kernel()[1] if _is_on_device(tensor) else ""
+
+
+def _is_on_device(tensor: Tensor) -> bool:
     # A kernel cannot read a tensor subclass, such as a fake tensor.
-    real = type(logits_CV) in (Tensor, torch.nn.Parameter)
-    return (_kernel() if real and logits_CV.is_cuda else None) or _Torch
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_cuda
 
 
 @functools.cache
-def _kernel() -> ModuleType | None:
-    """The module with the Triton kernel, imported for the first CUDA tensor; None if Triton does not work.
+def kernel() -> tuple[ModuleType | None, str]:
+    """The module with the Triton kernel, imported for the first CUDA tensor; None and the reason if Triton does not work.
 
     Triton compiles at the first launch and a machine may lack a compiler, so this launches the kernel once.
     """
@@ -145,12 +145,10 @@ def _kernel() -> ModuleType | None:
         logits = torch.zeros(1, 2, device="cuda")
         cross_entropy_kernel.losses(logits, torch.zeros(1, dtype=torch.long, device="cuda"), -100, None)
     except ImportError:
-        return None
+        return None, ""
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        if is_main_process():
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            logger.warning("the loss is computed by torch, as the Triton kernel cannot be launched here (%s)", reason)
-        return None
-    return cross_entropy_kernel
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        return None, f"the loss is computed by torch, as the Triton kernel cannot be launched here ({reason})"
+    return cross_entropy_kernel, ""

@@ -15,7 +15,7 @@ _MAX_BLOCK = 8192
 
 
 @triton.jit
-def _rows(
+def loss_of_rows(
     logits,
     row_stride,
     targets,
@@ -110,7 +110,7 @@ def _launch(
         return
     block = min(_MAX_BLOCK, triton.next_power_of_2(vocab_size))
     with torch.cuda.device_of(rows_CV):  # Triton launches on the current device
-        _rows[(num_rows,)](
+        loss_of_rows[(num_rows,)](
             rows_CV,
             rows_CV.stride(0),
             target_C.contiguous(),

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_BLOCK_BYTES = 2**24  # a power of two; copies of 16 MiB reach the bus's full speed, and at most 16 MiB stay unused
+BLOCK_BYTES = 2**24  # a power of two; copies of 16 MiB reach the bus's full speed, and at most 16 MiB stay unused
 
 
 def block_layout(num_bytes: int) -> tuple[int, int]:
     """The size and the number of the blocks that hold `num_bytes`."""
-    size = min(_BLOCK_BYTES, 1 << max(num_bytes - 1, 0).bit_length())
+    size = min(BLOCK_BYTES, 1 << max(num_bytes - 1, 0).bit_length())
     return size, -(-num_bytes // size)
 
 

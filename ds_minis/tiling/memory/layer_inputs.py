@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -10,13 +9,11 @@ import torch
 from torch import Tensor
 
 from ds_minis.config import MiniSequenceConfig
-from ds_minis.ranks import is_main_process, num_local_ranks
+from ds_minis.ranks import num_local_ranks
 from ds_minis.tiling.core.replay import graph_is_kept, has_values
 from ds_minis.tiling.core.warn import Warnings
 from ds_minis.tiling.memory.host_memory import available_host_bytes, host_bytes_needed
 from ds_minis.tiling.memory.offload import HostStore
-
-logger = logging.getLogger("ds_minis")
 
 
 class LayerInput(Protocol):
@@ -37,29 +34,24 @@ class LayerInputStore:
 
     Attributes:
         num_layers: number of layers that are tiled as a whole.
+        host: the inputs in host memory; None without `offload`.
     """
 
-    def __init__(self, config: MiniSequenceConfig, num_layers: int = 0):
+    def __init__(self, config: MiniSequenceConfig, warnings: Warnings, num_layers: int = 0):
         self.num_layers = num_layers
-        self._config = config
-        self._store = HostStore() if config.offload else None
+        self.host = HostStore() if config.offload else None
+        self._config, self._warnings = config, warnings
         self._stated = 0
-        self._warnings = Warnings()
 
     def __reduce__(self):
-        return LayerInputStore, (self._config, self.num_layers)
-
-    @property
-    def host_bytes_peak(self) -> int:
-        """Peak host memory of layer inputs, in bytes."""
-        return self._store.host_bytes_peak if self._store is not None else 0
+        return LayerInputStore, (self._config, self._warnings, self.num_layers)
 
     def new_input(self) -> LayerInput | None:
         """Storage for the input of one call of a layer; None leaves it to autograd."""
-        if self._store is None:
+        if self.host is None:
             return InMemory() if self._config.keep_attention else None
         self._tell_outside()
-        return _InHostMemory(self._store, self._state_need)
+        return _InHostMemory(self.host, self._state_need)
 
     def _state_need(self, tensors: Sequence[Tensor]) -> None:
         """Reports how much host memory a run needs before allocating it, and again for longer sequences.
@@ -76,7 +68,7 @@ class LayerInputStore:
         layers = self.num_layers
         need = host_bytes_needed(layers, tensors)
         ranks, available = num_local_ranks(), available_host_bytes()
-        held = self._store.host_bytes_allocated
+        held = self.host.host_bytes_allocated
         what = f"{layers} layer inputs of {tuple(x.shape)}" + (" and attention outputs" if len(tensors) > 1 else "")
         if available is not None and ranks * (need - held) > available:
             way_out = 'turn "keep_attention" off' if len(tensors) > 1 else "start fewer processes on it"
@@ -85,9 +77,9 @@ class LayerInputStore:
                 f"{available / 2**30:.1f} GiB are available on this machine: {way_out}, or train on shorter sequences"
             )
         tell, self._stated = num_bytes > 1.5 * self._stated, num_bytes  # not again for slightly longer sequences
-        if tell and is_main_process():
+        if tell:
             free = "" if available is None else f", {available / 2**30:.1f} GiB are available"
-            logger.warning("ds_minis offload: %.2f GiB of host memory per process for %s%s", need / 2**30, what, free)
+            self._warnings.once(f"offload: {need / 2**30:.2f} GiB of host memory per process for {what}{free}")
 
     def _tell_outside(self) -> None:
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:

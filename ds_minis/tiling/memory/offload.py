@@ -27,7 +27,7 @@ class HostStore:
     """
 
     def __init__(self):
-        self._lanes: dict[torch.device, _Lane] = {}
+        self._lanes: dict[torch.device, Lane] = {}
         self.host_bytes_peak = 0
 
     def __reduce__(self):
@@ -53,25 +53,39 @@ class HostStore:
         Args:
             at_once: number of copies that one layer starts in a row; twice as many may be in flight.
         """
-        lane = self._lanes.get(x.device) or self._lanes.setdefault(x.device, _Lane(x.device))
+        lane = self._lanes.get(x.device) or self._lanes.setdefault(x.device, Lane(x.device))
         kept = OffloadedTensor(lane, x, at_once)
         self.host_bytes_peak = max(self.host_bytes_peak, self.host_bytes_in_use)
         return kept
 
 
 class OffloadedTensor:
-    """One offloaded tensor. Created by `HostStore.keep`; freed by `release`, or when nothing refers to it."""
+    """One offloaded tensor. Created by `HostStore.keep`; freed by `release`, or when nothing refers to it.
 
-    def __init__(self, lane: _Lane, x: Tensor, at_once: int = 1):
+    Attributes:
+        blocks: its blocks of host memory.
+    """
+
+    def __init__(self, lane: Lane, x: Tensor, at_once: int = 1):
         lane.limit_copies(_MAX_IN_FLIGHT * at_once)
         x = x.detach().contiguous()
         self._lane, self._shape, self._dtype, self._num_fetches = lane, x.shape, x.dtype, 0
-        self._blocks, self._on_device = lane.pool.take(x.nbytes), _OnDevice()
-        self._give_up = weakref.finalize(self, _give_up, lane.pool, self._blocks, self._on_device)
+        self.blocks, self._on_device = lane.pool.take(x.nbytes), _OnDevice()
+        self._give_up = weakref.finalize(self, _give_up, lane.pool, self.blocks, self._on_device)
         self._give_up.atexit = False
         self._on_device.put(lane, x, lane.copy((block, piece) for piece, block in self._pieces(x)))
         lane.in_flight.append(self._on_device)
         self._before, lane.last = lane.last, weakref.ref(self)
+
+    @property
+    def is_on_device(self) -> bool:
+        """Whether the device holds it too: its copy to the host may be running, or it was prefetched."""
+        return self._on_device.tensor is not None
+
+    @property
+    def last_copy(self):
+        """The event recorded after its last copy, in either direction."""
+        return self._on_device.event
 
     def fetch(self, ahead: int = 1) -> Tensor:
         """The tensor on its device, contiguous, ready on the current stream. Starts to prefetch those kept before it.
@@ -84,8 +98,8 @@ class OffloadedTensor:
         if not self._give_up.alive:
             raise RuntimeError("a layer input was fetched after its host memory had been released")
         self._num_fetches += 1
-        if self._on_device.tensor is None:
-            self._bring()
+        if not self.is_on_device:
+            self.bring()
         x = self._on_device.take(self._lane.current_stream())
         before = self
         for _ in range(ahead):
@@ -101,21 +115,22 @@ class OffloadedTensor:
         self._give_up()
 
     def _prefetch(self, at_most: int) -> None:
-        if self._give_up.alive and self._on_device.tensor is None:
+        if self._give_up.alive and not self.is_on_device:
             ahead = self._lane.ahead = deque(one for one in self._lane.ahead if one.tensor is not None)
             while len(ahead) >= at_most:  # also if backward ends early or runs in another order
                 ahead.popleft().drop()
-            self._bring()
+            self.bring()
             ahead.append(self._on_device)
 
-    def _bring(self) -> None:
+    def bring(self) -> None:
+        """Starts its copy back to the device."""
         x = torch.empty(self._shape, dtype=self._dtype, device=self._lane.device)
         self._on_device.put(self._lane, x, self._lane.copy(self._pieces(x)))
 
     def _pieces(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs of a contiguous tensor's bytes, piece by piece, and the part of a block that holds them."""
         size, _ = block_layout(x.nbytes)
-        for piece, block in zip(x.flatten().view(torch.uint8).split(size), self._blocks, strict=False):
+        for piece, block in zip(x.flatten().view(torch.uint8).split(size), self.blocks, strict=False):
             yield piece, block[: len(piece)]
 
 
@@ -124,7 +139,7 @@ def _give_up(pool: BlockPool, blocks: list[Tensor], on_device: _OnDevice) -> Non
     pool.give_back(blocks)
 
 
-class _Lane:
+class Lane:
     """The stream, the pool and the pending copies between one device and the host."""
 
     def __init__(self, device: torch.device):
@@ -161,21 +176,27 @@ class _Lane:
 
 
 class _OnDevice:
-    """Holds a tensor while a copy from or to it may run; its memory may be reused only after that copy."""
+    """Holds a tensor while a copy from or to it may run; its memory may be reused only after that copy.
+
+    Attributes:
+        tensor: None once nothing holds it.
+        event: recorded after the copy.
+        asynchronous: whether the device has streams.
+    """
 
     tensor: Tensor | None = None
 
-    def put(self, lane: _Lane, tensor: Tensor, event) -> None:
-        self.tensor, self._version, self._event = tensor, tensor._version, event
+    def put(self, lane: Lane, tensor: Tensor, event) -> None:
+        self.tensor, self._version, self.event = tensor, tensor._version, event
         self._stream = lane.current_stream()  # the stream that its memory returns to
-        self._asynchronous = lane.asynchronous
+        self.asynchronous = lane.asynchronous
 
     def is_copied(self) -> bool:
-        return self.tensor is None or self._event.query()
+        return self.tensor is None or self.event.query()
 
     def drop(self) -> None:
         if self.tensor is not None:
-            self._stream.wait_event(self._event)
+            self._stream.wait_event(self.event)
             self.tensor = None
 
     def take(self, stream) -> Tensor | None:
@@ -183,8 +204,8 @@ class _OnDevice:
         tensor = self.tensor
         if tensor is None:
             return None
-        stream.wait_event(self._event)
-        if self._asynchronous and stream != self._stream:
+        stream.wait_event(self.event)
+        if self.asynchronous and stream != self._stream:
             tensor.record_stream(stream)  # or its memory would be reused while this stream still reads it
         self.drop()
         if tensor._version != self._version:
