@@ -2,7 +2,8 @@
 
 The algorithm is Ring Attention's (arXiv 2310.01889): attention is computed block by block, and what the blocks gave is merged
 by their log-sum-exp (arXiv 2205.14135). A rank holds the keys and values of at most three ranks: its own, those it computes
-with, and those that arrive meanwhile.
+with, and those that arrive meanwhile; in backward also gradients of as many tokens four times: its own, those it adds to,
+those that leave and those that arrive.
 
 **Zigzag.** If each rank held one run of a causal sequence, the last would compute most. So a sequence is cut in 2 * size
 equal parts, and rank r holds part r, then part 2 * size - 1 - r: all ranks compute the same at every step. The layout was
@@ -204,25 +205,19 @@ class _Hop:
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         peers = group if group is not None else dist.group.WORLD
         following, previous = (dist.get_global_rank(peers, (rank + step) % size) for step in (1, -1))
-        self.sent = tensors  # kept until they have arrived
-        self.received = [torch.empty_like(x) for x in tensors]
+        self.sent, self.received = tensors, [torch.empty_like(x) for x in tensors]  # both are in use until `wait`
         operations = []
-        for number, (sent, received) in enumerate(zip(tensors, self.received, strict=True), tag):
+        for number, (sent, received) in enumerate(zip(self.sent, self.received, strict=True), tag):
             operations.append(dist.P2POp(dist.isend, sent, following, group, number))
             operations.append(dist.P2POp(dist.irecv, received, previous, group, number))
         self.works = dist.batch_isend_irecv(operations)
 
     def wait(self) -> list[Tensor]:
+        """What has arrived, once; afterwards nothing is held here."""
         for work in self.works:
             work.wait()
-        return self.received
-
-
-def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Adds attention over further keys in place: (B, N, Q, E), (B, N, Q). Before the first keys, lse is -inf."""
-    total = torch.logaddexp(lse, part_lse)
-    out.mul_(torch.exp(lse - total).unsqueeze(-1)).add_(part * torch.exp(part_lse - total).unsqueeze(-1))
-    lse.copy_(total)
+        received, self.sent, self.received, self.works = self.received, [], [], []
+        return received
 
 
 class _RingAttention(torch.autograd.Function):
@@ -233,18 +228,15 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, group, scale, plan):
-        kernel, dtype = kernel_for(q, v), accumulation_dtype(q.dtype)
+        dtype = accumulation_dtype(q.dtype)
         batch, heads, tokens = q.shape[:3]
         out = q.new_zeros(batch, tokens, heads, v.shape[-1], dtype=dtype)
         lse = q.new_full((batch, heads, tokens), float("-inf"), dtype=dtype)
         keys = [k.contiguous(), v.contiguous()]
         with torch.autocast(q.device.type, enabled=False):
-            for step, blocks in enumerate(plan):
-                arriving = _Hop(keys, group, KEYS) if step + 1 < len(plan) else None
-                for rows, own, other, band in blocks:
-                    k_block, v_block = (x[rows, :, other] for x in keys)
-                    part, part_lse = kernel.forward(q[rows, :, own], k_block, v_block, scale, band)
-                    _merge(out.transpose(1, 2)[rows, :, own], lse[rows, :, own], part, part_lse)
+            for step, blocks in enumerate(plan, 1):
+                arriving = _Hop(keys, group, KEYS) if step < len(plan) else None
+                _attend(blocks, q, *keys, out.transpose(1, 2), lse, scale)
                 if arriving is not None:
                     keys = arriving.wait()
         out = out.to(q.dtype)
@@ -256,35 +248,64 @@ class _RingAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out):
         q, k, v, out, lse = ctx.saved_tensors
-        out, grad_out = out.transpose(1, 2), grad_out.transpose(1, 2)
-        kernel, dtype = kernel_for(q, v), accumulation_dtype(q.dtype)
-        grad_q = torch.zeros_like(q, dtype=dtype)
-        keys, home, travelling = [k.contiguous(), v.contiguous()], [], None
+        dtype = accumulation_dtype(q.dtype)
+        grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
+        keys, grads, travelling = [k.contiguous(), v.contiguous()], [grad_k, grad_v], None
+        by_head = q, out.transpose(1, 2), grad_out.transpose(1, 2), lse
         with torch.autocast(q.device.type, enabled=False):
-            for step, blocks in enumerate(ctx.plan):
-                arriving = _Hop(keys, ctx.group, KEYS) if step + 1 < len(ctx.plan) else None
-                grads = [torch.zeros_like(x, dtype=dtype) for x in keys]
-                for rows, own, other, band in blocks:
-                    k_block, v_block = (x[rows, :, other] for x in keys)
-                    q_block, out_block, grad_block = (x[rows, :, own] for x in (q, out, grad_out))
-                    parts = kernel.backward(
-                        grad_block, q_block, k_block, v_block, out_block, lse[rows, :, own], ctx.scale, band
-                    )
-                    grad_q[rows, :, own] += parts[0]
-                    for grad, part in zip(grads, parts[1:], strict=True):
-                        grad[rows, :, other] += part
-                if step == 0:
-                    home = grads
-                else:  # what earlier ranks of the ring found for these keys; on to the next, the last of which is home
-                    _add(grads, travelling)
+            for step, blocks in enumerate(ctx.plan, 1):
+                arriving = _Hop(keys, ctx.group, KEYS) if step < len(ctx.plan) else None
+                _attend_backward(blocks, *by_head, *keys, ctx.scale, grad_q, *grads)
+                if step > 1:  # on to the next rank, with what earlier ones found for these keys; the last is at home
+                    _add_arrived(grads, travelling)
                     travelling = _Hop(grads, ctx.group, GRADS)
                 if arriving is not None:
                     keys = arriving.wait()
-            _add(home, travelling)
-        return grad_q.to(q.dtype), home[0].to(k.dtype), home[1].to(v.dtype), None, None, None
+                    grads = [torch.zeros_like(x, dtype=dtype) for x in keys]
+            _add_arrived([grad_k, grad_v], travelling)
+        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
 
 
-def _add(grads: list[Tensor], travelling: _Hop | None) -> None:
+def _attend(blocks: list[Block], q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
+    """Merges into out (B, N, T, E) and lse (B, N, T) what the blocks give, for keys and values that are here."""
+    kernel = kernel_for(q, v)
+    for rows, own, other, band in blocks:
+        part, part_lse = kernel.forward(q[rows, :, own], k[rows, :, other], v[rows, :, other], scale, band)
+        _merge(out[rows, :, own], lse[rows, :, own], part, part_lse)
+
+
+def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Adds attention over further keys in place: (B, N, Q, E), (B, N, Q). Before the first keys, lse is -inf."""
+    total = torch.logaddexp(lse, part_lse)
+    out.mul_(torch.exp(lse - total).unsqueeze(-1)).add_(part * torch.exp(part_lse - total).unsqueeze(-1))
+    lse.copy_(total)
+
+
+def _attend_backward(
+    blocks: list[Block],
+    q: Tensor,
+    out: Tensor,
+    grad_out: Tensor,
+    lse: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+) -> None:
+    """Adds to three gradients those of the blocks, for keys and values that are here; out and lse are of all keys."""
+    kernel = kernel_for(q, v)
+    for rows, own, other, band in blocks:
+        q_block, out_block, grad_block, lse_block = (x[rows, :, own] for x in (q, out, grad_out, lse))
+        k_block, v_block = k[rows, :, other], v[rows, :, other]
+        parts = kernel.backward(grad_block, q_block, k_block, v_block, out_block, lse_block, scale, band)
+        grad_q[rows, :, own] += parts[0]
+        grad_k[rows, :, other] += parts[1]
+        grad_v[rows, :, other] += parts[2]
+
+
+def _add_arrived(grads: list[Tensor], travelling: _Hop | None) -> None:
     if travelling is not None:
         for grad, arrived in zip(grads, travelling.wait(), strict=True):
             grad += arrived

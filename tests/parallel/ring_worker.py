@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import traceback
+import weakref
 from datetime import timedelta
 from pathlib import Path
 
@@ -109,6 +110,44 @@ def sent_bytes(group: dist.ProcessGroup) -> list[int]:
     return counts
 
 
+def order_of_events(group: dist.ProcessGroup) -> tuple[list[list[str]], list[int]]:
+    """When exchanges begin and are waited for, and when blocks are computed, in a forward and in a backward.
+
+    Also how many of the tensors that arrived, or are to arrive, there are when an exchange has begun, at most.
+    """
+    events, hop, kernel_for = [[], []], ring._Hop, ring.kernel_for
+    arrivals, held = [], [0, 0]
+
+    class Hop(hop):
+        def __init__(self, tensors, group, tag):
+            self.name = {ring.KEYS: "keys", ring.GRADS: "grads"}[tag]
+            events[backward].append(f"send {self.name}")
+            super().__init__(tensors, group, tag)
+            arrivals.extend(weakref.ref(x) for x in self.received)
+            held[backward] = max(held[backward], sum(x() is not None for x in arrivals))
+
+        def wait(self):
+            events[backward].append(f"wait {self.name}")
+            return super().wait()
+
+    def noted(function):
+        return lambda *args: events[backward].append("compute") or function(*args)
+
+    def noted_kernel(*args):
+        kernel = kernel_for(*args)
+        return kernel._replace(forward=noted(kernel.forward), backward=noted(kernel.backward))
+
+    q, k, v = (torch.randn(1, 2, 8, 4, requires_grad=True) for _ in range(3))
+    ring._Hop, ring.kernel_for, backward = Hop, noted_kernel, 0
+    try:
+        out = ring_attention(q, k, v, group=group, scale=1.0)
+        backward = 1
+        out.sum().backward()
+    finally:
+        ring._Hop, ring.kernel_for = hop, kernel_for
+    return events, held
+
+
 def under_autocast(group: dist.ProcessGroup) -> list[str]:
     """Dtypes of output and gradients, for queries in float32 and values in bfloat16."""
     q, k, v = (
@@ -127,7 +166,7 @@ def main(rank: int, cases: list[dict], folder: Path) -> None:
     alone = [dist.new_group([r]) for r in range(RANKS)]
     groups = {1: alone[rank], 2: halves[rank // 2], 4: None}
     results = {case["name"]: run(case, groups[case["size"]]) for case in cases}
-    facts = {"sent": sent_bytes(None), "autocast": under_autocast(groups[2])}
+    facts = {"sent": sent_bytes(None), "autocast": under_autocast(groups[2]), "events": order_of_events(None)}
     (folder / f"{rank}.json").write_text(json.dumps({"results": results, "facts": facts}))
     dist.barrier()
 

@@ -18,6 +18,8 @@ BANDS = {
     "window that ends in the block": (12, 12, Band(2, None)),
     "fewer queries than keys": (5, 13, Band(3, 6)),
     "more queries than keys": (13, 5, Band(9, 4)),
+    "causal, more queries than keys": (13, 5, Band(None, 0)),
+    "a narrow window over many": (150, 150, Band(20, 0)),
     "one query": (1, 7, Band(None, None)),
 }
 HEADS = [(4, 4), (4, 2), (4, 1)]

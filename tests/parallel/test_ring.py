@@ -128,6 +128,18 @@ def test_bytes_are_those_of_the_docstring(ranks):
         assert found["facts"]["sent"] == [2 * 3 * elements, (2 + 4) * 3 * elements]
 
 
+def test_keys_travel_while_blocks_are_computed(ranks):
+    first, later, last = ["send keys", *["compute"] * 3, "wait keys"], ["send keys", "compute"], ["compute"]
+    for found in ranks:
+        (forward, backward), held = found["facts"]["events"]
+        assert held == [4, 6]  # keys and values of two ranks, and in backward the gradients of one
+        assert forward == [*first, *later, "wait keys", *later, "wait keys", *last]
+        assert backward == [
+            *first, *later, "send grads", "wait keys", *later, "wait grads", "send grads", "wait keys",
+            *last, "wait grads", "send grads", "wait grads",
+        ]  # fmt: skip
+
+
 def test_autocast_computes_in_its_dtype(ranks):
     for found in ranks:
         assert found["facts"]["autocast"] == ["torch.bfloat16", "torch.float32", "torch.float32", "torch.bfloat16"]
