@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ds_minis.config import MiniSequenceConfig
 from ds_minis.tiling.core.replay import has_values
@@ -441,3 +442,28 @@ def test_a_module_that_told_nothing_is_asked_again():
     module(x)
     torch.nn.init.normal_(module.down.weight)
     assert torch.equal(module(x), TokenShift.forward(module, x))
+
+
+@pytest.mark.parametrize("make", [nn.LayerNorm, nn.RMSNorm, LlamaRMSNorm])
+def test_norms_are_tiled_in_float64_too(make, monkeypatch):
+    """In the norm's own dtype: a sum of gradients in float32 would be 1e-7 off. (Llama's norm computes in float32.)"""
+    torch.manual_seed(0)
+    norm = make(H).double()
+    with torch.no_grad():
+        norm.weight.add_(torch.randn_like(norm.weight))
+    plain, x, grad = copy.deepcopy(norm), *torch.randn(2, 2, 17, H, dtype=torch.float64)
+    tile(norm, TiledModule, Chunking(MiniSequenceConfig(scope="tokens", chunk_size=5), H))
+    rows, run = [], tiled_module.tile_rows
+    monkeypatch.setattr(
+        tiled_module, "tile_rows", lambda f, m, x, n, *a, **k: rows.append(n) or run(f, m, x, n, *a, **k)
+    )
+    results = []
+    for module in (norm, plain):
+        leaf = x.clone().requires_grad_()
+        y = module(leaf)
+        y.backward(grad)
+        results.append([y.detach(), leaf.grad, *(p.grad for p in module.parameters())])
+    assert rows == [5] and not whole_fallback_reason(norm)
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == torch.float64
+        torch.testing.assert_close(a, b, rtol=1e-12 if make is not LlamaRMSNorm else 1e-6, atol=1e-12)
