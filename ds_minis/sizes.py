@@ -39,6 +39,8 @@ class Sizes:
         spared = [(self.logit_bytes, "of logits less at its loss")]
         spared += [(self.activation_bytes, "of activations less in each feed-forward module")]
         words = ", and ".join(f"{_in_units(count)} {what}" for count, what in spared if count)
+        if not words and self.chunk_tokens < self.num_tokens:  # norms alone are cut, say, which are not counted here
+            return f"  chunks: {chunks}"
         saving = f"{words}, at least" if words else "nothing less, as it is one chunk"
         return f"  chunks: {chunks}\n  saves: a step of {self.num_tokens:,} tokens ({self.dtype}) holds {saving}"
 

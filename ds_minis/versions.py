@@ -67,9 +67,11 @@ def warn_of_old_versions() -> None:
         return
     if too_old():
         logger.warning(
-            "ds_minis is not known to work with versions this old: %s. Results may differ from the unconverted model's, or "
+            "ds_minis: not known to work with versions this old: %s. Results may differ from the unconverted model's, or "
             "the conversion may fail",
             ", ".join(too_old()),
         )
     elif older_than_tested():
-        logger.warning("older than what ds_minis's CI tests, see docs/versions.md: %s", ", ".join(older_than_tested()))
+        logger.warning(
+            "ds_minis: older than what its CI tests, see docs/versions.md: %s", ", ".join(older_than_tested())
+        )

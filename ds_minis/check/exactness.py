@@ -314,7 +314,7 @@ def _worst(errors) -> float:
 def _warnings_of_ds_minis():
     """The list of what ds_minis itself warns of: mostly, why logits are computed in full."""
     messages, handler, logger = [], logging.Handler(logging.WARNING), logging.getLogger("ds_minis")
-    handler.emit = lambda record: messages.append(record.getMessage())
+    handler.emit = lambda record: messages.append(record.getMessage().removeprefix("ds_minis: "))
     propagate, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
     try:

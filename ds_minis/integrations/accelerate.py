@@ -236,5 +236,5 @@ class _Models:
             if not self._converted:
                 raise error
             if model not in self._left and is_main_process():  # `prepare` calls `prepare_model` for each
-                logger.warning("left as it is: %s", error)
+                logger.warning("ds_minis: a model is left as it is: %s", error)
             self._left.add(model)

@@ -118,7 +118,7 @@ def main() -> None:
     )
     trainer.model_loss = model_args.mini_sequence_loss
     if not trainer.model_loss:
-        leave_out("ds_minis", "the loss is not tiled by ds_minis")  # the summary says that TRL computes it
+        leave_out("ds_minis", "the loss is not tiled: ")  # the summary says that TRL computes it
     trainer.add_callback(RequireWrapped(trainer))
     if training_args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)

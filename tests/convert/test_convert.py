@@ -522,3 +522,12 @@ def test_print_shows_what_is_tiled():
     layer.mini_sequence_analyses.note(True, "of some reason")
     assert "mini_sequence=(run as a whole: of some reason)" in repr(layer)
     assert "mini_sequence" not in repr(revert_mini_sequence(model))
+
+
+def test_print_shows_a_layers_own_settings_and_what_became_of_them():
+    """Phi-3 makes queries, keys and values in one projection: its heads cannot be run in groups."""
+    model = convert_to_mini_sequence(build("phi3"), chunk_size=10, head_groups="auto", offload="cpu")
+    own = "mini_sequence=(scope=layer, chunk_size=10, head_groups=auto, offload=cpu"
+    assert f"{own})" in repr(model.model.layers[0]) and "offload" not in repr(model.model.norm)
+    model(**batch(23)).loss.backward()
+    assert f"{own}, attention in one call: " in repr(model.model.layers[0])

@@ -103,6 +103,12 @@ def test_a_step_that_is_one_chunk_saves_nothing():
     assert "a step of 128 tokens (float32) holds nothing less, as it is one chunk" in str(sizes)
 
 
+def test_what_is_saved_is_not_told_where_it_was_not_counted():
+    """Bart's projections are in the layers' own forwards: its norms alone are cut."""
+    model = convert_to_mini_sequence(build("bart"), chunk_size=10, loss=False)
+    assert str(mini_sequence_report(model).sizes) == "  chunks: 10 tokens"
+
+
 def test_adapters_and_the_papers_number_of_chunks():
     plain = mini_sequence_report(convert_to_mini_sequence(build("llama"), num_mini_sequences=4)).sizes
     adapted = mini_sequence_report(convert_to_mini_sequence(add_lora(build("llama")), num_mini_sequences=4)).sizes

@@ -185,7 +185,7 @@ def test_each_model_is_told_once_what_offload_takes(caplog):
         caplog.clear()
         for _ in range(2):
             m(**batch(23)).loss.backward()
-        assert sum(r.message.startswith("offload: 0.00 GiB of host memory") for r in caplog.records) == 1
+        assert sum(r.message.startswith("ds_minis: offload: 0.00 GiB of host memory") for r in caplog.records) == 1
 
 
 @pytest.mark.parametrize("settings", ["offload", "all"])

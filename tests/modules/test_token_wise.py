@@ -288,7 +288,7 @@ def test_a_module_that_is_not_token_wise_runs_as_a_whole_and_says_so_once(caplog
     with caplog.at_level(logging.WARNING, logger="ds_minis"):
         assert torch.equal(tiled(module)(x), expected) and torch.equal(module(x), expected)
     assert [r.message for r in caplog.records] == [
-        "TokenShift is run as a whole: its result for a token depends on others"
+        "ds_minis: TokenShift is run as a whole: its result for a token depends on others"
     ]
     assert whole_fallback_reason(module) == "its result for a token depends on others"
     caplog.clear()

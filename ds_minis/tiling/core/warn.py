@@ -21,5 +21,5 @@ class Warnings:
     def once(self, text: str) -> None:
         """Gives a warning, unless it was given before or is empty."""
         if text and text not in self._given and is_main_process():
-            logger.warning("%s", text)
+            logger.warning("ds_minis: %s", text)
         self._given.add(text)

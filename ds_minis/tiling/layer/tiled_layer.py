@@ -65,6 +65,13 @@ class TiledLayer(ItsOwnCheckpointing, Tiled):
         del hidden
         return y if analysis.rest is None else (y, *analysis.rest)
 
+    def mini_sequence_state(self) -> str:
+        """With the settings that are for whole layers, and what was found out about `head_groups`."""
+        settings, reason = self.mini_sequence_chunking.config.to_dict(defaults=False), one_call_fallback_reason(self)
+        own = [f"{name}={settings[name]}" for name in ("head_groups", "offload", "keep_attention") if name in settings]
+        own += [f"attention in one call: {reason}"] if reason else []
+        return ", ".join([super().mini_sequence_state(), *own])
+
     @outside_of_graphs
     def _run_whole(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any], call: LayerArgs) -> Any:
         own = forward
@@ -107,7 +114,7 @@ def _analysis_for(layer: TiledLayer, forward: Callable[..., Any], call: LayerArg
     return LayerAnalysis(_NOTHING_SHOWS) if analysis is None else _record(layer, key, analysis)
 
 
-_NOTHING_SHOWS = "its weights are such that nothing shows"
+_NOTHING_SHOWS = "all of its gradients are zero with these weights, which verifies nothing"
 
 
 def _analyze(

@@ -21,7 +21,7 @@ from ds_minis.tiling.core.replay import AutocastState, has_values, patched_forwa
 from ds_minis.tiling.core.row_args import RowArgs
 from ds_minis.tiling.core.tiled_op import tile_rows
 from ds_minis.tiling.core.tiled_sum import sum_rows
-from ds_minis.tiling.loss.cross_entropy import kernel_fallback_reason
+from ds_minis.tiling.loss.cross_entropy import implementation
 from ds_minis.tiling.modules.compiling import outside_of_graphs
 from ds_minis.tiling.modules.state import Chunking
 from ds_minis.tiling.modules.tiled_module import require_weights
@@ -150,7 +150,7 @@ class ChunkedHead:
         with torch.no_grad():
             self._call(analyze, few)
         if analysis is None:  # the runs cannot tell, with these weights
-            return HeadAnalysis("its weights are such that nothing shows")
+            return HeadAnalysis("all of its gradients are zero with these weights, which verifies nothing")
         heads[key] = analysis
         return analysis
 
@@ -203,7 +203,7 @@ class ChunkedHead:
                 return run(losses, module, [hidden_RH, *aligned_R], chunk_rows, guard=guard)
 
         result = self._call(all_losses, hidden_LH.reshape(-1, hidden_LH.shape[-1]))
-        self._chunking.warnings.once(kernel_fallback_reason(hidden_LH))
+        self._chunking.warnings.once(implementation(hidden_LH)[1])  # each model is told
         return result
 
     def _call(self, forward: Callable[..., Tensor], hidden: Tensor) -> Tensor:

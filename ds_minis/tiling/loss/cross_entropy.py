@@ -48,7 +48,7 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_CV: Tensor, target_C: Tensor, ignore_index: int, factor: Tensor | None):
         ctx.ignore_index, ctx.is_gradient = ignore_index, factor is not None
-        losses_C, normalizers_2C = _implementation(logits_CV).losses(logits_CV, target_C, ignore_index, factor)
+        losses_C, normalizers_2C = implementation(logits_CV)[0].losses(logits_CV, target_C, ignore_index, factor)
         ctx.save_for_backward(logits_CV, target_C, normalizers_2C)
         return losses_C
 
@@ -58,7 +58,7 @@ class _TokenLosses(torch.autograd.Function):
         logits_CV, target_C, normalizers_2C = ctx.saved_tensors
         if ctx.is_gradient:
             return logits_CV, None, None, None
-        gradients = _implementation(logits_CV).gradients
+        gradients = implementation(logits_CV)[0].gradients
         return gradients(logits_CV, target_C, ctx.ignore_index, normalizers_2C, grad_C), None, None, None
 
 
@@ -119,18 +119,12 @@ def _blocks(logits_CV: Tensor) -> list[tuple[int, int]]:
     return [(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
 
 
-def _implementation(logits_CV: Tensor) -> type[_Torch] | ModuleType:
-    return (kernel()[0] if _is_on_device(logits_CV) else None) or _Torch
-
-
-def kernel_fallback_reason(tensor: Tensor) -> str:
-    """Why torch computes the losses of tensors like this one although there is Triton, in words; empty if the kernel does."""
-    return kernel()[1] if _is_on_device(tensor) else ""
-
-
-def _is_on_device(tensor: Tensor) -> bool:
+def implementation(logits_CV: Tensor) -> tuple[type[_Torch] | ModuleType, str]:
+    """What computes the losses of such a tensor; and, where Triton is installed and fails, why it is not the kernel."""
     # A kernel cannot read a tensor subclass, such as a fake tensor.
-    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_cuda
+    real = type(logits_CV) in (Tensor, torch.nn.Parameter)
+    found, reason = kernel() if real and logits_CV.is_cuda else (None, "")
+    return found or _Torch, reason
 
 
 @functools.cache

@@ -238,7 +238,7 @@ class EndForward:
 
     def _tell(self, model: nn.Module, reason: str) -> None:
         """Warns once per reason, also if a wrapper of the model has the same; sets it for the report in training."""
-        self._chunking.warnings.once(f"the loss is not tiled by ds_minis: {reason}")
+        self._chunking.warnings.once(f"the loss is not tiled: {reason}")
         if model.training:
             self._chunking.bypassed = reason
 

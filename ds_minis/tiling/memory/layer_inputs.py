@@ -104,7 +104,8 @@ class InMemory:
             )
         if any(t._version != version for t, version in self._kept):
             raise RuntimeError(
-                "the input of a decoder layer, or its attention's output, was changed in place between forward and backward"
+                "the input of a decoder layer, or its attention's output, was changed in place between forward and backward: "
+                "change it after backward, or make the operation that changes it give a new tensor"
             )
         return [t for t, _ in self._kept]
 

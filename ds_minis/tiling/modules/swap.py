@@ -39,8 +39,12 @@ class Tiled(nn.Module):
         if chunking is None:
             return own
         reason = whole_fallback_reason(self)
-        state = f"run as a whole: {reason}" if reason else chunking.described()
+        state = f"run as a whole: {reason}" if reason else self.mini_sequence_state()
         return ", ".join(filter(None, (own, f"mini_sequence=({state})")))
+
+    def mini_sequence_state(self) -> str:
+        """How it is tiled, for `extra_repr`."""
+        return self.mini_sequence_chunking.described()
 
     def __reduce_ex__(self, protocol):
         # The class is created at run time, so copies and pickles refer to the two classes that it was made from.

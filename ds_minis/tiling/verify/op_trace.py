@@ -191,9 +191,9 @@ def _step_difference(whole: Step, part: Step, n: int, m: int) -> str:
                 return f"{name} has {a.sizes} for {n} tokens and {b.sizes} for {m}: more than a row for each"
         elif type(a) is int and type(b) is int:
             if not _scales(a, b, n, m):
-                return f"the number {a} in {name} is {b} for {m} tokens in the place of {n}"
+                return f"an argument of {name} depends on the number of tokens ({a} for {n}, {b} for {m})"
         elif (type(a) is not type(b) or (isinstance(a, _SETTINGS) and a != b)) and not (a != a and b != b):
-            return f"the number {a} in {name} is {b} for {m} tokens in the place of {n}"
+            return f"an argument of {name} depends on the number of tokens ({a} for {n}, {b} for {m})"
     if n == m:
         return ""
     if whole.draws and whole.results and not any(_differing(a, b) for a, b in pairs[len(whole.args) :]):
