@@ -139,7 +139,7 @@ class MiniSequenceConfig:
         "forward again: less time, the longer the sequence the more, for about as much memory again as the layers' inputs "
         "take (host memory, with `offload`).",
     )
-    sequence_parallel: SequenceParallel = _setting(
+    sequence_parallel: SequenceParallel = _setting(  # noqa: RUF009 (frozen)
         _ALONE,
         "parallel",
         "Divide each sequence among this many ranks, which act as one data-parallel replica: a size, or "

@@ -9,12 +9,14 @@ from torch import nn
 
 from ds_minis.parallel import decoder as decoders
 from ds_minis.parallel import layers, loss
+from ds_minis.parallel.attention import parallel_attention
 from ds_minis.parallel.groups import GroupError, replicas
 from ds_minis.parallel.state import Parallel
 from ds_minis.tiling.modules.arguments import takes
 from ds_minis.tiling.modules.state import Chunking
+from ds_minis.tiling.passes.attention import wrap_attention
 
-_HOOKS = (decoders.CutInputs, decoders.GatherOutputs, layers.BeginLayer, layers.EndLayer, loss.BeginLoss, loss.EndLoss)
+_HOOKS = (decoders.CutInputs, decoders.GatherOutputs, layers.CheckLayer, loss.BeginLoss, loss.EndLoss)
 
 
 def sequence_parallel_fallback_reason(model: nn.Module, stack: Sequence[tuple[str, nn.Module, str]]) -> str:
@@ -78,6 +80,7 @@ def attach_sequence_parallel(
         except GroupError as error:
             raise ValueError(f"{source}: {error}") from None
     parallel = chunking.parallel = Parallel(settings, chunking)
+    wrap_attention(parallel_attention)
     modules = [layer for _, layer, _ in stack]
     decoders.attach(find_decoder(model, modules), parallel)
     for layer in modules:

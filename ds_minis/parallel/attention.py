@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ds_minis.parallel.collectives import exchange, gather_sequence
 from ds_minis.parallel.cut import Cut
 from ds_minis.parallel.groups import Group
-from ds_minis.parallel.masks import MaskRule, Refused, SequenceMask
+from ds_minis.parallel.masks import MaskRule, Refused, SequenceMask, is_cutting
 from ds_minis.parallel.ring import ring_attention
 from ds_minis.tiling.passes.attention import AttentionRequest
 
@@ -38,43 +38,51 @@ _STANDARD = ("sdpa_attention_forward", "flash_attention_forward")
 
 
 class ParallelAttention:
-    """An attention function for this rank's tokens: calls `function` for all of them, in one of the three ways.
+    """An attention function that, given a `SequenceMask`, attends to the tokens of all ranks, in one of the three ways.
 
-    A call without a `SequenceMask` is not one of a parallel pass, and goes to `function` as it is.
+    A call without one goes to `function` as it is.
     """
 
-    def __init__(self, function: Callable[..., Any], parallel: Parallel):
+    def __init__(self, function: Callable[..., Any]):
         functools.update_wrapper(self, function)
-        self.function, self._parallel = function, parallel
+        self.function = function
 
     def __call__(self, *args, **kwargs) -> tuple[Tensor, None]:
         found = [(i, v) for i, v in (*enumerate(args), *kwargs.items()) if isinstance(v, SequenceMask)]
         if not found:
-            self._require_whole(args, kwargs)
+            _require_whole(args, kwargs)
             return self.function(*args, **kwargs)
         (place, mask), *others = found
         rule = getattr(mask, "rule", None)
         if others or rule is None:
             raise Refused(f"sequence_parallel: {type(args[0]).__name__} changes its mask before its attention")
-        call = _Call(AttentionRequest.of_call(self.function, args, kwargs), place, rule, self._parallel)
-        return call.run(), None
+        return _Call(AttentionRequest.of_call(self.function, args, kwargs), place, rule).run(), None
 
-    def _require_whole(self, args: tuple, kwargs: dict) -> None:
-        if self._parallel.is_running:
-            mask = args[4] if len(args) > 4 else kwargs.get("attention_mask")
-            what = "no mask" if mask is None else "a mask that it made itself"
-            raise Refused(
-                f"sequence_parallel: {type(args[0]).__name__} gives its attention {what}, and not one of transformers' "
-                "masking functions, from which the mask for all tokens could be made"
-            )
+
+@functools.lru_cache(maxsize=64)
+def parallel_attention(function: Callable[..., Any]) -> ParallelAttention:
+    """The wrapper of an attention function; the same one each time."""
+    return ParallelAttention(function)
+
+
+def _require_whole(args: tuple, kwargs: dict) -> None:
+    """Refuses an attention in a pass on a part of the sequence whose mask was not made by transformers' functions."""
+    if is_cutting():
+        mask = args[4] if len(args) > 4 else kwargs.get("attention_mask")
+        what = "no mask" if mask is None else "a mask that it made itself"
+        raise Refused(
+            f"sequence_parallel: {type(args[0]).__name__} gives its attention {what}, and not one of transformers' "
+            "masking functions, from which the mask for all tokens could be made"
+        )
 
 
 class _Call:
     """One call of an attention."""
 
-    def __init__(self, request: AttentionRequest, place: int | str, rule: MaskRule, parallel: Parallel):
-        self._request, self._place, self._rule, self._parallel = request, place, rule, parallel
-        self._group = parallel.group()
+    def __init__(self, request: AttentionRequest, place: int | str, rule: MaskRule):
+        self._request, self._place, self._rule = request, place, rule
+        self._parallel: Parallel = rule.sequence.parallel
+        self._group = self._parallel.group()
         self._cut = Cut(rule.sequence.num_tokens, self._group.size, self._group.rank)
 
     def run(self) -> Tensor:
@@ -198,7 +206,7 @@ class _Call:
 
     def _by_ring(self, q: Tensor, k: Tensor, v: Tensor, group: Group, cut: Cut) -> Tensor:
         sequence, scale = self._rule.sequence, self._request.kwargs.get("scaling")
-        documents = None if sequence.documents is None else self._cut.pad(sequence.documents, 1, -1)
+        documents = None if sequence.documents is None else self._cut.pad(sequence.documents_on_cpu, 1, -1)
         return ring_attention(
             q, k, v, group=group.handle, window=self._rule.window or None, documents=documents,
             scale=q.shape[-1] ** -0.5 if scale is None else scale,

@@ -25,6 +25,7 @@ from ds_minis.tiling.modules.arguments import argument_names, takes_any_keyword
 from ds_minis.tiling.modules.compiling import outside_of_graphs
 
 _KNOWN = frozenset(("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"))
+_OF_THE_LOSS = frozenset(("labels", "shift_labels"))  # which models hand on with all other keywords
 _ATTRIBUTE = "_mini_sequence_pass"
 
 
@@ -56,9 +57,9 @@ class CutInputs:
         changed["position_ids"] = cut.mine(positions)
         changed["attention_mask"] = torch.ones(batch, 2 * cut.part, dtype=torch.long, device=tokens.device)
         changed["use_cache"] = False
-        given = {name: value for name, value in given.items() if name != "cache_position"} | changed
+        given = {n: v for n, v in given.items() if n not in {"cache_position", *_OF_THE_LOSS}} | changed
         under = contextlib.ExitStack()
-        under.enter_context(masks_of(Sequence(num_tokens, padding, documents), cut.padded))
+        under.enter_context(masks_of(Sequence(num_tokens, padding, documents, parallel), cut.padded))
         under.enter_context(parallel.in_pass())
         if decoder.training:
             under.enter_context(parallel.own_random_numbers(tokens.device))
@@ -113,7 +114,7 @@ def _require_known(decoder: nn.Module, given: dict[str, Any], tokens: Any) -> No
             f"sequence_parallel: {type(decoder).__name__} was called without input_ids and without inputs_embeds"
         )
     for name, value in given.items():
-        if name in _KNOWN or value is None:
+        if name in _KNOWN | _OF_THE_LOSS or value is None:
             continue
         if isinstance(value, Tensor) and value.dim() > 0:
             raise Refused(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -15,48 +15,29 @@ from ds_minis.tiling.layer.analysis import analyze_layer
 from ds_minis.tiling.layer.tiled_layer import TiledLayer
 from ds_minis.tiling.modules.compiling import outside_of_graphs
 from ds_minis.tiling.modules.swap import untiled_class
-from ds_minis.tiling.passes.attention import attention_wrapped_by
+from ds_minis.tiling.passes.attention import attention_unwrapped
 from ds_minis.tiling.passes.layer_args import LayerArgs
 from ds_minis.tiling.verify.snapshot import State
 
-_ATTRIBUTE = "_mini_sequence_attends"
 
-
-class BeginLayer:
-    """Forward pre-hook of a decoder layer: its attention is that of all ranks, also where backward runs the layer again."""
+class CheckLayer:
+    """Forward pre-hook of a decoder layer: refuses one that cannot run on a part of the sequence."""
 
     def __init__(self, parallel: Parallel):
         self._parallel = parallel
 
     @outside_of_graphs
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        _end(layer)
         parallel = self._parallel
-        if parallel.is_running:
-            if not any(isinstance(t, SequenceMask) for t in tensors_in((args, tuple(kwargs.values())))):
-                raise Refused(
-                    f"sequence_parallel: {untiled_class(type(layer)).__name__} is given no mask of transformers' masking "
-                    "functions, from which the mask for all tokens could be made"
-                )
-            if not isinstance(layer, TiledLayer):
-                _require_token_wise(layer, args, kwargs, parallel)
-        under = contextlib.ExitStack()
-        under.enter_context(attention_wrapped_by(parallel.wrap))
-        layer.__dict__[_ATTRIBUTE] = under
-
-
-class EndLayer:
-    """Forward hook, also called when forward fails."""
-
-    @outside_of_graphs
-    def __call__(self, layer: nn.Module, args: tuple, output: Any) -> None:
-        _end(layer)
-
-
-def _end(layer: nn.Module) -> None:
-    under = layer.__dict__.pop(_ATTRIBUTE, None)
-    if under is not None:
-        under.close()
+        if not parallel.is_running:
+            return
+        if not any(isinstance(t, SequenceMask) for t in tensors_in((args, tuple(kwargs.values())))):
+            raise Refused(
+                f"sequence_parallel: {untiled_class(type(layer)).__name__} is given no mask of transformers' masking "
+                "functions, from which the mask for all tokens could be made"
+            )
+        if not isinstance(layer, TiledLayer):
+            _require_token_wise(layer, args, kwargs, parallel)
 
 
 def _require_token_wise(layer: nn.Module, args: tuple, kwargs: dict, parallel: Parallel) -> None:
@@ -76,7 +57,12 @@ def _require_token_wise(layer: nn.Module, args: tuple, kwargs: dict, parallel: P
         parallel.refuse(layer, call.reason)
     try:
         layer.mini_sequence_chunking = parallel.chunking  # which a run by chunks reads
-        with parallel.chunking.guarded(), parallel.chunking.untiled(), attention_wrapped_by(None):
+        with (
+            parallel.chunking.guarded(),
+            parallel.chunking.untiled(),
+            attention_unwrapped(),
+            _not_checkpointed(layer),
+        ):
             analysis = analyze_layer(layer, forward, call, parallel.chunking)
     finally:
         del layer.mini_sequence_chunking
@@ -86,7 +72,20 @@ def _require_token_wise(layer: nn.Module, args: tuple, kwargs: dict, parallel: P
     parallel.known_layers.add(kind)
 
 
+@contextlib.contextmanager
+def _not_checkpointed(layer: nn.Module) -> Iterator[None]:
+    """Inside, transformers does not checkpoint the layer's forward."""
+    before = layer.__dict__.get("gradient_checkpointing")
+    layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        if before is None:
+            del layer.gradient_checkpointing
+        else:
+            layer.gradient_checkpointing = before
+
+
 def attach(layer: nn.Module, parallel: Parallel) -> None:
-    """Registers the hooks of a decoder layer."""
-    layer.register_forward_pre_hook(BeginLayer(parallel), with_kwargs=True, prepend=True)
-    layer.register_forward_hook(EndLayer(), always_call=True)
+    """Registers the hook of a decoder layer."""
+    layer.register_forward_pre_hook(CheckLayer(parallel), with_kwargs=True, prepend=True)

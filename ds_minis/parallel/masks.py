@@ -32,10 +32,17 @@ class Sequence:
         num_tokens: S, the tokens of the whole sequence.
         padding: `(B, S)`, False where a token is padding of the user's; None if there is none.
         documents: `(B, S)`, the number of each token's document in a packed row; None if rows hold one each.
+        parallel: the ranks that share the sequence, and how they attend.
     """
 
-    def __init__(self, num_tokens: int, padding: Tensor | None, documents: Tensor | None):
+    def __init__(self, num_tokens: int, padding: Tensor | None, documents: Tensor | None, parallel: Any = None):
         self.num_tokens, self.padding, self.documents = num_tokens, padding, documents
+        self.parallel = parallel
+
+    @functools.cached_property
+    def documents_on_cpu(self) -> Tensor:
+        """The documents, where the ring reads which blocks see each other."""
+        return self.documents.cpu()
 
 
 class MaskRule:
@@ -164,6 +171,11 @@ def masks_of(sequence: Sequence, padded: int) -> Iterator[None]:
     finally:
         _sequences.stack.pop()
         _set_replacing(-1)
+
+
+def is_cutting() -> bool:
+    """Whether a model runs on a part of a sequence in this thread."""
+    return bool(_sequences.stack)
 
 
 def _set_replacing(step: int) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from ds_minis.config import SequenceParallel
-from ds_minis.parallel.attention import ParallelAttention
 from ds_minis.parallel.groups import Group, make_group
 from ds_minis.parallel.masks import Refused
 from ds_minis.tiling.modules.state import Chunking
@@ -38,7 +36,6 @@ class Parallel:
         self.known_layers: set[tuple] = set()
         self._group: Group | None = None
         self._grid: tuple[Group, Group] | None = None
-        self._wrapped: dict[int, ParallelAttention] = {}
 
     def group(self) -> Group:
         """This rank's group; made at the first call, which all ranks of the job must make.
@@ -61,13 +58,6 @@ class Parallel:
     def applies(self) -> bool:
         """Whether the forward pass in progress runs in parallel: it trains, or it has labels."""
         return torch.is_grad_enabled() or any(begun.with_labels for begun in self.chunking.passes)
-
-    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """An attention function that attends to the tokens of all ranks."""
-        wrapped = self._wrapped.get(id(function))
-        if wrapped is None or wrapped.function is not function:
-            wrapped = self._wrapped[id(function)] = ParallelAttention(function, self)
-        return wrapped
 
     @contextlib.contextmanager
     def in_pass(self) -> Iterator[None]:

@@ -19,6 +19,7 @@ DEFAULTS = {
     "head_groups": 1,
     "offload": None,
     "keep_attention": False,
+    "sequence_parallel": 1,
     "include": [],
     "exclude": [],
 }
@@ -34,6 +35,7 @@ OTHER = {
     "head_groups": 2,
     "offload": "cpu",
     "keep_attention": True,
+    "sequence_parallel": {"size": 4, "mode": {"ulysses": 2, "ring": 2}},
     "include": ["*.mlp"],
     "exclude": ["*.layers.0.*", "norm"],
 }

@@ -22,7 +22,7 @@ from ds_minis.tiling.modules.gate import run_whole
 from ds_minis.tiling.modules.state import experts_per_choice
 from ds_minis.tiling.modules.swap import Tiled, own_forward, warn_once
 from ds_minis.tiling.modules.tiled_module import engine_inside, passing_state, require_weights
-from ds_minis.tiling.passes.attention import attention_wrapped_by
+from ds_minis.tiling.passes.attention import attention_unwrapped
 from ds_minis.tiling.passes.layer_args import LayerArgs
 from ds_minis.tiling.passes.layer_passes import DifferentSettings, LayerPasses, NoAttention
 from ds_minis.tiling.passes.node import LayerNode
@@ -124,7 +124,7 @@ def _analyze(
     require_weights(layer)
     chunking, analyses = layer.mini_sequence_chunking, layer.mini_sequence_analyses
     often = analyses.often_changed(kind, signature.stable)
-    with chunking.guarded(), chunking.untiled(), attention_wrapped_by(None):
+    with chunking.guarded(), chunking.untiled(), attention_unwrapped():
         analysis = analyze_layer(layer, forward, call, chunking, chunk)
         if analysis is not None and often:
             analyses.ignore_changing(often, attributes_read_by_layer(layer, forward, call, often, signature))

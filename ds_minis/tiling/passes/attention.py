@@ -111,16 +111,17 @@ Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class _Answers(threading.local):
-    """The handlers of attention calls in this thread, and the wrappers of attention functions, innermost last."""
+    """The handlers of attention calls in this thread, innermost last, and whether it is given functions unwrapped."""
 
     def __init__(self):
         self.stack: list[Handler] = []
-        self.wrappers: list[Wrapper | None] = []
+        self.unwrapped = 0
 
 
 _answers = _Answers()
 _lock = threading.Lock()
 _num_answering = 0  # in all threads
+_default_wrapper: Wrapper | None = None
 
 
 def attention_answered_by(answer: Callable[[AttentionRequest], Tensor]) -> contextlib.AbstractContextManager[None]:
@@ -144,19 +145,25 @@ def attention_handled_by(handler: Handler) -> Iterator[None]:
         _set_answering(-1)
 
 
-@contextlib.contextmanager
-def attention_wrapped_by(wrap: Wrapper | None) -> Iterator[None]:
-    """Inside, this thread's lookups give `wrap(function)` for an attention function; None: the function itself.
+def wrap_attention(wrap: Wrapper) -> None:
+    """From now on, every lookup of an attention function gives `wrap(function)`, in all threads; a handler gets that too.
 
-    A handler gets the wrapped function too.
+    For functions that look at their arguments and leave what is not theirs alone. Calling it again changes nothing.
     """
-    _set_answering(1)
-    _answers.wrappers.append(wrap)
+    global _default_wrapper
+    if _default_wrapper is None:
+        _set_answering(1)
+    _default_wrapper = wrap
+
+
+@contextlib.contextmanager
+def attention_unwrapped() -> Iterator[None]:
+    """Inside, this thread's lookups give the functions themselves."""
+    _answers.unwrapped += 1
     try:
         yield
     finally:
-        _answers.wrappers.pop()
-        _set_answering(-1)
+        _answers.unwrapped -= 1
 
 
 def _set_answering(step: int) -> None:
@@ -178,9 +185,8 @@ def _set_answering(step: int) -> None:
 
 def _answering(get_interface: Callable[..., Callable], *args, **kwargs) -> Callable:
     function = get_interface(*args, **kwargs)
-    wrap = _answers.wrappers[-1] if _answers.wrappers else None
-    if wrap is not None:
-        function = wrap(function)
+    if _default_wrapper is not None and not _answers.unwrapped:
+        function = _default_wrapper(function)
     if not _answers.stack:
         return function
     handler = _answers.stack[-1]

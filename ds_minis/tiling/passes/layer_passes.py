@@ -23,7 +23,6 @@ from ds_minis.tiling.passes.attention import (
     AttentionReached,
     AttentionRequest,
     attention_answered_by,
-    attention_wrapped_by,
     differing_setting,
     settings_of,
 )
@@ -192,11 +191,9 @@ class LayerPasses:
     def running(self) -> Iterator[None]:
         """Context for all runs."""
         rows = [self._batch * (stop - start) for start, stop in self.bounds]
-        parallel = self._chunking.parallel
         try:
             with (
                 alone(self._module),
-                contextlib.nullcontext() if parallel is None else attention_wrapped_by(parallel.wrap),
                 self._chunking.guarded("chunk_size", rows[0], sum(rows)),
                 self._chunking.untiled(),
             ):

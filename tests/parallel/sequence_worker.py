@@ -1,0 +1,187 @@
+"""Models with their sequences on 2 or 4 of four gloo processes, all cases in one start; run by test_sequence_parallel.py.
+
+python sequence_worker.py CASES.json OUTPUT_FOLDER
+
+Torch is imported once and the ranks are forked. With groups of 2, the two groups are given other batches, as two replicas
+are. Rank r writes r.json: the differences of each case from the unconverted model in one process on all batches.
+"""
+
+import json
+import os
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from models import CONFIGS, add_lora
+from transformers import AutoModelForCausalLM
+
+from ds_minis import convert_to_mini_sequence, mini_sequence_report
+
+RANKS, VOCAB = 4, 131
+
+
+def make_model(case: dict):
+    torch.manual_seed(0)
+    config = CONFIGS[case["family"]]()
+    for name, value in case.get("config", {}).items():
+        setattr(config, name, value)
+    attention = "eager" if case["family"] == "gemma2" else "sdpa"
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).train()
+    if case.get("lora"):
+        model = add_lora(model)
+    if case.get("checkpointing"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if case.get("own_loss"):
+        model.loss_function = own_loss
+    return model
+
+
+def own_loss(logits, labels, vocab_size, **_):
+    """Label smoothing, of which transformers' loss knows nothing."""
+    logits, labels = logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten()
+    return torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+
+
+def make_batch(case: dict, replica: int) -> dict:
+    length = case["length"] + (7 * replica if case["length"] > 1 else 0)
+    generator = torch.Generator().manual_seed(100 + replica)
+    ids = torch.randint(1, VOCAB, (2, length), generator=generator)
+    labels = ids.clone()
+    labels[:, : min(5 + 3 * replica, length - 2)] = -100
+    batch = {"input_ids": ids, "labels": labels}
+    match case.get("rows", ""):
+        case "packed":
+            lengths = [length // 3, length // 2, length - length // 3 - length // 2]
+            batch["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None].repeat(2, 1)
+            batch["use_cache"] = False
+        case "left" | "right" as side:
+            mask = torch.ones_like(ids)
+            place = slice(0, 9) if side == "left" else slice(-9, None)
+            mask[0, place] = 0
+            labels[0, place] = -100
+            batch["attention_mask"] = mask
+        case "a shard without labels":
+            labels[:, length // 4 :] = -100
+            labels[:, 1] = ids[:, 1]
+        case "a group without labels":
+            if replica == 1:
+                labels[:] = -100
+            batch["num_items_in_batch"] = torch.tensor(17)
+        case "shift_labels":
+            batch["shift_labels"] = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
+        case "num_items_in_batch":
+            batch["num_items_in_batch"] = torch.tensor(23)
+    return batch
+
+
+def losses_of(case: dict, model, batch: dict) -> torch.Tensor:
+    """The loss, as the model or as a trainer computes it."""
+    if not case.get("trainer"):
+        return model(**batch).loss
+    logits = model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), label_smoothing=0.1
+    )
+
+
+def run(case: dict) -> dict:
+    size, rank = case["size"], dist.get_rank()
+    replicas = RANKS // size
+    plain, model = make_model(case), make_model(case)
+    settings = {"chunk_size": 8, "loss_chunk_size": 10, **case.get("settings", {})}
+    settings["sequence_parallel"] = {"size": size, "mode": case["mode"]}
+    convert_to_mini_sequence(model, settings)
+    expected = []
+    for replica in range(replicas):
+        loss = losses_of(case, plain, make_batch(case, replica))
+        (loss / replicas).backward()
+        expected.append(loss.detach())
+    batch = make_batch(case, rank // size)
+    loss = losses_of(case, model, batch)
+    loss.backward()
+    wrong = {"loss": (loss.detach() - expected[rank // size]).abs().item()}
+    for (name, param), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert (param.grad is None) == (other.grad is None), name
+        if other.grad is not None:
+            dist.all_reduce(param.grad)
+            largest = other.grad.abs().max().clamp(min=1e-6)
+            wrong[name] = ((param.grad / RANKS - other.grad).abs().max() / largest).item()
+    result = {"wrong": max(wrong.values()), "where": max(wrong, key=wrong.get)}
+    result["report"] = str(mini_sequence_report(model))
+    model.eval(), plain.eval()
+    batch.pop("num_items_in_batch", None)
+    with torch.no_grad():
+        if not case.get("trainer"):
+            evaluated, true = model(**batch).loss, plain(**batch).loss
+            result["evaluation"] = 0.0 if torch.equal(evaluated.isnan(), true.isnan()) else 1.0
+            result["evaluation"] += (evaluated - true).abs().nan_to_num().item()
+        batch.pop("labels")
+        result["whole"] = (model(**batch).logits - plain(**batch).logits).abs().max().item()
+    return result
+
+
+def refused(case: dict) -> str:
+    """The words with which a case is refused, in conversion or in its first forward."""
+    model = make_model(case)
+    batch = make_batch(case, 0)
+    if case.get("other_batches"):
+        batch["input_ids"] = batch["input_ids"] + dist.get_rank() % 2
+    if case.get("four_dimensions"):
+        length = batch["input_ids"].shape[1]
+        batch["attention_mask"] = torch.ones(1, 1, length, length).tril()
+    batch |= case.get("arguments", {})
+    if case.get("packed_with_cache"):
+        batch["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None] % 7
+    if case.get("mixing"):
+        layer = model.model.layers[1]
+        layer.mlp.forward = mixing(layer.mlp.forward)
+    try:
+        convert_to_mini_sequence(
+            model, {"chunk_size": 8, "sequence_parallel": case["size"], **case.get("settings", {})}
+        )
+        model(**batch)
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def mixing(forward):
+    """An MLP that looks at the token before."""
+    return lambda x: forward(x + 0.1 * torch.nn.functional.pad(x, (0, 0, 1, -1)))
+
+
+def main(rank: int, cases: list[dict], folder: Path) -> None:
+    store = dist.FileStore(str(folder / "store"), RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
+    results = {}
+    for case in cases:
+        try:
+            results[case["name"]] = refused(case) if case.get("refused") else run(case)
+        except Exception as error:  # of all ranks alike, or the barrier times out
+            results[case["name"]] = {"error": "".join(traceback.format_exception(error)[-3:])}
+        dist.barrier()
+    (folder / f"{rank}.json").write_text(json.dumps(results))
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    children = []
+    for rank in range(RANKS):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                main(rank, cases, folder)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)  # gloo sometimes aborts at teardown after success (pytorch#190489)
+        children.append(child)
+    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children))
