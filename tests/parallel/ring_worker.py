@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ds_minis.parallel import ring
+from ds_minis.parallel.block_kernels import MATH
 from ds_minis.parallel.ring import ring_attention
 
 RANKS = 4
@@ -148,15 +149,26 @@ def order_of_events(group: dist.ProcessGroup) -> tuple[list[list[str]], list[int
     return events, held
 
 
-def under_autocast(group: dist.ProcessGroup) -> list[str]:
-    """Dtypes of output and gradients, for queries in float32 and values in bfloat16."""
-    q, k, v = (
-        torch.randn(1, 2, 8, 4, dtype=dtype, requires_grad=True) for dtype in (torch.float, torch.float, torch.bfloat16)
-    )
+def under_autocast(group: dist.ProcessGroup) -> tuple[list[str], bool]:
+    """Dtypes of output and gradients, for queries in float32 and values in bfloat16; and whether autocast changes the kernel
+    that is made of products of matrices, given bfloat16.
+    """
+    dtypes = torch.float32, torch.float32, torch.bfloat16
+    q, k, v = (torch.randn(1, 2, 8, 4, dtype=dtype, requires_grad=True) for dtype in dtypes)
     with torch.autocast("cpu", torch.bfloat16):
         out = ring_attention(q, k, v, group=group, scale=1.0)
         out.sum().backward()
-    return [str(x.dtype) for x in (out, q.grad, k.grad, v.grad)]
+    narrow, results, kernel_for = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)], [], ring.kernel_for
+    ring.kernel_for = lambda *args: MATH
+    try:
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                narrow_out = ring_attention(*narrow, group=group, scale=1.0)
+                results.append([narrow_out, *torch.autograd.grad(narrow_out.sum(), narrow)])
+    finally:
+        ring.kernel_for = kernel_for
+    same = all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    return [str(x.dtype) for x in (out, q.grad, k.grad, v.grad)], same
 
 
 def main(rank: int, cases: list[dict], folder: Path) -> None:

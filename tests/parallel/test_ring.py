@@ -50,6 +50,7 @@ DOCUMENTS = {
     "padding behind": [numbered(9, 8, 7, names=[3, 4, -1]), numbered(24)],
     "padding before and behind": [numbered(5, 14, 5, names=[-1, 0, -1]), numbered(1, 22, 1, names=[-1, 0, -1])],
     "a document that goes on after another": [numbered(5, 9, 10, names=[7, 2, 7])] * 2,
+    "other parts that see one another in each row": [numbered(12, 6, 6), numbered(6, 6, 6, 6, names=[0, 1, 0, 2])],
     "documents of one token": [list(range(24))] * 2,
 }
 CASES = [
@@ -142,7 +143,9 @@ def test_keys_travel_while_blocks_are_computed(ranks):
 
 def test_autocast_computes_in_its_dtype(ranks):
     for found in ranks:
-        assert found["facts"]["autocast"] == ["torch.bfloat16", "torch.float32", "torch.float32", "torch.bfloat16"]
+        dtypes, same_bits = found["facts"]["autocast"]
+        assert dtypes == ["torch.bfloat16", "torch.float32", "torch.float32", "torch.bfloat16"]
+        assert same_bits, "products of matrices inside were in autocast's dtype"
 
 
 def tokens_of(rank: int, size: int, part: int) -> list[int]:
