@@ -26,6 +26,7 @@ from ds_minis.parallel.collectives import exchange, gather_sequence
 from ds_minis.parallel.cut import Cut
 from ds_minis.parallel.groups import Group
 from ds_minis.parallel.masks import MaskRule, Refused, SequenceMask, is_cutting
+from ds_minis.parallel.prefix import prefix_attention
 from ds_minis.parallel.ring import ring_attention
 from ds_minis.tiling.passes.attention import AttentionRequest
 
@@ -100,6 +101,11 @@ class _Call:
         cut = Cut(self._cut.padded, outer.size, outer.rank)
         return self._by_heads(inner, cut, lambda q, k, v, cut: self._by_ring(q, k, v, outer, cut))
 
+    @property
+    def _scale(self) -> float:
+        scale = self._request.kwargs.get("scaling")
+        return self._request.tensors[0].shape[-1] ** -0.5 if scale is None else scale
+
     def _mode(self) -> tuple[str, str]:
         """The way of this call, and the reason if another was asked for."""
         wanted, size = self._parallel.settings.mode, self._group.size
@@ -140,7 +146,7 @@ class _Call:
             others.pop(known, None)
         if request.kwargs.get("dropout"):
             return "it has dropout"
-        if rule.sequence.padding is not None and not _is_on_the_right(rule.sequence.padding):
+        if not rule.sequence.padding_is_behind:
             return "the batch has padding on the left"
         given = next((n for n, v in others.items() if n not in _HARMLESS and v is not None and v is not False), "")
         if len(request.args) > 1 or given:
@@ -176,9 +182,13 @@ class _Call:
 
     def _by_gather(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = (gather_sequence(t, _whole_cut(self._cut), self._group, 2) for t in (k, v))
-        outs = []
+        outs, without_mask = [], self._rule.sequence.documents is None and not self._ring_fallback_reason()
         for queries, start in zip(q.split(self._cut.part, 2), self._cut.starts, strict=True):
             stop = start + self._cut.part
+            if without_mask:  # the same attention, whose mask would have a byte for each query and key
+                keys, values = k[:, :, :stop], v[:, :, :stop]
+                outs.append(prefix_attention(queries, keys, values, start, self._scale, self._rule.window or None))
+                continue
             num_keys = stop if self._rule.is_causal else self._rule.sequence.num_tokens
             mask = self._rule.mask(start, stop, num_keys)
             outs.append(self._call((queries, k[:, :, :num_keys], v[:, :, :num_keys]), mask))
@@ -205,22 +215,17 @@ class _Call:
         return cut.pad(self._call((q, k, v), self._rule.mask(0, num_tokens, num_tokens)), 1)
 
     def _by_ring(self, q: Tensor, k: Tensor, v: Tensor, group: Group, cut: Cut) -> Tensor:
-        sequence, scale = self._rule.sequence, self._request.kwargs.get("scaling")
+        sequence = self._rule.sequence
         documents = None if sequence.documents is None else self._cut.pad(sequence.documents_on_cpu, 1, -1)
         return ring_attention(
             q, k, v, group=group.handle, window=self._rule.window or None, documents=documents,
-            scale=q.shape[-1] ** -0.5 if scale is None else scale,
+            scale=self._scale,
         )  # fmt: skip
 
 
 def _whole_cut(cut: Cut) -> Cut:
     """The same cut of the padded sequence: padding is gathered too, as each part attends up to its own end."""
     return Cut(cut.padded, cut.size, cut.rank)
-
-
-def _is_on_the_right(padding: Tensor) -> bool:
-    """Whether no real token comes after padding. A causal mask then hides padding from all of them."""
-    return bool((padding.long().diff(dim=1) <= 0).all())
 
 
 @contextlib.contextmanager

@@ -44,6 +44,11 @@ class Sequence:
         """The documents, where the ring reads which blocks see each other."""
         return self.documents.cpu()
 
+    @functools.cached_property
+    def padding_is_behind(self) -> bool:
+        """Whether no real token comes after padding, so that a causal mask hides padding from all of them."""
+        return self.padding is None or bool((self.padding.long().diff(dim=1) <= 0).all())
+
 
 class MaskRule:
     """How a model makes a mask: its function, its rule, and the other arguments of its call."""

@@ -29,11 +29,20 @@ case $FULL in
     *) echo "FULL: 0 (LoRA) or 1 (all weights) is allowed, got $FULL" >&2; exit 2 ;;
 esac
 [ "${QLORA:-0}" = 1 ] || ENGINE=$ENGINE${ZERO:+-$ZERO}-$MODE  # a folder for each kind of run
+SEQUENCE_PARALLEL=${SEQUENCE_PARALLEL:-1}          # processes that share each sequence, or {"size": 4, "mode": "ring"}
+[ "$SEQUENCE_PARALLEL" = 1 ] || ENGINE=$ENGINE-sp
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/sft-$ENGINE}
 
 # The engine. "mini_sequence" is a section of accelerate's YAML, or of the DeepSpeed JSON.
 ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-$ROOT/accelerate_configs/$CONFIG.yaml}
 DEEPSPEED_CONFIG=${DEEPSPEED_CONFIG:-${ZERO:+$ROOT/deepspeed_configs/$ZERO.json}}
+if [ "$SEQUENCE_PARALLEL" != 1 ]; then  # copies of the two, with this setting
+    COPIES=$(mktemp -d)
+    trap 'rm -rf "$COPIES"' EXIT
+    "$PYTHON" "$HERE/configure.py" "$COPIES" "sequence_parallel=$SEQUENCE_PARALLEL" "$ACCELERATE_CONFIG" "$DEEPSPEED_CONFIG"
+    ACCELERATE_CONFIG=$COPIES/$(basename "$ACCELERATE_CONFIG")
+    DEEPSPEED_CONFIG=${DEEPSPEED_CONFIG:+$COPIES/$(basename "$DEEPSPEED_CONFIG")}
+fi
 
 # The embedded default is small and learns from scratch; a real model wants the settings of PEFT's and MST's recipes.
 if [ "$MODEL" = "$HERE/default/model" ]; then
