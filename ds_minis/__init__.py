@@ -16,6 +16,8 @@ _PUBLIC = {
     "revert_mini_sequence": "ds_minis.convert",
     "mini_sequence_report": "ds_minis.convert",
     "ConversionReport": "ds_minis.report",
+    # data loaders
+    "sampler_arguments": "ds_minis.replicas",
     # engines
     "register": "ds_minis.integrations.autoload",
     "MiniSequencePlugin": "ds_minis.integrations.accelerate",

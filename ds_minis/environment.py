@@ -3,7 +3,7 @@
 DS_MINIS_AUTOLOAD   "0", "false" or "off": `import torch` attaches nothing
 DS_MINIS_CONFIG     settings, as JSON (a launcher hands them to its ranks in it); DS_MINIS_CONFIG_SOURCE where they came from
 DS_MINIS_RUN        set where `python -m ds_minis.run` started this process
-RANK, LOCAL_WORLD_SIZE  the launcher's
+RANK, WORLD_SIZE, LOCAL_WORLD_SIZE  the launcher's
 """
 
 from __future__ import annotations
@@ -29,6 +29,12 @@ def local_world_size() -> int:
     """How many processes its launcher started on this machine (`LOCAL_WORLD_SIZE`), 1 when there was none."""
     size = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return int(size) if size.isdigit() else 1
+
+
+def world_size() -> int | None:
+    """How many processes its launcher started on all machines (`WORLD_SIZE`), None when there was none."""
+    size = os.environ.get("WORLD_SIZE", "")
+    return int(size) if size.isdigit() else None
 
 
 def config_text() -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 import torch.distributed
 
-from ds_minis.environment import local_world_size, process_rank
+from ds_minis.environment import local_world_size, process_rank, world_size
 
 
 def is_main_process() -> bool:
@@ -16,6 +16,13 @@ def has_other_ranks() -> bool:
     """Whether this process trains together with others."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return distributed and torch.distributed.get_world_size() > 1
+
+
+def num_ranks() -> int | None:
+    """How many processes train together: by torch.distributed if it runs already, else by the launcher's variable."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return world_size()
 
 
 def num_local_ranks() -> int:

@@ -21,6 +21,7 @@ from torch import nn
 from ds_minis.config import MiniSequenceConfig
 from ds_minis.config_sources import SECTION, Request, hand_to_ranks, read_section, reconcile, requested_by_environment
 from ds_minis.convert import NothingToTile, convert, tiled_modules
+from ds_minis.integrations.accelerate_replicas import Replicas
 from ds_minis.integrations.autoload import register
 from ds_minis.ranks import is_main_process
 from ds_minis.tiling.layer.tiled_layer import TiledLayer
@@ -109,6 +110,8 @@ def _remembering(read):
 
 def attach_accelerator(accelerator_module) -> None:
     """Has `Accelerator` take the plugin, and convert models before it wraps them."""
+    from ds_minis.integrations.data import attach_data, step_for_replicas  # which needs accelerate's modules
+
     accelerator_class = accelerator_module.Accelerator
     init, prepare, prepare_model = (
         accelerator_class.__init__,
@@ -134,24 +137,34 @@ def attach_accelerator(accelerator_module) -> None:
         init(*bound.args, **bound.kwargs)
         section = _deepspeed_section(self)
         self._mini_sequence = _Models(reconcile(*by_code, section, requested_by_environment(*by_code, section)))
+        self._mini_sequence.replicas.size(self)  # what cannot be is said before any model is loaded
 
     @functools.wraps(prepare)
     def prepare_converted(self, *args, **kwargs):
-        self._mini_sequence.convert([arg for arg in args if isinstance(arg, nn.Module)])
-        return prepare(self, *args, **kwargs)
+        models_of(self).convert(self, [arg for arg in args if isinstance(arg, nn.Module)])
+        result = prepare(self, *args, **kwargs)
+        step_for_replicas(self._schedulers, models_of(self).replicas.decided())
+        return result
 
     @functools.wraps(prepare_model)
     def prepare_converted_model(self, model, *args, **kwargs):
-        self._mini_sequence.convert([model])
+        models_of(self).convert(self, [model])
         with fsdp1_units_around_tiled_modules(getattr(self.state, "fsdp_plugin", None), model):
             return prepare_model(self, model, *args, **kwargs)
 
     init_with_plugin.__signature__ = signature.replace(parameters=[*signature.parameters.values(), _PLUGIN_PARAMETER])
     accelerator_class.__init__ = init_with_plugin
-    accelerator_class._mini_sequence = _Models(None)  # of accelerators that were made before
     accelerator_class.prepare, accelerator_class.prepare_model = prepare_converted, prepare_converted_model
+    attach_data(accelerator_module, lambda accelerator: models_of(accelerator).replicas)
     for name in ("gather", "gather_for_metrics", "pad_across_processes", "reduce"):
         setattr(accelerator_class, name, _given_logits_in_full(getattr(accelerator_class, name)))
+
+
+def models_of(accelerator: Any) -> _Models:
+    """What an accelerator was asked for; nothing, if it was made before ds_minis was attached."""
+    if "_mini_sequence" not in accelerator.__dict__:
+        accelerator._mini_sequence = _Models(None)
+    return accelerator._mini_sequence
 
 
 def _given_logits_in_full(method):
@@ -209,24 +222,32 @@ def fsdp1_units_around_tiled_modules(plugin, model: nn.Module) -> Iterator[None]
 
 
 class _Models:
-    """What an accelerator was asked for, and what became of the models that it was given."""
+    """What an accelerator was asked for, and what became of the models that it was given.
+
+    Attributes:
+        replicas: which of its processes are given the same data.
+    """
 
     def __init__(self, request: Request | None):
         self._request = request
+        self.replicas = Replicas(request)
         self._converted = False
         self._left: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
-    def convert(self, models: list[nn.Module]) -> None:
+    def convert(self, accelerator: Any, models: list[nn.Module]) -> None:
         """Converts what was given to `prepare`.
 
         Raises:
+            ValueError: see `Replicas.see`.
             NothingToTile: none of the models can be tiled, and none before could (a script may prepare a small critic
                 beside its language model; that is only reported).
         """
-        if self._request is None:
-            return
+        self._convert(models)
+        self.replicas.see(accelerator, models)
+
+    def _convert(self, models: list[nn.Module]) -> None:
         failures = []
-        for model in models:
+        for model in models if self._request is not None else ():
             try:
                 convert(model, self._request.config, source=self._request.source)
                 self._converted = True

@@ -23,7 +23,7 @@ ATTACH = {
     "accelerate.utils.deepspeed": "ds_minis.integrations.deepspeed:attach_config_check",
     "accelerate.commands.config.config_args": "ds_minis.integrations.accelerate:attach_config_file",
     "accelerate.accelerator": "ds_minis.integrations.accelerate:attach_accelerator",
-    "transformers.trainer": "ds_minis.integrations.transformers:attach_evaluation",
+    "transformers.trainer": "ds_minis.integrations.transformers:attach_trainer",
 }
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from ds_minis.config_sources import SECTION, read_section, reconcile, requested_by_environment
 from ds_minis.convert import convert, convert_to_mini_sequence, revert_mini_sequence, tiled_modules
 from ds_minis.integrations.loading import look_before_loading
+from ds_minis.replicas import group_size, sampler_arguments
 from ds_minis.tiling.core.tiled_op import tile_rows
 from ds_minis.tiling.loss.deferred import DeferredLogits
 from ds_minis.tiling.modules.swap import Tiled
@@ -35,14 +36,56 @@ def attach_initialize(deepspeed) -> None:
     @functools.wraps(initialize)
     def initialize_with_mini_sequence(*args, **kwargs):
         arguments = signature.bind_partial(*args, **kwargs).arguments
-        section = read_section(*_ds_config(arguments))
+        settings, source = _ds_config(arguments)
+        section = read_section(settings, source)
         request = reconcile(section, requested_by_environment(section))
         model = arguments.get("model")
         if isinstance(model, nn.Module) and request is not None:  # DeepSpeed has its own words for what is no model
             convert(model, request.config, source=request.source)
+        if isinstance(model, nn.Module) and group_size(model) > 1:
+            _require_no_groups_of_deepspeed(settings, source, arguments.get("mpu"))
         return initialize(*args, **kwargs)
 
     deepspeed.initialize = initialize_with_mini_sequence
+    _attach_training_data(deepspeed.DeepSpeedEngine)
+
+
+def _attach_training_data(engine_class) -> None:
+    """Has the engine's own data loaders, `training_data` too, give all ranks of a group the same batches."""
+    deepspeed_io = engine_class.deepspeed_io
+    signature = inspect.signature(deepspeed_io)
+
+    @functools.wraps(deepspeed_io)
+    def deepspeed_io_for_replicas(self, *args, **kwargs):
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        if group_size(self.module) == 1 or given["data_sampler"] is not None:
+            return deepspeed_io(self, *args, **kwargs)
+        if self.curriculum_learning_enabled():
+            raise ValueError(
+                "sequence_parallel: DeepSpeed's curriculum_learning makes its own sampler, which gives each rank other data: "
+                "leave curriculum_learning out, or leave sequence_parallel out"
+            )
+        given["data_sampler"] = torch.utils.data.DistributedSampler(
+            given["dataset"], **sampler_arguments(self.module), shuffle=given["route"] == "train"
+        )
+        return deepspeed_io(*bound.args, **bound.kwargs)
+
+    engine_class.deepspeed_io = deepspeed_io_for_replicas
+
+
+def _require_no_groups_of_deepspeed(settings: dict[str, Any], source: str, mpu: Any) -> None:
+    """Refuses DeepSpeed's own sequence or model parallelism beside that of ds_minis."""
+    size = settings.get("sequence_parallel_size", 1)
+    tensor = (settings.get("tensor_parallel") or {}).get("autotp_size", 1)
+    if size == 1 and tensor in (0, 1) and mpu is None:
+        return
+    key = "mpu" if mpu is not None else f"sequence_parallel_size={size}" if size != 1 else f"autotp_size={tensor}"
+    raise ValueError(
+        f"{source}: sequence_parallel of ds_minis beside DeepSpeed's {key}: both would give several ranks one batch, and "
+        "gradients would be those of neither. Leave one of them out (ds_minis needs no engine's groups)"
+    )
 
 
 def attach_op_builder(all_ops) -> None:

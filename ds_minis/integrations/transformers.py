@@ -47,6 +47,15 @@ class MiniSequenceCallback(TrainerCallback):
             )
 
 
+def attach_trainer(trainer_module) -> None:
+    """Has the `Trainer` evaluate with less memory, and count replicas where ranks share their sequences."""
+    attach_evaluation(trainer_module)
+    if hasattr(trainer_module, "Accelerator"):  # it is not, where accelerate is not installed
+        from ds_minis.integrations.trainer_counts import attach_counts
+
+        attach_counts(trainer_module)
+
+
 def attach_evaluation(trainer_module) -> None:
     """Has `Trainer` evaluations get what they need of the logits, and hold no more of them than that.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.distributed as dist
 from torch import nn
 
 from ds_minis.parallel import decoder as decoders
@@ -12,6 +11,7 @@ from ds_minis.parallel import layers, loss
 from ds_minis.parallel.attention import parallel_attention
 from ds_minis.parallel.groups import GroupError, replicas
 from ds_minis.parallel.state import Parallel
+from ds_minis.ranks import num_ranks
 from ds_minis.tiling.modules.arguments import takes
 from ds_minis.tiling.modules.state import Chunking
 from ds_minis.tiling.passes.attention import wrap_attention
@@ -74,9 +74,10 @@ def attach_sequence_parallel(
             f"{source}: sequence_parallel={settings.to_value()!r}: {type(model).__name__} cannot be run on a part of each "
             f"sequence: {reason}. Leave sequence_parallel out for this model"
         )
-    if dist.is_available() and dist.is_initialized():
+    world_size = num_ranks()
+    if world_size is not None:
         try:
-            replicas(dist.get_world_size(), settings.size)
+            replicas(world_size, settings.size)
         except GroupError as error:
             raise ValueError(f"{source}: {error}") from None
     parallel = chunking.parallel = Parallel(settings, chunking)

@@ -212,8 +212,9 @@ def _require_same_batch(tokens: Tensor, mask: Any, positions: Any, parallel: Par
             raise Refused(
                 f"sequence_parallel: ranks {group.members[group.rank]} and {group.members[rank]} of one group were given "
                 f"different batches (shapes {tuple(tokens.shape[:2])} and {tuple(int(n) for n in other[:2])}): the "
-                f"{group.size} ranks of a group must be given the same one. With accelerate or the Trainer that is done for "
-                "you; for a loader of your own take ds_minis.sampler_arguments() for its DistributedSampler"
+                f"{group.size} ranks of a group must be given the same one. Loaders that go through Accelerator.prepare, the "
+                "Trainer or deepspeed.initialize(training_data=...) do so; for one of your own: "
+                "DistributedSampler(data, **ds_minis.sampler_arguments(model))"
             )
 
 

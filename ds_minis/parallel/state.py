@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 
 import torch
@@ -70,12 +71,28 @@ class Parallel:
 
     @contextlib.contextmanager
     def own_random_numbers(self, device: torch.device) -> Iterator[None]:
-        """Inside, each rank draws its own random numbers; afterwards all go on with the same."""
-        seed = int(torch.randint(2**62, ()))
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(seed + self.group().rank)
+        """Inside, each rank draws its own random numbers; afterwards all go on with the same.
+
+        A generator that nobody drew from is left where it was, so that without dropout what is drawn next (the order of the
+        next epoch, say) is what a process without sequence parallelism draws.
+        """
+        generators = [torch.default_generator]
+        if device.type == "cuda":
+            generators.append(torch.cuda.default_generators[device.index])
+        before = [generator.get_state() for generator in generators]
+        digest = hashlib.blake2b(b"".join(state.numpy().tobytes() for state in before), digest_size=7)
+        seed = int.from_bytes(digest.digest(), "big") + self.group().rank
+        for generator in generators:
+            generator.manual_seed(seed)
+        begun = [generator.get_state() for generator in generators]
+        try:
             yield
+        finally:
+            for generator, own, shared in zip(generators, begun, before, strict=True):
+                drawn = not torch.equal(generator.get_state(), own)
+                generator.set_state(shared)
+                if drawn:  # or the next pass would draw the same numbers again
+                    torch.empty(1, device=generator.device).random_(generator=generator)
 
     def note(self, mode: str, reason: str = "") -> None:
         """Records how an attention call ran; says once why it is not the mode that was asked for."""
