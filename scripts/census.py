@@ -82,21 +82,27 @@ def all_architectures() -> list[str]:
     return [f"{kind}:{name}" for kind, names in NAMES.items() for name in names]
 
 
-def examine(architecture: str, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What one architecture gives, as plain JSON types."""
+def configuration(architecture: str) -> tuple[type, Any, Recipe]:
+    """Class and tiny configuration of an architecture, and how its inputs are made."""
     kind, name = architecture.split(":", 1)
     recipe = RECIPES.get(architecture) or RECIPES.get(name) or Recipe()
+    config = CONFIG_MAPPING[name](**copy.deepcopy(recipe.fields))
+    model_class = MAPPINGS[kind][type(config)]
+    model_class = model_class[0] if isinstance(model_class, tuple | list) else model_class
+    if kind == "causal" and not isinstance(config, model_class.config_class):
+        config = config.get_text_config(decoder=True)
+    recipe.before(config)
+    config = tiny_config(config, dropout=0.0)
+    if kind == "causal" and hasattr(config, "is_decoder"):
+        config.is_decoder = True
+    recipe.after(config)
+    return model_class, config, recipe
+
+
+def examine(architecture: str, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What one architecture gives, as plain JSON types."""
     try:
-        config = CONFIG_MAPPING[name](**copy.deepcopy(recipe.fields))
-        model_class = MAPPINGS[kind][type(config)]
-        model_class = model_class[0] if isinstance(model_class, tuple | list) else model_class
-        if kind == "causal" and not isinstance(config, model_class.config_class):
-            config = config.get_text_config(decoder=True)
-        recipe.before(config)
-        config = tiny_config(config, dropout=0.0)
-        if kind == "causal" and hasattr(config, "is_decoder"):
-            config.is_decoder = True
-        recipe.after(config)
+        model_class, config, recipe = configuration(architecture)
     except Exception as error:
         return {"plain_fails": f"{type(error).__name__}: {error}"[:300], "trace": traceback.format_exc()[-1500:]}
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ Results = Mapping[str, Mapping[str, Any]]
 
 def write_page(path: Path, results: Results) -> None:
     path.parent.mkdir(exist_ok=True)
-    path.write_text(page(results), encoding="utf-8")
+    path.write_text(with_sequence_parallel(page(results)), encoding="utf-8")
 
 
 def page(results: Results) -> str:
@@ -166,3 +167,42 @@ def _is_norm(class_name: str) -> bool:
 def _short(text: str) -> str:
     text = " ".join(text.split()).replace("|", "/")
     return text if len(text) <= 160 else text[:157] + "..."
+
+
+SEQUENCE_PARALLEL = Path(__file__).parent.parent / "docs" / "sequence_parallel.json"  # of scripts/census_parallel.py
+_COLUMN = "on two ranks"
+
+
+def with_sequence_parallel(text: str) -> str:
+    """The page with a last column: what sequence parallelism makes of each architecture, as the file above says."""
+    verdicts = json.loads(SEQUENCE_PARALLEL.read_text()) if SEQUENCE_PARALLEL.exists() else {}
+    lines, kind = [], ""
+    for line in text.splitlines():
+        titles = [k for k, title in TITLES.items() if line == f"## {title}"]
+        kind = titles[0] if titles else kind
+        found = re.match(r"\| `([^`]+)` \|", line)
+        if found and kind:
+            line = f"{_without_column(line)} {_in_a_cell(verdicts.get(f'{kind}:{found[1]}', ''))} |"
+        elif line.startswith("| model type |"):
+            line = f"{_without_column(line)} {_COLUMN} |"
+        elif kind and line.startswith("|---|"):
+            line = f"|{'---|' * (len(_COLUMNS) + 1)}"
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def _without_column(line: str) -> str:
+    return "|".join(line.split("|")[: len(_COLUMNS) + 1]) + "|"
+
+
+def _in_a_cell(said: str) -> str:
+    """The reason alone, without the words around it that all refusals share."""
+    if said.startswith("exact"):
+        return f"yes, {said.removeprefix('exact: ')}"
+    reason = re.sub(r"^refused: (convert_to_mini_sequence: )?sequence_parallel[^:]*: ", "", said)
+    reason = re.sub(r"^.*? cannot (be run|run) on a part of (each|the) sequence: ", "", reason)
+    return (
+        f"refused: {reason.removesuffix(' Leave sequence_parallel out for this model').rstrip('.').replace('|', '/')}"
+        if said
+        else ""
+    )
