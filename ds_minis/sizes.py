@@ -20,7 +20,7 @@ class Sizes:
 
     Attributes:
         num_tokens: the stated length; the model's longest, where that is shorter.
-        chunk_tokens: tokens of a chunk there.
+        chunk_tokens: tokens of a chunk there, if there are as many.
         loss_tokens: tokens of a chunk of logits there; 0 where the loss is not tiled.
         logit_bytes: of logits that are not there at once; a plain loss holds several tensors of that size.
         activation_bytes: of the largest feed-forward module's projections that are not there at once.
@@ -68,7 +68,7 @@ def find_sizes(
     longest, vocab_size = (getattr(config, name, None) for name in ("max_position_embeddings", "vocab_size"))
     num_tokens = min(longest, STATED_TOKENS) if isinstance(longest, int) and longest > 0 else STATED_TOKENS
     experts = max(map(layer_experts_per_choice, layers), default=1.0)
-    chunk = min(chunking.module_rows(num_tokens, chunking.hidden_size, experts), num_tokens)
+    chunk = chunking.module_rows(num_tokens, chunking.hidden_size, experts)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     item, loss_chunk, logits = dtype.itemsize if dtype else 0, 0, 0
     if has_loss and isinstance(vocab_size, int) and vocab_size > 0 and item:
@@ -76,7 +76,7 @@ def find_sizes(
         loss_chunk = min(rows, num_tokens)
         logits = (num_tokens - loss_chunk) * vocab_size * item
     widths = (sum(_widths(module, chunking.hidden_size)) for module in feed_forwards)
-    activations = (num_tokens - chunk) * max(widths, default=0) * item
+    activations = max(0, num_tokens - chunk) * max(widths, default=0) * item
     return Sizes(num_tokens, chunk, loss_chunk, logits, activations, str(dtype).removeprefix("torch."))
 
 

@@ -131,7 +131,8 @@ def attach_config_check(accelerate_deepspeed) -> None:
         reconcile(section, requested_by_environment(section))
         if section is not None:
             # Without defaults, as accelerate takes every "auto" in the JSON for a blank that it must fill in.
-            self.config[SECTION] = section.config.to_dict(defaults=False)
+            self.config[SECTION] = _Section(section.config.to_dict(defaults=False))
+            self.config[SECTION].source = self._mini_sequence_source
             if section.config.enabled and "transformers" in sys.modules:
                 look_before_loading()
 
@@ -230,7 +231,15 @@ def _ds_config(arguments: dict[str, Any]) -> tuple[dict[str, Any], str]:
     return source if isinstance(source, dict) else load_ds_config(source), _source_of(source)
 
 
+class _Section(dict):
+    """A section of a configuration that knows the file it came from, as accelerate hands on copies of the content."""
+
+    source: str
+
+
 def _source_of(source: Any) -> str:
+    if isinstance(source, dict):
+        return getattr(source.get(SECTION), "source", "DeepSpeed config")
     if isinstance(source, str | os.PathLike) and os.path.exists(source):
         return f"DeepSpeed config {os.fspath(source)}"
     return "DeepSpeed config"

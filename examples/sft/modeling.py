@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import os
 from pathlib import Path
@@ -20,9 +21,15 @@ _TEMPLATE_TOKENS = {"chatml": ["<|im_start|>", "<|im_end|>"], "zephyr": ["<|syst
 
 
 def load_tokenizer(args: ModelArguments, training_args: SFTConfig) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(
-        args.model_name_or_path, trust_remote_code=training_args.trust_remote_code
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            args.model_name_or_path, trust_remote_code=training_args.trust_remote_code
+        )
+    except OSError as error:  # neither a folder nor on the hub
+        near = difflib.get_close_matches(args.model_name_or_path, [path.name for path in Path().iterdir()], n=1)
+        if near and not Path(args.model_name_or_path).exists():
+            error.add_note(f"There is no folder {args.model_name_or_path} here; did you mean {near[0]}?")
+        raise
     if args.chat_template_format != "none":
         tokenizer.chat_template = (_TEMPLATES / f"{args.chat_template_format}.jinja").read_text(encoding="utf-8")
         tokenizer.add_special_tokens({"additional_special_tokens": _TEMPLATE_TOKENS[args.chat_template_format]})

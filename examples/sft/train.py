@@ -98,7 +98,8 @@ def main() -> None:
 
     train_dataset, eval_dataset = load_splits(data_args)
     if eval_dataset is None and training_args.eval_strategy != "no":
-        logger.warning(f"no evaluation: {data_args.dataset_name} has no second split (--splits)")
+        if training_args.process_index == 0:
+            logger.warning(f"no evaluation: {data_args.dataset_name} has no second split (--splits)")
         training_args.eval_strategy = "no"
     tokenizer = load_tokenizer(model_args, training_args)
     require_chat_template(tokenizer, train_dataset, model_args)

@@ -81,7 +81,7 @@ def test_no_key_that_deepspeed_knows_is_taken_for_a_misspelling():
     ["mini_sequnce", "mini_sequnce_size", "mini_sequences", "minisequence", "mini-sequence", "MINI_SEQUENCE"],
 )
 @pytest.mark.parametrize("beside", [{}, {"mini_sequence": True}])
-def test_misspelt_section_names_door_key_value_and_the_right_name(key, beside):
+def test_misspelt_section_names_source_key_value_and_the_right_name(key, beside):
     with pytest.raises(ValueError) as error:
         read_section({**beside, key: {"chunk_size": 8}}, "DeepSpeed config a.json")
     message = str(error.value)
@@ -90,7 +90,7 @@ def test_misspelt_section_names_door_key_value_and_the_right_name(key, beside):
 
 
 @bad_sections
-def test_wrong_values_name_the_door_and_the_section(section, words):
+def test_wrong_values_name_the_source_and_the_section(section, words):
     with pytest.raises(ValueError) as error:
         read_section(section, "DeepSpeed config a.json")
     assert str(error.value).startswith("DeepSpeed config a.json")

@@ -38,6 +38,26 @@ def test_groups_of_heads_that_the_model_cannot_have(arguments, no_weights):
     del args
 
 
+def test_the_file_is_named_under_accelerates_launcher_too(tmp_path, no_weights, monkeypatch):
+    """Which hands on the file in a variable; accelerate then makes copies of its content."""
+    path = tmp_path / "launched.json"
+    path.write_text(
+        json.dumps(
+            {
+                "train_micro_batch_size_per_gpu": 1,
+                "zero_optimization": {"stage": 2},
+                "mini_sequence": {"head_groups": 3},
+            }
+        )
+    )
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(path))
+    args = TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True)
+    with pytest.raises(ValueError, match=r"launched\.json: .*3 groups cannot be made of 4 KV heads"):
+        AutoModelForCausalLM.from_pretrained(no_weights)
+    del args
+
+
 def test_nothing_to_tile(arguments, no_weights, monkeypatch):
     args = arguments({"scope": "mlp", "loss": False})
     monkeypatch.setattr("ds_minis.convert.find_candidates", lambda model: [])

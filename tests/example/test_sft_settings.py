@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sft_runs
@@ -71,6 +72,32 @@ def test_a_file_of_chats_is_training_data(example, chats):
         ValueError, match=r"chats.txt: a file that ends in one of .jsonl, .json, .parquet, .csv is allowed"
     ):
         data.load_splits(data.DataArguments(dataset_name=str(chats.with_suffix(".txt"))))
+
+
+def test_a_file_that_is_not_there_is_not_asked_for_on_the_hub(example, chats):
+    import data
+
+    wrong = chats.with_name("chat.jsonl")
+    with pytest.raises(ValueError, match=f"--dataset_name {wrong}: there is no such file .*; did you mean {chats}"):
+        data.load_splits(data.DataArguments(dataset_name=str(wrong)))
+    with pytest.raises(ValueError, match="there is no such file"):
+        data.load_splits(data.DataArguments(dataset_name="nowhere/train.parquet"))
+
+
+def test_a_model_that_is_not_there_names_the_folder_beside_it(example, tmp_path, monkeypatch):
+    import modeling
+    from arguments import ModelArguments
+
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(modeling.AutoTokenizer, "from_pretrained", _not_on_the_hub)
+    with pytest.raises(OSError) as error:
+        modeling.load_tokenizer(ModelArguments(model_name_or_path="mdoel"), SimpleNamespace(trust_remote_code=False))
+    assert error.value.__notes__ == ["There is no folder mdoel here; did you mean model?"]
+
+
+def _not_on_the_hub(*_, **__):
+    raise OSError("not on the hub")
 
 
 @pytest.mark.engine
