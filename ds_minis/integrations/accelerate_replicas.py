@@ -15,7 +15,7 @@ from ds_minis.replicas import group_size
 
 _PEERS = {
     "cp": "torch's context parallelism cuts every batch among cp_size ranks itself, and is exact for full causal masks only",
-    "sp": "DeepSpeed's Ulysses cuts every batch among sp_size ranks by itself, and drops masks, sliding windows too",
+    "sp": "DeepSpeed's Ulysses cuts every batch among sp_size ranks itself, and drops masks, sliding windows too",
     "tp": "tensor parallelism gives its tp_size ranks one batch each, and these would be ranks of one group",
 }
 _SP_TIMES = (

@@ -24,6 +24,7 @@ from ds_minis.parallel.state import Parallel
 from ds_minis.tiling.loss.output_logits import wanted_logits
 from ds_minis.tiling.modules.arguments import argument
 from ds_minis.tiling.modules.compiling import outside_of_graphs
+from ds_minis.tiling.modules.swap import replaced_by
 
 _LOSS, _BEFORE = "_loss_function", "_mini_sequence_loss_before"
 
@@ -73,8 +74,8 @@ def _end(model: nn.Module, parallel: Parallel) -> None:
 
 def has_standard_loss(model: nn.Module) -> bool:
     """Whether a model's own forward computes its loss by transformers' loss function for causal language models."""
-    if _LOSS in model.__dict__ or getattr(model, "loss_type", None) != "ForCausalLM":
-        return False
+    if _LOSS in model.__dict__ or getattr(model, "loss_type", None) != "ForCausalLM" or replaced_by(model):
+        return False  # a forward that replaced it (TRL's) has a loss of its own
     code = getattr(type(model).forward, "__wrapped__", type(model).forward)
     while hasattr(code, "__wrapped__"):
         code = code.__wrapped__
