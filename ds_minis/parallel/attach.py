@@ -80,7 +80,7 @@ def attach_sequence_parallel(
             replicas(world_size, settings.size)
         except GroupError as error:
             raise ValueError(f"{source}: {error}") from None
-    parallel = chunking.parallel = Parallel(settings, chunking)
+    parallel = chunking.parallel = Parallel(settings, chunking, layers.require_token_wise)
     wrap_attention(parallel_attention)
     modules = [layer for _, layer, _ in stack]
     decoders.attach(find_decoder(model, modules), parallel)

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ds_minis.parallel.collectives import exchange, gather_sequence
+from ds_minis.parallel.collectives import exchange, gather_ranks, gather_sequence
 from ds_minis.parallel.cut import Cut
+from ds_minis.parallel.gathered import gathered_attention
 from ds_minis.parallel.groups import Group
 from ds_minis.parallel.masks import MaskRule, Refused, SequenceMask, is_cutting
-from ds_minis.parallel.prefix import prefix_attention
 from ds_minis.parallel.ring import ring_attention
 from ds_minis.tiling.passes.attention import AttentionRequest
 
@@ -100,6 +100,11 @@ class _Call:
         inner, outer = self._parallel.grid()
         cut = Cut(self._cut.padded, outer.size, outer.rank)
         return self._by_heads(inner, cut, lambda q, k, v, cut: self._by_ring(q, k, v, outer, cut))
+
+    @property
+    def _documents(self) -> Tensor | None:
+        sequence = self._rule.sequence
+        return None if sequence.documents is None else self._cut.pad(sequence.documents_on_cpu, 1, -1)
 
     @property
     def _scale(self) -> float:
@@ -181,14 +186,14 @@ class _Call:
         return self._request.function(self._request.module, *tensors, *args, **kwargs)[0]
 
     def _by_gather(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not self._ring_fallback_reason():  # the same attention, whose mask would have a byte for each query and key
+            keys, values = (gather_ranks(t, self._group) for t in (k, v))
+            window, documents = self._rule.window or None, self._documents
+            return gathered_attention(q, keys, values, self._group.rank, self._scale, window, documents)
         k, v = (gather_sequence(t, _whole_cut(self._cut), self._group, 2) for t in (k, v))
-        outs, without_mask = [], self._rule.sequence.documents is None and not self._ring_fallback_reason()
+        outs = []
         for queries, start in zip(q.split(self._cut.part, 2), self._cut.starts, strict=True):
             stop = start + self._cut.part
-            if without_mask:  # the same attention, whose mask would have a byte for each query and key
-                keys, values = k[:, :, :stop], v[:, :, :stop]
-                outs.append(prefix_attention(queries, keys, values, start, self._scale, self._rule.window or None))
-                continue
             num_keys = stop if self._rule.is_causal else self._rule.sequence.num_tokens
             mask = self._rule.mask(start, stop, num_keys)
             outs.append(self._call((queries, k[:, :, :num_keys], v[:, :, :num_keys]), mask))
@@ -215,10 +220,8 @@ class _Call:
         return cut.pad(self._call((q, k, v), self._rule.mask(0, num_tokens, num_tokens)), 1)
 
     def _by_ring(self, q: Tensor, k: Tensor, v: Tensor, group: Group, cut: Cut) -> Tensor:
-        sequence = self._rule.sequence
-        documents = None if sequence.documents is None else self._cut.pad(sequence.documents_on_cpu, 1, -1)
         return ring_attention(
-            q, k, v, group=group.handle, window=self._rule.window or None, documents=documents,
+            q, k, v, group=group.handle, window=self._rule.window or None, documents=self._documents,
             scale=self._scale,
         )  # fmt: skip
 

@@ -37,6 +37,22 @@ class _GatherSequence(torch.autograd.Function):
         return scattered_sum(ctx.cut.by_rank(grad, ctx.dim), ctx.group), None, None, None
 
 
+def gather_ranks(x: Tensor, group: Group) -> list[Tensor]:
+    """The tensors of all ranks, in their order; equal shapes. Backward sums over ranks."""
+    return list(_GatherRanks.apply(x, group))
+
+
+class _GatherRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: Group) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return tuple(gather(x, group))
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        return scattered_sum(list(grads), ctx.group), None
+
+
 def scattered_sum(of_ranks: list[Tensor], group: Group) -> Tensor:
     """This rank's tensor, summed over ranks: each gives one for every rank."""
     of_ranks = [x.contiguous() for x in of_ranks]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from typing import Any
 
 import torch
@@ -157,12 +158,27 @@ def _require_no_positions_of_padding(decoder: nn.Module, given: dict[str, Any]) 
         raise Refused(
             "sequence_parallel: padding on the left, and chunked attention counts from its end: pad on the right"
         )
-    names = type(decoder).forward.__code__.co_names
+    names = _names_in(type(decoder).forward)
     if given.get("position_ids") is None and ("cumsum" in names or _embeds_by_mask(decoder)):
         raise Refused(
             f"sequence_parallel: {type(decoder).__name__} makes positions from the padding on the left: give position_ids, "
             "or pad on the right"
         )
+
+
+def _require_counted_positions(decoder: nn.Module) -> None:
+    """Refuses a model that does not count its tokens from 0 where it is given no positions (RoBERTa's, from the ids)."""
+    for part in decoder.modules():
+        names = (name for cls in type(part).__mro__ for name in (*vars(cls), *_names_in(vars(cls).get("forward"))))
+        if any("position_ids_from" in name for name in names):
+            raise Refused(
+                f"sequence_parallel: {type(part).__name__} makes positions from the tokens: give position_ids, such as "
+                "model.create_position_ids_from_input_ids makes them"
+            )
+
+
+def _names_in(function: Any) -> tuple[str, ...]:
+    return getattr(getattr(inspect.unwrap(function), "__code__", None), "co_names", ()) if callable(function) else ()
 
 
 def _embeds_by_mask(decoder: nn.Module) -> bool:
@@ -178,6 +194,7 @@ def _positions(
     """
     positions = given.get("position_ids")
     if positions is None:
+        _require_counted_positions(decoder)
         positions = torch.arange(num_tokens, device=device)[None]
         return positions, None
     if positions.dim() != 2 or positions.shape[1] != num_tokens:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from ds_minis.parallel.masks import Refused, SequenceMask
@@ -37,25 +38,27 @@ class CheckLayer:
                 "functions, from which the mask for all tokens could be made"
             )
         if not isinstance(layer, TiledLayer):
-            _require_token_wise(layer, args, kwargs, parallel)
+            require_token_wise(layer, args, kwargs, parallel)
 
 
-def _require_token_wise(layer: nn.Module, args: tuple, kwargs: dict, parallel: Parallel) -> None:
+def require_token_wise(layer: nn.Module, args: tuple, kwargs: dict, parallel: Parallel) -> None:
     """Refuses a layer that mixes tokens outside of its attention; analyzed once per kind of layer.
 
-    A tiled layer is analyzed where it runs, while an engine holds its weights. Here weights that ZeRO-3 has partitioned are
-    gathered by each submodule only, so the layer cannot be run for it: its structure must do.
+    Weights that ZeRO-3 has partitioned, and that each submodule gathers for itself, are not there for an analysis: the layer's
+    structure must do then.
     """
-    if any(param.numel() == 0 for param in layer.parameters()):
+    if not parallel.is_running or any(param.numel() == 0 for param in layer.parameters()):
         return
     kind = type(layer), tuple((name, type(part)) for name, part in layer.named_modules())
     if kind in parallel.known_layers:
         return
     forward = functools.partial(untiled_class(type(layer)).forward, layer)
-    call, state = LayerArgs(args, kwargs), State(layer)
+    with torch.no_grad():  # arguments with gradients can be cut here
+        call, state = LayerArgs(args, kwargs), State(layer)
     if call.reason:
         parallel.refuse(layer, call.reason)
     try:
+        tiled = isinstance(layer, TiledLayer)
         layer.mini_sequence_chunking = parallel.chunking  # which a run by chunks reads
         with (
             parallel.chunking.guarded(),
@@ -65,10 +68,10 @@ def _require_token_wise(layer: nn.Module, args: tuple, kwargs: dict, parallel: P
         ):
             analysis = analyze_layer(layer, forward, call, parallel.chunking)
     finally:
-        del layer.mini_sequence_chunking
+        if not tiled:
+            del layer.mini_sequence_chunking
         state.restore()
-    if analysis is not None and analysis.reason:
-        parallel.refuse(layer, analysis.reason)
+    parallel.refuse(layer, "" if analysis is None else analysis.reason)
     parallel.known_layers.add(kind)
 
 

@@ -11,6 +11,7 @@ Every other loss is computed from whole hidden states on every rank, which is as
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -76,10 +77,8 @@ def has_standard_loss(model: nn.Module) -> bool:
     """Whether a model's own forward computes its loss by transformers' loss function for causal language models."""
     if _LOSS in model.__dict__ or getattr(model, "loss_type", None) != "ForCausalLM" or replaced_by(model):
         return False  # a forward that replaced it (TRL's) has a loss of its own
-    code = getattr(type(model).forward, "__wrapped__", type(model).forward)
-    while hasattr(code, "__wrapped__"):
-        code = code.__wrapped__
-    return "loss_function" in getattr(getattr(code, "__code__", None), "co_names", ())
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    return "loss_function" in getattr(code, "co_names", ())
 
 
 class _LocalLoss:

@@ -236,7 +236,7 @@ class _RingAttention(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             for step, blocks in enumerate(plan, 1):
                 arriving = _Hop(keys, group, KEYS) if step < len(plan) else None
-                _attend(blocks, q, *keys, out.transpose(1, 2), lse, scale)
+                attend_blocks(blocks, q, *keys, out.transpose(1, 2), lse, scale)
                 if arriving is not None:
                     keys = arriving.wait()
         out = out.to(q.dtype)
@@ -255,7 +255,7 @@ class _RingAttention(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             for step, blocks in enumerate(ctx.plan, 1):
                 arriving = _Hop(keys, ctx.group, KEYS) if step < len(ctx.plan) else None
-                _attend_backward(blocks, *by_head, *keys, ctx.scale, grad_q, *grads)
+                attend_backward(blocks, *by_head, *keys, ctx.scale, grad_q, *grads)
                 if step > 1:  # on to the next rank, with what earlier ones found for these keys; the last is at home
                     _add_arrived(grads, travelling)
                     travelling = _Hop(grads, ctx.group, GRADS)
@@ -266,7 +266,7 @@ class _RingAttention(torch.autograd.Function):
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
 
 
-def _attend(blocks: list[Block], q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
+def attend_blocks(blocks: list[Block], q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
     """Merges into out (B, N, T, E) and lse (B, N, T) what the blocks give, for keys and values that are here."""
     kernel = kernel_for(q, v)
     for rows, own, other, band in blocks:
@@ -281,7 +281,7 @@ def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     lse.copy_(total)
 
 
-def _attend_backward(
+def attend_backward(
     blocks: list[Block],
     q: Tensor,
     out: Tensor,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ds_minis.config import SequenceParallel
@@ -25,14 +26,15 @@ class Parallel:
         loss_is_local: whether the loss of the pass in progress is computed from this rank's tokens.
         is_running: whether a decoder is running on a part of its tokens.
         used: the modes that attention calls ran in, with the reason where it is not the one that was asked for.
+        check_layer: see `ds_minis.parallel.layers.require_token_wise`.
         known_layers: kinds of layers that were found to be token-wise but for their attention.
     """
 
     UNREADABLE = "sequence parallelism has them for this rank's tokens only"
     loss_is_local = is_running = False
 
-    def __init__(self, settings: SequenceParallel, chunking: Chunking):
-        self.settings, self.chunking = settings, chunking
+    def __init__(self, settings: SequenceParallel, chunking: Chunking, check_layer: Callable[..., None]):
+        self.settings, self.chunking, self.check_layer = settings, chunking, check_layer
         self.used: dict[str, str] = {}
         self.known_layers: set[tuple] = set()
         self._group: Group | None = None
@@ -102,12 +104,25 @@ class Parallel:
                 self.chunking.warnings.once(f"sequence_parallel: an attention is run by {mode}: {reason}")
 
     def refuse(self, layer: nn.Module, reason: str) -> None:
-        """Raises `Refused` if a layer that mixes tokens outside of its attention runs on this rank's tokens."""
-        if self.is_running:
+        """Raises `Refused` if a layer, of which one of the ranks found a reason, runs on this rank's tokens.
+
+        Collective: every rank calls it for each layer that it analyzes, with an empty reason if it found none.
+        """
+        if not self.is_running:
+            return
+        group = self.group()
+        found: list[str] = [""] * group.size
+        dist.all_gather_object(found, reason, group=group.handle)
+        reason = next(filter(None, found), "")
+        if reason:
             raise Refused(
                 f"sequence_parallel: {untiled_class(type(layer)).__name__} cannot run on a part of the sequence: {reason}. "
                 "Leave sequence_parallel out for this model"
             )
+
+    def require_token_wise(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        """`ds_minis.parallel.layers.require_token_wise`, for a layer that runs as a whole."""
+        self.check_layer(layer, args, kwargs, self)
 
     def in_words(self) -> str:
         """For the report: the size of a group, the mode, and how the attention calls of the last passes ran."""
