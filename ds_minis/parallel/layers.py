@@ -44,8 +44,8 @@ class CheckLayer:
 def require_token_wise(layer: nn.Module, args: tuple, kwargs: dict, parallel: Parallel) -> None:
     """Refuses a layer that mixes tokens outside of its attention; analyzed once per kind of layer.
 
-    Weights that ZeRO-3 has partitioned, and that each submodule gathers for itself, are not there for an analysis: the layer's
-    structure must do then.
+    Weights that ZeRO-3 has partitioned, and that each submodule gathers for itself, are not there for an analysis: the
+    structure of the layer must do then.
     """
     if not parallel.is_running or any(param.numel() == 0 for param in layer.parameters()):
         return
