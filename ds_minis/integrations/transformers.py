@@ -12,6 +12,7 @@ from ds_minis.config import MiniSequenceConfig
 from ds_minis.config_sources import Request, reconcile, requested_by_environment
 from ds_minis.convert import convert, mini_sequence_report
 from ds_minis.tiling.loss.output_logits import returning_logits
+from ds_minis.tiling.modules.cache_rule import CACHE_NAMES
 
 _SOURCE = "MiniSequenceCallback"
 
@@ -91,7 +92,7 @@ def attach_evaluation(trainer_module) -> None:
             labels = tuple(self._prepare_input(inputs.get(name)) for name in self.label_names)
             transform = functools.partial(evaluation.preprocess, labels=labels[0] if len(labels) == 1 else labels)
         if ignored is None:
-            ignored = getattr(getattr(self.model, "config", None), "keys_to_ignore_at_inference", ["past_key_values"])
+            ignored = getattr(getattr(self.model, "config", None), "keys_to_ignore_at_inference", [*CACHE_NAMES])
         with returning_logits(transform, ignored) as wanted:
             result = prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
         if evaluation is not None:

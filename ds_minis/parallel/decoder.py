@@ -23,6 +23,7 @@ from ds_minis.parallel.cut import Cut
 from ds_minis.parallel.masks import Refused, Sequence, masks_of
 from ds_minis.parallel.state import Parallel
 from ds_minis.tiling.modules.arguments import argument_names, takes_any_keyword
+from ds_minis.tiling.modules.cache_rule import CACHE_NAMES
 from ds_minis.tiling.modules.compiling import outside_of_graphs
 
 _KNOWN = frozenset(("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"))
@@ -122,8 +123,8 @@ def _require_known(decoder: nn.Module, given: dict[str, Any], tokens: Any) -> No
                 f"sequence_parallel: {type(decoder).__name__} was given {name!r}, of shape {tuple(value.shape)}; ds_minis "
                 f"cuts {', '.join(sorted(_KNOWN))} alone. Leave it out, or leave sequence_parallel out for this input"
             )
-        if name == "past_key_values":
-            raise Refused("sequence_parallel: a pass that trains was given past_key_values: leave the cache out")
+        if name in CACHE_NAMES:
+            raise Refused(f"sequence_parallel: a pass that trains was given {name}: leave the cache out")
         if name in ("output_router_logits", "output_attentions") and value:
             raise Refused(
                 f"sequence_parallel: {name}=True asks for what a rank does not have for all tokens: leave it out"

@@ -14,6 +14,8 @@ from transformers import (
     AutoModelForTokenClassification,
     Blip2Config,
     Blip2ForConditionalGeneration,
+    LlamaForCausalLM,
+    LlamaModel,
 )
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report, revert_mini_sequence
@@ -177,6 +179,33 @@ def test_decoders_and_classifiers_make_no_cache_in_training(kind):
     if kind != "tokens":  # whose output has no place for one
         assert model(**inputs, use_cache=True).past_key_values is not None
         assert model.eval()(**inputs).past_key_values is not None
+
+
+class RenamedCache(LlamaModel):
+    """As of transformers 5.24, where every decoder's `past_key_values` became `cache`."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, use_cache=None, **kwargs):
+        assert cache is None
+        return super().forward(input_ids, attention_mask, position_ids, use_cache=use_cache, **kwargs)
+
+
+class OfRenamedCache(LlamaForCausalLM):
+    def forward(self, input_ids=None, attention_mask=None, cache=None, labels=None, use_cache=None, **kwargs):
+        assert cache is None
+        return super().forward(input_ids, attention_mask, labels=labels, use_cache=use_cache, **kwargs)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_cache_by_its_newer_name_is_not_made_in_training_either(bare):
+    model, reference = caching()
+    for m in (model, reference):
+        m.model.__class__, m.__class__ = RenamedCache, OfRenamedCache
+    if bare:
+        convert_to_mini_sequence(model.model, CHUNKS)
+    else:
+        convert_to_mini_sequence(model, CHUNKS)
+    assert_same_training(model, reference, INPUTS)
+    assert count_layers(model) == 2
 
 
 POSITIONS = {

@@ -13,6 +13,7 @@ from ds_minis.tiling.modules.arguments import argument, takes, with_argument
 from ds_minis.tiling.modules.compiling import outside_of_graphs
 from ds_minis.tiling.modules.state import Chunking
 
+CACHE_NAMES = "past_key_values", "cache"  # an argument of decoders, which transformers 5.24 renamed
 _BESIDE_THE_MODEL = (
     "the decoder ran without a call of the model that holds the LM head, so ds_minis had no part in the loss: a wrapper "
     "called that model's `forward`, or a trainer uses the decoder alone and computes the loss itself"
@@ -46,7 +47,7 @@ class NoUnrequestedCache:
         chunking = self._chunking
         if self._has_loss and torch.is_grad_enabled() and chunking.config.loss and not chunking.passes:
             chunking.bypassed = _BESIDE_THE_MODEL
-        if any(argument(model, name, args, kwargs) is not None for name in ("use_cache", "past_key_values")):
+        if any(argument(model, name, args, kwargs) is not None for name in ("use_cache", *CACHE_NAMES)):
             return None
         if _are_packed(model, args, kwargs):
             return None
@@ -70,7 +71,7 @@ def attach_cache_rule(model: nn.Module, layers: list[nn.Module], chunking: Chunk
     """Registers the hook on every module that may make a cache for some of the tiled layers."""
     held = set(layers)
     for module in model.modules():
-        makes = takes(module, "use_cache") and takes(module, "past_key_values")
+        makes = takes(module, "use_cache") and any(takes(module, name) for name in CACHE_NAMES)
         if module not in held and makes and any(part in held for part in module.modules()):
             module.register_forward_pre_hook(NoUnrequestedCache(chunking, has_loss), with_kwargs=True)
 
