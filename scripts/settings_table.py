@@ -20,10 +20,9 @@ BLOCK = re.compile(r"(<!-- settings: [^\n]*-->\n).*?(<!-- end of settings -->)",
 
 
 def table() -> str:
-    rows = ["| key | default | meaning |", "|---|---|---|"]
+    rows, defaults = ["| key | default | meaning |", "|---|---|---|"], MiniSequenceConfig().to_dict()
     for spec in dataclasses.fields(MiniSequenceConfig):
-        default = list(spec.default) if isinstance(spec.default, tuple) else spec.default
-        rows.append(f"| `{spec.name}` | `{json.dumps(default)}` | {spec.metadata['doc']} |")
+        rows.append(f"| `{spec.name}` | `{json.dumps(defaults[spec.name])}` | {spec.metadata['doc']} |")
     return "\n".join(rows) + "\n"
 
 
