@@ -7,6 +7,8 @@ program wants into a folder and gives the command; the program leaves `trainer_s
 from __future__ import annotations
 
 import json
+import shutil
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +44,9 @@ class Client:
         pins: further packages, with versions.
         engine: what the program runs in, in words.
         launch_yaml: the program is started by accelerate: the settings come from a section of its YAML.
+        yaml: what that YAML says of the engine.
+        ran: what accelerate calls its engine, and the number of processes: on a CPU it takes others without a word. Empty:
+            not looked at.
         env: further variables of its environment.
         why_not: why it is not run on any machine like this one; empty if it is.
     """
@@ -54,6 +59,8 @@ class Client:
     pins: tuple[str, ...] = ()
     engine: str = "one process"
     launch_yaml: bool = False
+    yaml: dict = field(default_factory=lambda: {"distributed_type": "MULTI_GPU"})
+    ran: str = ""
     env: dict[str, str] = field(default_factory=dict)
     why_not: str = ""
 
@@ -95,6 +102,80 @@ def make_adapter(folder: Path) -> Path:
         config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=LORA, task_type="CAUSAL_LM")
         get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "model"), config).save_pretrained(place)
     return place
+
+
+class NoSource(Exception):
+    """A file could not be downloaded."""
+
+
+def source_file(folder: Path, repository: str, commit: str, path: str) -> Path:
+    """A file of a repository on GitHub, at a commit; downloaded unless it is there. Those of one folder lie side by side.
+
+    Raises:
+        NoSource: it could not be had.
+    """
+    place = folder / "sources" / repository / path
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        address = f"https://raw.githubusercontent.com/{repository}/{commit}/{path}"
+        try:
+            with urllib.request.urlopen(address, timeout=60) as answer, place.with_suffix(".part").open("wb") as file:
+                shutil.copyfileobj(answer, file)
+        except OSError as error:
+            raise NoSource(f"{address} could not be had: {error}") from None
+        place.with_suffix(".part").rename(place)
+    return place
+
+
+LAUNCH = ["--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+ON_CPU = {"bf16": False, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+
+
+def run_clm(folder: Path) -> list[str]:
+    """transformers' example for language models, with its Trainer."""
+    script = source_file(
+        folder,
+        "huggingface/transformers",
+        "00d481d18f914b55e65faa31e82321629691eadb",
+        "examples/pytorch/language-modeling/run_clm.py",
+    )
+    text = folder / "run_clm" / "train.txt"
+    text.parent.mkdir(parents=True, exist_ok=True)
+    text.write_text("\n".join(f"{q}\n{a}" for q, a in conversations()), encoding="utf-8")
+    settings = {"model_name_or_path": folder / "model", "train_file": text, "validation_file": text}
+    settings |= {"block_size": LENGTH, "do_train": True, "output_dir": "OUT"} | TRAINER | ON_CPU
+    return [
+        "BIN/python",
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        "YAML",
+        *LAUNCH,
+        str(script),
+        *flags(settings),
+    ]
+
+
+def peft_sft(folder: Path) -> list[str]:
+    """PEFT's example for supervised fine-tuning, with TRL's SFTTrainer and LoRA."""
+    sft = "huggingface/peft", "493e7539c6201e497c19bcd22a366a7480c98264", "examples/sft/train.py"
+    source_file(folder, "huggingface/peft", "93288afbc56115d6283c5b330b4adcf6c024e47b", "examples/sft/utils.py")
+    script = source_file(folder, *sft)
+    rows = [{"messages": chat(*talk)} for talk in conversations()]
+    data = write_rows(folder / "peft-sft" / "train.jsonl", rows).parent
+    write_rows(data / "test.jsonl", rows[:2])
+    settings = {"model_name_or_path": folder / "model", "dataset_name": data, "output_dir": "OUT"} | TRAINER | ON_CPU
+    settings |= {"use_peft_lora": True, "lora_r": 8, "lora_dropout": 0.0, "max_length": LENGTH}
+    return [
+        "BIN/python",
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        "YAML",
+        *LAUNCH,
+        str(script),
+        *flags(settings),
+    ]
 
 
 def flags(settings: dict) -> list[str]:
@@ -214,16 +295,57 @@ _AXOLOTL = {
     ),
     "env": {"AXOLOTL_DO_NOT_TRACK": "1"},
 }
+_FSDP2 = {
+    "fsdp_version": 2,
+    "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "fsdp_reshard_after_forward": True,
+    "fsdp_cpu_ram_efficient_loading": False,
+    "fsdp_state_dict_type": "FULL_STATE_DICT",
+}
+_ZERO2 = {"zero_stage": 2}
+_ZERO3 = {"zero_stage": 3, "zero3_init_flag": True, "zero3_save_16bit_model": True}
+_ENGINES = {
+    "DDP": {"ran": "MULTI_CPU 2"},
+    "FSDP2": {"ran": "FSDP 2", "yaml": {"distributed_type": "FSDP", "fsdp_config": _FSDP2}},
+    "ZeRO-2": {"ran": "DEEPSPEED 2", "yaml": {"distributed_type": "DEEPSPEED", "deepspeed_config": _ZERO2}},
+    "ZeRO-3": {"ran": "DEEPSPEED 2", "yaml": {"distributed_type": "DEEPSPEED", "deepspeed_config": _ZERO3}},
+}
+_RUN_CLM = {"package": "transformers==5.23.0", "pins": ("evaluate==0.4.6", "accelerate==1.15.0", "datasets==5.2.0")}
+_PEFT = {"package": "peft==0.21.2", "pins": ("trl==1.16.0", "transformers==5.23.0", "accelerate==1.15.0")}
+
+
+def _under(engine: str) -> dict:
+    """The fields of a client that accelerate starts under an engine."""
+    return {"engine": f"2 processes, {engine}", "launch_yaml": True} | _ENGINES[engine]
+
+
 CLIENTS = (
     *(Client(f"trl {kind}", prepare=trl(kind), **_TRL, **_DDP) for kind in ("sft", "dpo", "kto", "reward")),
     *(Client(f"LLaMA-Factory {stage}", prepare=llamafactory(stage), **_FACTORY) for stage in ("sft", "pt")),
     Client("ms-swift sft, full", prepare=swift, **_SWIFT),
     *(Client(f"axolotl, {adapter or 'full'}", prepare=axolotl(adapter), **_AXOLOTL) for adapter in ("", "lora")),
     *(
+        Client(f"run_clm.py of transformers, {engine}", prepare=run_clm, **_RUN_CLM, **_under(engine))
+        for engine in ("DDP", "FSDP2", "ZeRO-3")
+    ),
+    *(
+        Client(f"sft/train.py of PEFT, {engine}", prepare=peft_sft, **_PEFT, **_under(engine))
+        for engine in ("DDP", "FSDP2", "ZeRO-2", "ZeRO-3")
+    ),
+    *(
         Client(name, package, prepare=lambda folder: [], why_not=reason)
         for name, package, reason in (
-            ("run_clm.py of transformers", "transformers==5.23.0", "it is in no package of the index"),
-            ("fine-tune.py of LongLoRA", "transformers==4.34.1", "it is in no package of the index"),
+            (
+                "fine-tune.py of LongLoRA",
+                "transformers==4.34.1",
+                "it needs transformers 4.34 and flash-attn, and ds_minis transformers 5.1",
+            ),
+            (
+                "benchmark.py of mini-s",
+                "transformers==4.40.0",
+                "a training loop of its own on a GPU: no configuration reaches it, but a line of code "
+                "(`convert_to_mini_sequence`)",
+            ),
             ("unsloth", "unsloth==2026.10.9", "its source refuses to be imported without a GPU"),
         )
     ),

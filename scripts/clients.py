@@ -23,7 +23,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from client_recipes import CLIENTS, STEPS, Client
+from client_recipes import CLIENTS, STEPS, Client, NoSource
 from environments import ROOT, CannotInstall, make, version
 
 OBSERVER = Path(__file__).parent / "client_observer"
@@ -72,7 +72,7 @@ def train(client: Client, environment: Path, folder: Path, out: Path, settings: 
     """
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    yaml = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU"}
+    yaml = {"compute_environment": "LOCAL_MACHINE"} | client.yaml
     if client.launch_yaml and settings is not None:
         yaml["mini_sequence"] = settings
     (out / "accelerate.yaml").write_text(json.dumps(yaml))
@@ -87,6 +87,8 @@ def train(client: Client, environment: Path, folder: Path, out: Path, settings: 
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "DS_ACCELERATOR": "cpu",
+        "CLIENT_CPU_ENGINES": str(ROOT / "examples" / "sft" / "cpu.py") if client.ran else "",
     }
     env |= {"PATH": f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(OBSERVER)}
     env |= {
@@ -105,6 +107,8 @@ def train(client: Client, environment: Path, folder: Path, out: Path, settings: 
         lines = [line for line in (out / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
         told = [line for line in lines if "Error" in line and not line.startswith(" ")]
         raise CannotRun(f"ended with {done.returncode}: {(told or lines or ['nothing was printed'])[-1][:300]}")
+    if client.ran and f"CLIENT ENGINE {client.ran}" not in (out / "log.txt").read_text(errors="replace"):
+        raise CannotRun(f"did not run in {client.ran} processes")
     return _result(out)
 
 
@@ -173,7 +177,7 @@ def tried(client: Client, environments: Path, folder: Path, timeout: float) -> d
         on = train(client, place, folder, out / "on", CHUNKS, timeout)
         row |= compared(client, on, off, load_file(folder / "model" / "model.safetensors"))
         row["report"] = trained_report(on.report)
-    except (CannotInstall, CannotRun) as error:
+    except (CannotInstall, CannotRun, NoSource) as error:
         row["not_run"] = str(error)
     return row
 
@@ -185,10 +189,12 @@ HEAD = f"""\
 
 <!-- made by scripts/clients.py from docs/clients.json -->
 
-Each was installed from the package index and started as its own documentation says, on a tiny Llama in float32, for {STEPS}
+Each was installed from the package index (a single script: from its repository, at the commit in `scripts/client_recipes.py`)
+and started as its own documentation says, on a tiny Llama in float32, for {STEPS}
 steps, with and without mini-sequences. Nothing of it was changed: the column "set" is all that was added
 (`{json.dumps(CHUNKS)}`). Losses: the largest relative difference of a logged loss. Weights: the largest difference
-after the last step, relative to the largest change that training made. `python scripts/clients.py` makes this page.
+after the last step, relative to the largest change that training made. On a CPU, `examples/sft/cpu.py` has accelerate run
+FSDP and DeepSpeed, with and without. `python scripts/clients.py` makes this page.
 """
 
 

@@ -10,6 +10,7 @@ import io
 import json
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -92,6 +93,8 @@ def check(model: str, *, trust_remote_code: bool = False, settings: Mapping[str,
     from ds_minis.check.tiny import tiny_config
 
     transformers.logging.set_verbosity_error()
+    # transformers 5.23 renamed it; PEFT uses the name that older versions know too.
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     adapter, settings = load_adapter(model), dict(settings or {})
     config = load_config(adapter.base_model_name_or_path if adapter else model, trust_remote_code)
     model_class, config = model_class_for(config, trust_remote_code)
