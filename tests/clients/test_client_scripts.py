@@ -6,7 +6,7 @@ import re
 import clients
 import pytest
 import torch
-from client_recipes import CLIENTS, STEPS
+from client_recipes import CLIENTS, STEPS, NoSource, source_file
 from clients import CannotRun, Run, compared
 
 LOSSES = [8.3, 8.2, 8.1]
@@ -50,15 +50,35 @@ def test_what_proves_nothing_is_no_row_of_equal_losses(on, off, start, why):
         compared(CLIENT, on, off, start)
 
 
-def test_programs_are_pinned_and_nothing_in_them_turns_mini_sequences_on(tmp_path):
+def test_programs_are_pinned_and_nothing_in_them_turns_mini_sequences_on(tmp_path, monkeypatch):
+    commits = []
+    monkeypatch.setattr(
+        "client_recipes.source_file",
+        lambda folder, _, commit, path: commits.append(commit) or folder / "sources" / path,
+    )
     names = [client.name for client in CLIENTS]
     assert len(set(names)) == len(names) and {"trl sft", "LLaMA-Factory sft", "ms-swift sft, full"} <= set(names)
     for client in CLIENTS:
         assert re.fullmatch(r"[\w-]+==[\d.]+", client.package)
         if "lora" not in client.name:  # whose recipe draws an adapter of a model
             assert "mini_sequence" not in " ".join(map(str, client.prepare(tmp_path)))
+    assert commits and all(re.fullmatch("[0-9a-f]{40}", commit) for commit in commits)
     written = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
     assert written and not any("mini_sequence" in text or "ds_minis" in text for text in written)
+
+
+def test_a_source_that_is_there_is_not_downloaded_and_one_that_cannot_be_had_is_said(tmp_path, monkeypatch):
+    def refused(address, timeout):
+        raise OSError("no network")
+
+    monkeypatch.setattr("client_recipes.urllib.request.urlopen", refused)
+    with pytest.raises(
+        NoSource, match="https://raw.githubusercontent.com/a/b/c0ffee/d/e.py could not be had: no network"
+    ):
+        source_file(tmp_path, "a/b", "c0ffee", "d/e.py")
+    place = tmp_path / "sources" / "a" / "b" / "d" / "e.py"
+    place.write_text("")
+    assert source_file(tmp_path, "a/b", "c0ffee", "d/e.py") == place
 
 
 def test_the_page_is_what_the_results_give_and_every_row_is_a_run():
