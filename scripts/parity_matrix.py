@@ -10,21 +10,12 @@ Its exit status is 0 when every cell is exact, or refused by the engine for the 
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import datetime
-import importlib.metadata
-import json
 import os
-import platform
 import sys
-import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+from matrix import ROOT, as_page, finish, make_parser, run
+
 PAGE = ROOT / "docs" / "parity_matrix.md"
-PACKAGES = "torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes"
 EXPLANATION = """\
 Rows are engines, columns are ways to train. In every cell a small Llama is trained for 4 steps with SGD, converted and
 unconverted, from the same weights and on the same data: in 2 processes over gloo (the first row: in one), with other
@@ -49,109 +40,25 @@ of FSDP.
 """
 
 
+HEAD = """\
+# Every engine, every way to train
+
+<!-- made by scripts/parity_matrix.py --write -->
+
+"""
+
+
 def main() -> int:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from parity import COLUMNS, ROWS, judge
-    from parity import cell as make_case
+    from parity import COLUMNS, MAX_STANDARD_ERRORS, ROWS, SEEDS, cell
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=f"of {list(ROWS)}"
-    )
-    parser.add_argument(
-        "--columns",
-        nargs="+",
-        choices=list(COLUMNS),
-        default=list(COLUMNS),
-        metavar="COLUMN",
-        help=f"of {list(COLUMNS)}",
-    )
-    parser.add_argument(
-        "--write", action="store_true", help="write docs/parity_matrix.md; only with all rows and columns"
-    )
-    parser.add_argument(
-        "--resume",
-        type=Path,
-        help="a JSON file: keeps each row that is done, and skips what it has of today and of these versions",
-    )
+    parser = make_parser(__doc__, list(ROWS), list(COLUMNS), PAGE)
     args = parser.parse_args()
     if args.write and (args.rows != list(ROWS) or args.columns != list(COLUMNS)):
         parser.error("--write is for the whole matrix: leave --rows and --columns out")
-
-    from engines import run_cases
-    from parity import Judgement
-
-    done = json.loads(args.resume.read_text(encoding="utf-8")) if args.resume and args.resume.exists() else {}
-    for row in args.rows:
-        earlier = done.get(row, {"cells": {}, "versions": None})
-        if set(args.columns) <= set(earlier["cells"]) and earlier["versions"] == versions():
-            continue
-        start = time.monotonic()
-        cases = {column: make_case(row, column) for column in args.columns}
-        results = run_cases(list(cases.values()))
-        cells = {column: dataclasses.asdict(judge(case, results[case.name])) for column, case in cases.items()}
-        for column, judgement in cells.items():
-            print(f"{row} | {column} | {judgement['kind']} {judgement['text']}", file=sys.stderr, flush=True)
-        done[row] = {"cells": cells, "versions": versions(), "seconds": time.monotonic() - start}
-        if args.resume:
-            args.resume.write_text(json.dumps(done, indent=2), encoding="utf-8")
-    judgements = {
-        (row, column): Judgement(**done[row]["cells"][column]) for row in args.rows for column in args.columns
-    }
-    page = as_page(judgements, args.rows, args.columns, sum(done[row]["seconds"] for row in args.rows))
-    print(page)
-    if args.write:
-        PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(page, encoding="utf-8")
-    failed = sum(judgement.kind == "FAILED" for judgement in judgements.values())
-    if failed:
-        print(f"{failed} of {len(judgements)} cells FAILED", file=sys.stderr)
-    return int(failed > 0)
-
-
-def as_page(judgements: dict, rows: list[str], columns: list[str], seconds: float) -> str:
-    from parity import MAX_STANDARD_ERRORS, SEEDS
-
-    notes: list[str] = []
-
-    def text(judgement) -> str:
-        if judgement.kind == "exact":
-            return f"exact {judgement.text}"
-        if judgement.text not in notes:
-            notes.append(judgement.text)
-        return f"{judgement.kind} [{notes.index(judgement.text) + 1}]"
-
-    table = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    table += [f"| {row} | {' | '.join(text(judgements[row, column]) for column in columns)} |" for row in rows]
-    numbered = [f"[{i}] {' '.join(note.split())}\n" for i, note in enumerate(notes, 1)]
-    counts = {kind: sum(j.kind == kind for j in judgements.values()) for kind in ("exact", "refused", "FAILED")}
-    lines = [
-        "# Every engine, every way to train",
-        "",
-        "<!-- made by scripts/parity_matrix.py --write -->",
-        "",
-        EXPLANATION.format(seeds=SEEDS, errors=MAX_STANDARD_ERRORS),
-        *table,
-        "",
-        *numbered,
-        ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
-        + f", in {seconds / 60:.0f} minutes. {versions()}.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def versions() -> str:
-    packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    python = f"Python {platform.python_version()}"
-    return f"{python}, {packages}; {datetime.date.today()}, {os.cpu_count()} CPU cores ({processor()})"
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    done = run(args, cell)
+    head = HEAD + EXPLANATION.format(seeds=SEEDS, errors=MAX_STANDARD_ERRORS)
+    return finish(as_page(head, done, args.rows, args.columns), PAGE, args.write, done, args.rows)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,10 @@ class Case:
         head_groups, offload_inputs: `head_groups` and `offload` ("cpu" or "") of the tiled layers.
         keep: `keep_attention`, with torch's attention; the others' eager one saves too much to be kept.
         seeds: train that often, with other random numbers each time.
+        replicas: how many batches a step has, each in processes of its own.
+        sequence_parallel: processes that share the sequences of a replica; from 2 on with torch's attention, and without an
+            unconverted run, which would have other batches in as many processes.
+        mode: how the attention of these processes is computed.
     """
 
     family: str = "llama"
@@ -70,6 +74,18 @@ class Case:
     offload_inputs: str = ""
     keep: bool = False
     seeds: int = 0
+    replicas: int = RANKS
+    sequence_parallel: int = 1
+    mode: str = "gather"
+
+    @property
+    def processes(self) -> int:
+        return 1 if self.engine == "none" else self.replicas * self.sequence_parallel
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The runs of this case."""
+        return ("plain", "converted") if self.sequence_parallel == 1 else ("converted",)
 
     @property
     def name(self) -> str:
@@ -79,7 +95,7 @@ class Case:
 
 
 def micro_batch(case: Case, rank: int, step: int, micro: int) -> dict:
-    """Another length on each rank and at each step, prompts masked, one sequence padded."""
+    """Another length for each rank (or replica) and at each step, prompts masked, one sequence padded."""
     length = 21 + 11 * rank + 5 * step + micro
     if case.uneven:
         length = 100 - 7 * step if rank else 5 - step
@@ -113,14 +129,17 @@ def read_head_weight(model) -> None:
 
 
 def mini_sequence(case: Case, rank: int) -> dict:
-    chunks = {key: size * COPIES if case.dropout else size for key, size in CHUNKS[rank].items()}
-    layers = {"head_groups": case.head_groups, "offload": case.offload_inputs or None}
-    return {"scope": case.scope, "keep_attention": case.keep, **chunks, **layers}
+    chunks = {key: size * (COPIES if case.dropout else 1) for key, size in CHUNKS[rank % len(CHUNKS)].items()}
+    settings = {"head_groups": case.head_groups, "offload": case.offload_inputs or None}
+    if case.sequence_parallel > 1:
+        chunks = {key: size // case.sequence_parallel for key, size in chunks.items()}
+        settings["sequence_parallel"] = {"size": case.sequence_parallel, "mode": case.mode}
+    return {"scope": case.scope, "keep_attention": case.keep, **chunks, **settings}
 
 
 def make_model(case: Case, seed: int | None = None):
     """The model; `seed` is for the random numbers of its training, the weights are always the same."""
-    model = build(case.family, attention="sdpa" if case.keep else "eager")
+    model = build(case.family, attention="sdpa" if case.keep or case.sequence_parallel > 1 else "eager")
     if case.loss == "weight":
         read_head_weight(model)
     elif case.loss == "module":

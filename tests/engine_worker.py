@@ -1,8 +1,9 @@
 """One process of a distributed run: trains every case of a list with a real engine and saves what came out.
 
 Started by `torch.distributed.run` (see `engines.py`). Each case is trained twice, unconverted and converted, from the
-same weights and the same data; rank 0 saves parameters, losses, engine class and process count, or the error. After an
-error the process ends, as an engine that failed half-way must not touch the next case: `engines.py` starts another.
+same weights and the same data, or converted alone where processes share sequences; rank 0 saves parameters, losses, engine
+class and process count, or the error. After an error the process ends, as an engine that failed half-way must not touch the
+next case: `engines.py` starts another.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from engine_cases import LEARNING_RATE, RANKS, STEPS, Case, deepspeed_config, make_model, micro_loss, mini_sequence
+from engine_cases import LEARNING_RATE, STEPS, Case, deepspeed_config, make_model, micro_loss, mini_sequence
 from models import count_layers
 
-from ds_minis import convert_to_mini_sequence
+from ds_minis import convert_to_mini_sequence, mini_sequence_report
 from ds_minis.tiling.layer.tiled_layer import TiledLayer
 from ds_minis.tiling.loss.forward_hooks import loss_fallback_reason
 from ds_minis.tiling.modules.tiled_module import TiledModule
@@ -33,8 +34,15 @@ def trainable(model) -> list[torch.nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def count_tiled(model) -> int:
-    return sum(isinstance(m, TiledModule) for m in model.modules())
+def tiling(model) -> dict:
+    """What became of the conversion, if there was one."""
+    tiled = sum(isinstance(m, TiledModule) for m in model.modules())
+    return {
+        "tiled": tiled,
+        "layers": count_layers(model),
+        "loss": loss_fallback_reason(model),
+        "parallel": mini_sequence_report(model).parallel if tiled else "",
+    }
 
 
 def train_deepspeed(case: Case, *, converted: bool, seed: int | None = None) -> dict:
@@ -50,7 +58,7 @@ def train_deepspeed(case: Case, *, converted: bool, seed: int | None = None) -> 
     losses = []
     for step in range(STEPS):
         for micro in range(case.accumulation):
-            loss = micro_loss(case, engine, rank, step, micro)
+            loss = micro_loss(case, engine, rank // case.sequence_parallel, step, micro)
             engine.backward(loss)
             engine.step()
             losses.append(loss.detach().float().item())
@@ -66,9 +74,7 @@ def train_deepspeed(case: Case, *, converted: bool, seed: int | None = None) -> 
         "zero_stage": engine.zero_optimization_stage(),
         "offload": bool(engine.zero_cpu_offload()),
         "hooked_inside": hooked,
-        "tiled": count_tiled(model),
-        "layers": count_layers(model),
-        "loss": loss_fallback_reason(model),
+        **tiling(model),
         "losses": losses,
         "params": params,
     }
@@ -122,12 +128,12 @@ def train_torch(case: Case, *, converted: bool, seed: int | None = None) -> dict
 
 def steps_torch(case: Case, model, engine) -> dict:
     """Trains a model that an engine has wrapped."""
-    rank = dist.get_rank()
+    replica = dist.get_rank() // case.sequence_parallel
     optimizer = torch.optim.SGD(trainable(engine), lr=LEARNING_RATE)
     losses = []
     for step in range(STEPS):
         for micro in range(case.accumulation):
-            loss = micro_loss(case, engine, rank, step, micro)
+            loss = micro_loss(case, engine, replica, step, micro)
             (loss / case.accumulation).backward()
             losses.append(loss.item())
         clip(engine, case.clip)
@@ -141,9 +147,7 @@ def steps_torch(case: Case, model, engine) -> dict:
         "engine": type(engine).__name__,
         "zero_stage": None,
         "offload": False,
-        "tiled": count_tiled(model),
-        "layers": count_layers(model),
-        "loss": loss_fallback_reason(model),
+        **tiling(model),
         "losses": losses,
         "params": params,
     }
@@ -170,9 +174,9 @@ def steps_alone(case: Case, model, engine=None) -> dict:
     losses, norms = [], []
     for step in range(STEPS):
         for micro in range(case.accumulation):
-            for rank in range(RANKS):
-                loss = micro_loss(case, model, rank, step, micro)
-                (loss / (case.accumulation * RANKS)).backward()
+            for replica in range(case.replicas):
+                loss = micro_loss(case, model, replica, step, micro)
+                (loss / (case.accumulation * case.replicas)).backward()
                 losses.append(loss.item())
         norms.append(clip(model, case.clip))
         optimizer.step()
@@ -181,9 +185,7 @@ def steps_alone(case: Case, model, engine=None) -> dict:
         "engine": type(model).__name__,
         "zero_stage": None,
         "offload": False,
-        "tiled": count_tiled(model),
-        "layers": count_layers(model),
-        "loss": loss_fallback_reason(model),
+        **tiling(model),
         "losses": losses,
         "norms": norms,
         "params": {n: p.detach().float() for n, p in model.named_parameters() if p.requires_grad},
@@ -244,9 +246,9 @@ def main() -> None:
 
 
 def run(case: Case, output: Path) -> bool:
-    """Saves both runs of a case; whether both came to their end on all ranks."""
+    """Saves the runs of a case; whether all came to their end on all ranks."""
     results, rank = {}, dist.get_rank()
-    for kind in ("plain", "converted"):
+    for kind in case.kinds:
         error = None
         kept_attentions.clear()
         try:

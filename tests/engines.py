@@ -74,8 +74,8 @@ def run_cases(cases: list[Case], tell: Callable[[Case], None] = lambda case: Non
     is left behind, and another launch goes on with the next. `tell` is called with each case that is done.
     """
     results = {}
-    for processes in (1, RANKS):
-        left = [case for case in cases if (case.engine == "none") == (processes == 1)]
+    for processes in sorted({case.processes for case in cases}):
+        left = [case for case in cases if case.processes == processes]
         while left:
             with tempfile.TemporaryDirectory() as folder:
                 found = _run_some(left, processes, Path(folder))

@@ -3,6 +3,9 @@
 A cell is *exact* when the converted model's parameters after 4 steps are those of the unconverted model under the same
 engine, and those of one process on the data of all ranks; or *refused*, when the engine refuses the unconverted model
 with the same words. There is nothing in between.
+
+Where processes share sequences (`PARALLEL_ROWS`, `PARALLEL_COLUMNS`), the one process on the data of all replicas is all that
+a cell is compared with.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from engine_cases import RANKS, Case
+from engine_cases import Case
 from engine_worker import train_alone
 from models import MOE_CONFIGS, relative_errors
 
@@ -58,6 +61,24 @@ COLUMNS: dict[str, dict] = {
     "gradient clipping": {"clip": 0.5},
     "dropout 0.1": {"dropout": 0.1, "seeds": SEEDS},
 }
+ENGINES = {
+    "DDP": {"engine": "ddp"},
+    "FSDP1": {"engine": "fsdp1"},
+    "FSDP2": {"engine": "fsdp2"},
+    **{f"ZeRO-{stage}": {"zero_stage": stage} for stage in (0, 1, 2, 3)},
+}
+LAYOUTS = {
+    "2 ranks": {"sequence_parallel": 2, "replicas": 1},
+    "2 x 2 ranks": {"sequence_parallel": 2, "replicas": 2},
+    "4 ranks": {"sequence_parallel": 4, "replicas": 1},
+}
+PARALLEL_ROWS = {f"{engine}, {layout}": ENGINES[engine] | LAYOUTS[layout] for engine in ENGINES for layout in LAYOUTS}
+PARALLEL_COLUMNS = {
+    f"{mode}, {scope}, {trained}": {"mode": mode, "scope": scope, "lora": trained == "LoRA"}
+    for scope in ("layer", "tokens", "mlp")
+    for mode in ("gather", "ring", "ulysses")
+    for trained in ("full", "LoRA")
+}
 ENGINE_CLASSES = {
     "none": ("LlamaForCausalLM", "PeftModel"),
     "deepspeed": "DeepSpeedEngine",
@@ -93,15 +114,19 @@ def cell(row: str, column: str) -> Case:
     return Case(**{"accumulation": 1, **ROWS[row], **COLUMNS[column]})
 
 
+def parallel_cell(row: str, column: str) -> Case:
+    return Case(**PARALLEL_ROWS[row], **PARALLEL_COLUMNS[column])
+
+
 def judge(case: Case, result: dict) -> Judgement:
     """Never raises: what is wrong with a result is its text."""
     try:
         if "died" in result:
             return Judgement("FAILED", f"its processes {result['died']}")
         if any("error" in run for run in result.values()):
-            return _judge_errors(result["converted"].get("error"), result["plain"].get("error"), result)
+            return _judge_errors(result["converted"].get("error"), result.get("plain", {}).get("error"), result)
         _require_engine(case, result)
-        return Judgement("exact", _differences(case, result["converted"], result["plain"]))
+        return Judgement("exact", _differences(case, result["converted"], result.get("plain") or _replica_alone(case)))
     except Exception as error:
         return Judgement("FAILED", f"{type(error).__name__}: {error}")
 
@@ -128,15 +153,20 @@ def _require_engine(case: Case, result: dict) -> None:
         assert run["engine"].startswith(ENGINE_CLASSES[case.engine]), f"{kind}: the engine was a {run['engine']}"
         assert run["zero_stage"] == case.zero_stage, f"{kind}: the ZeRO stage was {run['zero_stage']}"
         assert run["offload"] == case.offload, f"{kind}: offload was {run['offload']}"
-        assert run["processes"] == (1 if case.engine == "none" else RANKS), f"{kind}: {run['processes']} processes ran"
+        assert run["processes"] == case.processes, f"{kind}: {run['processes']} processes ran"
         assert not run.get("hooked_inside"), f"{kind}: ZeRO-3 gathers {run['hooked_inside']} parts of tiled layers"
-        tiled = {"gemma2": 11, "qwen3": 11, "qwen2_moe": 9}.get(case.family, 7) if kind == "converted" else 0
+        tiled = 0
+        if kind == "converted":
+            tiled = 2 if case.scope == "mlp" else {"gemma2": 11, "qwen3": 11, "qwen2_moe": 9}.get(case.family, 7)
         assert run["tiled"] == tiled, f"{kind}: {run['tiled']} modules were tiled, not {tiled}"
         bypassed = case.loss == "weight" and kind == "converted"
         assert bool(run["loss"]) == bypassed, f"{kind}: the loss was not tiled: {run['loss']}"
         captured = case.family in MOE_CONFIGS  # router logits, by hooks inside of the layers: run as they are then
         layers = 2 if kind == "converted" and case.scope == "layer" and not captured else 0
         assert run["layers"] == layers, f"{kind}: {run['layers']} layers were tiled as a whole, not {layers}"
+        if case.sequence_parallel > 1:
+            words = f"on {case.sequence_parallel} ranks, mode {case.mode}; attention by {case.mode}"
+            assert run["parallel"].endswith(words), f"sequences were divided otherwise: {run['parallel']}"
 
 
 def _differences(case: Case, converted: dict, plain: dict) -> str:
@@ -167,8 +197,15 @@ def _largest_error(tensors: dict, expected: dict, rtol: float) -> float:
 
 
 def _alone(case: Case) -> dict:
-    """One process on the data of all ranks: the same for every engine."""
-    return _train_alone(dataclasses.replace(case, engine="none", zero_stage=None, offload=False, dtype="float32"))
+    """One process on the data of all ranks: the same for every engine, and every way to divide sequences."""
+    engine = {"engine": "none", "zero_stage": None, "offload": False, "dtype": "float32"}
+    return _train_alone(dataclasses.replace(case, **engine, scope="layer", sequence_parallel=1, mode="gather"))
+
+
+def _replica_alone(case: Case) -> dict:
+    """The same, with the losses of the first replica, which are rank 0's."""
+    alone = _alone(case)
+    return alone | {"losses": alone["losses"][:: case.replicas]}
 
 
 @functools.cache
