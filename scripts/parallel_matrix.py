@@ -29,8 +29,8 @@ at a learning rate of 0.2, in real processes over gloo, under the engine itself,
 21 to 48 tokens, others at each step and in each group, and most of them cannot be divided by the number of ranks; prompts are
 masked, a row is padded on the right, the ranks of a group have other chunk sizes.
 
-- **exact**: the parameters after these steps, and the losses of the first group, are those of one process without an engine and
-  without conversion that is given the batches of all groups. The figure is the largest difference in a tensor of parameters,
+- **exact**: the parameters after these steps, and the losses of the first group, are those of one process without an engine
+  and without conversion that is given the batches of all groups. The figure is the largest difference in a tensor,
   relative to its largest entry; allowed is 1e-5. The cell also asserts the engine's class, the ZeRO stage, the number of
   processes, that all was tiled that the scope says, and that every attention ran in the mode that was asked for.
 - **FAILED**: anything else; no cell may be refused.
