@@ -5,6 +5,9 @@ No gradient is scaled here: the gradient of a tensor that all ranks use is the s
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -13,11 +16,29 @@ from ds_minis.parallel.cut import Cut
 from ds_minis.parallel.groups import Group
 
 
+@contextlib.contextmanager
+def naming_ranks(ranks: Iterable[int]) -> Iterator[None]:
+    """Inside, an error of the backend says which ranks of the job this one was exchanging with: gloo tells a port alone."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        rank = dist.get_rank()
+        others = ", ".join(str(other) for other in sorted({*ranks} - {rank}))
+        error.add_note(
+            f"sequence_parallel: rank {rank} was exchanging tokens with ranks {others}, of which one has ended or came too "
+            "late. The cause is what that rank printed first, or what ended it"
+        )
+        raise
+
+
 def gather(x: Tensor, group: Group) -> list[Tensor]:
     """The tensors of all ranks, in their order; equal shapes. No gradient."""
     x = x.contiguous()
     parts = [torch.empty_like(x) for _ in range(group.size)]
-    dist.all_gather(parts, x, group=group.handle)
+    with naming_ranks(group.members):
+        dist.all_gather(parts, x, group=group.handle)
     return parts
 
 
@@ -57,7 +78,8 @@ def scattered_sum(of_ranks: list[Tensor], group: Group) -> Tensor:
     """This rank's tensor, summed over ranks: each gives one for every rank."""
     of_ranks = [x.contiguous() for x in of_ranks]
     result = torch.empty_like(of_ranks[group.rank])
-    dist.reduce_scatter(result, of_ranks, group=group.handle)
+    with naming_ranks(group.members):
+        dist.reduce_scatter(result, of_ranks, group=group.handle)
     return result
 
 
@@ -80,12 +102,14 @@ class _Exchange(torch.autograd.Function):
 def _all_to_all(of_ranks: tuple[Tensor, ...], group: Group) -> list[Tensor]:
     of_ranks = [x.contiguous() for x in of_ranks]
     received = [torch.empty_like(x) for x in of_ranks]
-    dist.all_to_all(received, of_ranks, group=group.handle)
+    with naming_ranks(group.members):
+        dist.all_to_all(received, of_ranks, group=group.handle)
     return received
 
 
 def summed(x: Tensor, group: Group) -> Tensor:
     """The sum over ranks. No gradient."""
     total = x.detach().clone()
-    dist.all_reduce(total, group=group.handle)
+    with naming_ranks(group.members):
+        dist.all_reduce(total, group=group.handle)
     return total

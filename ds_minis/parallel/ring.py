@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_minis.parallel.block_kernels import ALL, Band, accumulation_dtype, kernel_for, trim
+from ds_minis.parallel.collectives import naming_ranks
 
 KEYS, GRADS = 0, 2  # tags of messages: two tensors each
 
@@ -204,18 +205,20 @@ class _Hop:
     def __init__(self, tensors: list[Tensor], group: dist.ProcessGroup | None, tag: int):
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         peers = group if group is not None else dist.group.WORLD
-        following, previous = (dist.get_global_rank(peers, (rank + step) % size) for step in (1, -1))
+        following, previous = self.peers = [dist.get_global_rank(peers, (rank + step) % size) for step in (1, -1)]
         self.sent, self.received = tensors, [torch.empty_like(x) for x in tensors]  # both are in use until `wait`
         operations = []
         for number, (sent, received) in enumerate(zip(self.sent, self.received, strict=True), tag):
             operations.append(dist.P2POp(dist.isend, sent, following, group, number))
             operations.append(dist.P2POp(dist.irecv, received, previous, group, number))
-        self.works = dist.batch_isend_irecv(operations)
+        with naming_ranks(self.peers):
+            self.works = dist.batch_isend_irecv(operations)
 
     def wait(self) -> list[Tensor]:
         """What has arrived, once; afterwards nothing is held here."""
-        for work in self.works:
-            work.wait()
+        with naming_ranks(self.peers):
+            for work in self.works:
+                work.wait()
         received, self.sent, self.received, self.works = self.received, [], [], []
         return received
 
