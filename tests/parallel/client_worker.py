@@ -176,6 +176,77 @@ def zero2() -> dict:
     return {"logs": logs, "weights": weights(net), "facts": {"steps": len(loader)}}
 
 
+class Numbered(torch.utils.data.Dataset):
+    """Number and length of each text, and a number that is drawn when it is read."""
+
+    def __len__(self) -> int:
+        return 21
+
+    def __getitem__(self, index: int) -> dict:
+        if index >= len(self):
+            raise IndexError(index)
+        return {"input_ids": [index] * (3 + 5 * index % 7), "drawn": int(torch.randint(1000, ()))}
+
+
+class NumberedStream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield from ({"input_ids": [index] * 3, "drawn": 0} for index in range(21))
+
+
+ORDERS = {  # of a Trainer's training data: its data, its arguments, accelerate's
+    "as it is": (Numbered, {}, {}),
+    "no seedable sampler": (Numbered, {}, {"use_seedable_sampler": False}),
+    "split batches": (Numbered, {"per_device_train_batch_size": 4}, {"split_batches": True}),
+    "split and dispatched": (
+        Numbered,
+        {"per_device_train_batch_size": 4},
+        {"split_batches": True, "dispatch_batches": True},
+    ),
+    "dispatched": (Numbered, {}, {"dispatch_batches": True}),
+    "batches that are not made even": (Numbered, {}, {"even_batches": False}),
+    "by length": (Numbered, {"train_sampling_strategy": "group_by_length"}, {"use_seedable_sampler": False}),
+    "balanced": (Numbered, {"train_sampling_strategy": "batch_rebalance"}, {}),
+    "workers": (Numbered, {"dataloader_num_workers": 1}, {}),
+    "a stream": (NumberedStream, {"max_steps": 5}, {}),
+    "a stream that all ranks read": (NumberedStream, {"max_steps": 5}, {"dispatch_batches": False}),
+    "a stream of datasets": ("datasets", {"max_steps": 5}, {"dispatch_batches": False}),
+}
+
+
+def orders() -> dict:
+    """What each rank is given in two epochs, and from its third batch on, in the ways there are to ask for data."""
+    import datasets
+    from transformers import Trainer, TrainingArguments
+    from transformers.trainer import skip_first_batches
+
+    import ds_minis
+
+    def read(texts: list[dict]) -> dict:
+        return {
+            "number": torch.tensor([t["input_ids"][0] for t in texts]),
+            "drawn": torch.tensor([t["drawn"] for t in texts]),
+        }
+
+    net, mine = model(), {}
+    if SIZE > 1:
+        ds_minis.convert_to_mini_sequence(net, SETTINGS)
+    for name, (kind, others, accelerate) in ORDERS.items():
+        if kind == "datasets":
+            rows = datasets.Dataset.from_list([{"input_ids": [number], "drawn": 0} for number in range(21)])
+            data = rows.to_iterable_dataset(num_shards=4)
+        else:
+            data = kind()
+        more = {"remove_unused_columns": False, "eval_strategy": "no", "accelerator_config": accelerate} | others
+        args = arguments("orders", TrainingArguments, **more)
+        loader = Trainer(net, args, train_dataset=data, data_collator=read).get_train_dataloader()
+        epochs = [loader, loader, skip_first_batches(loader, 2)]
+        mine[name] = [[[batch["number"].tolist(), batch["drawn"].tolist()] for batch in epoch] for epoch in epochs]
+    of_ranks = [mine] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(of_ranks, mine)
+    return {name: [of_rank[name] for of_rank in of_ranks] for name in ORDERS}
+
+
 def refused() -> dict:
     """What cannot be: the message of each."""
     from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs

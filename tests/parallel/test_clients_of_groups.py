@@ -15,6 +15,12 @@ from support import warm
 pytestmark = pytest.mark.engine
 WORKER = Path(__file__).parent / "client_worker.py"
 PROGRAMS = ["loop", "trainer", "sft", "zero2"]
+OTHERS = ["orders", "refused"]
+SHUFFLED = [
+    "as it is", "no seedable sampler", "split batches", "split and dispatched", "dispatched",
+    "batches that are not made even", "by length", "balanced", "workers",
+]  # fmt: skip
+ORDERS = [*SHUFFLED, "a stream", "a stream that all ranks read", "a stream of datasets"]
 OF_TIME = ("runtime", "per_second")
 
 
@@ -62,7 +68,7 @@ def assert_same_results(of_groups: dict, expected: dict) -> None:
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_group_of_two_ranks_trains_as_one_process(started, program):
-    of_groups, alone = started(2, 2, *PROGRAMS, "refused"), started(1, 1, *PROGRAMS)
+    of_groups, alone = started(2, 2, *PROGRAMS, *OTHERS), started(1, 1, *PROGRAMS, "orders")
     assert_same_results(of_groups[program], alone[program])
 
 
@@ -74,7 +80,7 @@ def test_two_groups_of_two_ranks_train_as_two_processes(started, program):
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_a_training_of_groups_resumes_where_it_was(started, processes):
-    programs = PROGRAMS if processes == 2 else ["loop", "trainer"]
+    programs = [*PROGRAMS, *OTHERS] if processes == 2 else ["loop", "trainer"]
     whole = started(processes, 2, *programs)["trainer"]
     resumed = whole["resumed"]
     training = [entry for entry in whole["log"] if "grad_norm" in entry]
@@ -88,7 +94,7 @@ def joined(batches: list[list]) -> list:
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_every_sample_is_evaluated_once_and_in_order(started, processes):
-    programs = PROGRAMS if processes == 2 else ["loop", "trainer"]
+    programs = [*PROGRAMS, *OTHERS] if processes == 2 else ["loop", "trainer"]
     found = started(processes, 2, *programs)
     labels = [13, 19, 25, 42, 11, 28, 34]
     each = [entry["eval_each"] for entry in found["trainer"]["log"] if "eval_each" in entry]
@@ -97,6 +103,14 @@ def test_every_sample_is_evaluated_once_and_in_order(started, processes):
     assert joined(facts["labels"]) == labels and len(joined(facts["objects"])) == len(labels)
     batch = len(facts["streams"][0][0])
     assert [joined(stream) for stream in facts["streams"]] == [list(range(11)), list(range(batch, 11))]
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_all_ranks_of_a_group_are_given_what_one_process_is_given(started, name):
+    found, alone = started(2, 2, *PROGRAMS, *OTHERS)["orders"][name], started(1, 1, *PROGRAMS, "orders")["orders"][name]
+    assert found == alone * 2
+    assert (len(alone[0][0]) > 3 and alone[0][0] != alone[0][1]) or name not in SHUFFLED
+    assert len(alone[0][2]) == len(alone[0][0]) - 2
 
 
 REFUSED = {
@@ -115,7 +129,7 @@ REFUSED = {
 
 
 def test_what_cannot_be_is_refused_before_training_with_the_way_out(started):
-    messages = started(2, 2, *PROGRAMS, "refused")["refused"]["messages"]
+    messages = started(2, 2, *PROGRAMS, *OTHERS)["refused"]["messages"]
     assert messages.keys() == REFUSED.keys()
     for name, words in REFUSED.items():
         assert words in messages[name], messages[name]
@@ -123,6 +137,6 @@ def test_what_cannot_be_is_refused_before_training_with_the_way_out(started):
 
 
 def test_a_sampler_of_ones_own_is_told_replicas(started):
-    of_ranks = started(2, 2, *PROGRAMS, "refused")["refused"]["sampler"]
+    of_ranks = started(2, 2, *PROGRAMS, *OTHERS)["refused"]["sampler"]
     alone = {"num_replicas": 1, "rank": 0}
     assert of_ranks == [[{"num_replicas": 2, "rank": rank}, alone, alone] for rank in range(2)]
