@@ -104,14 +104,15 @@ class _LocalLoss:
         count = num_items_in_batch
         if count is None:
             count = (shift_labels != ignore_index).sum()
-        loss = self._function(
-            logits=logits, labels=labels, vocab_size=vocab_size, num_items_in_batch=count, ignore_index=ignore_index,
+        # Divided here by N / size, the gradient that is computed in forward need not be scaled in backward.
+        mine = self._function(
+            logits=logits, labels=labels, vocab_size=vocab_size, num_items_in_batch=count / group.size,
+            ignore_index=ignore_index,
             shift_labels=cut.mine(shift_labels, -1, ignore_index).contiguous(), **kwargs,
         )  # fmt: skip
-        total = summed(loss, group)
+        total = summed(mine, group) / group.size
         if not torch.is_grad_enabled():
             return total
-        mine = loss * group.size
         return mine + (total - mine).detach()
 
 

@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ds_minis import convert_to_mini_sequence
 
-HIDDEN, HEADS, KV_HEADS, LAYERS, VOCAB = 64, 4, 2, 2, 512
+HIDDEN, HEADS, KV_HEADS, LAYERS, VOCAB = 64, 8, 2, 2, 512  # four query heads for a KV head, as in Llama 3
 MODES = {"gather": "gather", "ulysses": "ulysses", "ring": "ring"}
 MODELS = {"Llama-3-8B": (32, 8, 128, 32), "Llama-3-70B": (64, 8, 128, 80)}  # heads, KV heads, width, layers
 
