@@ -66,6 +66,8 @@ class CutInputs:
         if decoder.training:
             under.enter_context(parallel.own_random_numbers(tokens.device))
         decoder.__dict__[_ATTRIBUTE] = under, cut
+        for begun in parallel.chunking.passes[-1:]:  # which Ctrl-C in a chunk closes, for which torch calls no hook
+            begun.callback(_close, decoder)
         return (), given
 
 

@@ -38,9 +38,9 @@ class BeginLoss:
 
     @outside_of_graphs
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        _end(model, self._parallel)  # of a pass that Ctrl-C ended, for which torch calls no hook
         if self._parallel.loss_is_local:
             return  # a model around this one has decided
-        _end(model, self._parallel)
         config = self._parallel.chunking.config
         if argument(model, "labels", args, kwargs) is None or not config.loss or config.return_logits:
             return
