@@ -110,7 +110,11 @@ def _remembering(read):
 
 def attach_accelerator(accelerator_module) -> None:
     """Has `Accelerator` take the plugin, and convert models before it wraps them."""
-    from ds_minis.integrations.data import attach_data, step_for_replicas  # which needs accelerate's modules
+    from ds_minis.integrations.data import (  # need accelerate's modules
+        attach_data,
+        schedules_for_replicas,
+        step_for_replicas,
+    )
 
     accelerator_class = accelerator_module.Accelerator
     init, prepare, prepare_model = (
@@ -142,8 +146,10 @@ def attach_accelerator(accelerator_module) -> None:
     @functools.wraps(prepare)
     def prepare_converted(self, *args, **kwargs):
         models_of(self).convert(self, [arg for arg in args if isinstance(arg, nn.Module)])
-        result = prepare(self, *args, **kwargs)
-        step_for_replicas(self._schedulers, models_of(self).replicas.decided())
+        replicas = models_of(self).replicas
+        with schedules_for_replicas(() if self.split_batches else args, replicas.size(self)):
+            result = prepare(self, *args, **kwargs)
+        step_for_replicas(self._schedulers, replicas.decided())
         return result
 
     @functools.wraps(prepare_model)

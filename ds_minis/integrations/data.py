@@ -17,7 +17,7 @@ import torch
 from accelerate import data_loader
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from accelerate.scheduler import AcceleratedScheduler
-from accelerate.utils import broadcast_object_list, recursively_apply
+from accelerate.utils import DummyScheduler, broadcast_object_list, recursively_apply
 
 from ds_minis.integrations.accelerate_replicas import Replicas
 from ds_minis.parallel.groups import replicas
@@ -182,6 +182,19 @@ def attach_skipping(module: Any) -> None:
 
     skip_first_batches._ds_minis = True
     module.skip_first_batches = skip_first_batches
+
+
+@contextlib.contextmanager
+def schedules_for_replicas(prepared: Iterable[Any], size: int) -> Iterator[None]:
+    """Inside, accelerate divides the length of a schedule that DeepSpeed is to make by the number of replicas."""
+    schedules = [s for s in prepared if isinstance(s, DummyScheduler) and s.total_num_steps is not None and size > 1]
+    for schedule in schedules:
+        schedule.total_num_steps *= size  # which accelerate divides by the number of processes
+    try:
+        yield
+    finally:
+        for schedule in schedules:
+            schedule.total_num_steps //= size
 
 
 class _ReplicaScheduler(AcceleratedScheduler):

@@ -6,13 +6,13 @@ import accelerate  # before the integrations, which its own import attaches
 import pytest
 import torch
 from accelerate.scheduler import AcceleratedScheduler
+from accelerate.utils import DummyScheduler
 from models import build
 
 from ds_minis import convert_to_mini_sequence, sampler_arguments
-from ds_minis.config import SequenceParallel
 from ds_minis.config_sources import Request
 from ds_minis.integrations.accelerate_replicas import Replicas
-from ds_minis.integrations.data import _of_first_ranks, _slice_of_replica, step_for_replicas
+from ds_minis.integrations.data import _of_first_ranks, _slice_of_replica, schedules_for_replicas, step_for_replicas
 from ds_minis.parallel.loss import has_standard_loss
 from ds_minis.parallel.state import Parallel
 
@@ -118,8 +118,16 @@ def test_a_scheduler_steps_once_for_each_replica(monkeypatch, clean_accelerate_s
         assert inner.last_epoch == inner.total_steps
 
 
+def test_a_schedule_of_deepspeeds_is_as_long_as_the_replicas_make_it():
+    schedules = [DummyScheduler(None, total_num_steps=13), DummyScheduler(None)]
+    with schedules_for_replicas([None, *schedules], 2):
+        assert schedules[0].total_num_steps / 4 == 13 / 2 and schedules[1].total_num_steps is None  # 4 processes
+    with schedules_for_replicas(schedules, 1):
+        assert schedules[0].total_num_steps == 13
+
+
 def parallel_of(rank: int) -> Parallel:
-    made = Parallel(SequenceParallel(2), None)
+    made = object.__new__(Parallel)
     made._group = SimpleNamespace(rank=rank, size=2)
     return made
 
