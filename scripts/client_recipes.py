@@ -342,7 +342,7 @@ CLIENTS = (
             ),
             (
                 "benchmark.py of mini-s",
-                "transformers==4.40.0",
+                "transformers==5.23.0",
                 "a training loop of its own on a GPU: no configuration reaches it, but a line of code "
                 "(`convert_to_mini_sequence`)",
             ),
