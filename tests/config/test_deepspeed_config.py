@@ -156,6 +156,11 @@ def tiled(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, Tiled)}
 
 
+def engine_class() -> type:
+    """A class to be wrapped in the place of DeepSpeed's own."""
+    return type("DeepSpeedEngine", (), {"deepspeed_io": lambda self, dataset, **_: dataset})
+
+
 class Engine:
     """Stands for deepspeed: an `initialize` of the same signature that notes what it was given, and starts nothing."""
 
@@ -170,7 +175,7 @@ class Engine:
             self.calls.append((mini_sequence_report(model), args, optimizer, config, config_params))
             return model
 
-        self.module = types.SimpleNamespace(initialize=initialize)
+        self.module = types.SimpleNamespace(initialize=initialize, DeepSpeedEngine=engine_class())
         attach_initialize(self.module)
 
     def initialize(self, *args, **kwargs):
@@ -254,13 +259,14 @@ def test_what_deepspeed_cannot_read_is_refused_in_its_own_words(config):
 
 @pytest.mark.parametrize("config", [ENGINE, {"mini_sequence": True}], ids=["off", "on"])
 def test_a_missing_model_is_left_to_deepspeed(config):
-    engine = types.SimpleNamespace(initialize=inspect.unwrap(deepspeed.initialize))
+    initialize = inspect.unwrap(deepspeed.initialize)
+    engine = types.SimpleNamespace(initialize=initialize, DeepSpeedEngine=engine_class())
     attach_initialize(engine)
     with pytest.raises(AssertionError, match="requires a model"):
         engine.initialize(config=config)
 
 
-def test_other_settings_in_python_and_in_the_file_are_shown_with_both_doors(ds_json):
+def test_other_settings_in_python_and_in_the_file_are_shown_with_both_sources(ds_json):
     engine, model = Engine(), convert_to_mini_sequence(build("llama"), SETTINGS)
     path = ds_json({"mini_sequence": {"chunk_size": 7}})
     with pytest.raises(ValueError, match="different mini-sequence settings") as error:
