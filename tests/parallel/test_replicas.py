@@ -103,6 +103,7 @@ def test_a_dispatcher_gives_all_ranks_of_a_group_one_part():
 def test_a_scheduler_steps_once_for_each_replica(monkeypatch, clean_accelerate_state, split):
     accelerate.Accelerator(cpu=True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 6)
+    monkeypatch.setattr("accelerate.scheduler.AcceleratorState", lambda: SimpleNamespace(num_processes=6))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     inner = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=7)
     scheduler = AcceleratedScheduler(inner, SimpleNamespace(step_was_skipped=False), split_batches=split)
