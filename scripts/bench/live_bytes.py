@@ -37,6 +37,7 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         apart: tensors that are not counted, nor what is seen through them.
+        with_meta: count tensors on the meta device, which stand for others in a simulation, but take no memory.
         flops_of: of other operations than matrix products, given their arguments.
 
     Attributes:
@@ -53,12 +54,14 @@ class LiveBytes(TorchDispatchMode):
         *,
         trace: bool = False,
         apart: Iterable[Tensor] = (),
+        with_meta: bool = True,
         flops_of: Mapping[object, Callable[[tuple], int]] | None = None,
     ):
         super().__init__()
         self.now = self.peak = self.host_now = self.host_peak = self.matmul_flops = self.other_flops = 0
         self.at_peak: list[Live] = []
         self._device, self._trace, self._flops_of = device, trace, flops_of or {}
+        self._with_meta = with_meta
         self._live: dict[int, tuple[Live, bool]] = {}
         self._apart = [tensor.untyped_storage() for tensor in apart]  # held, or their addresses might be given again
         self._keys_apart = {storage._cdata for storage in self._apart}
@@ -79,7 +82,7 @@ class LiveBytes(TorchDispatchMode):
     def hold(self, tensor: Tensor, made_by: str) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._live or key in self._keys_apart:
+        if key in self._live or key in self._keys_apart or (tensor.is_meta and not self._with_meta):
             return
         on_host = self._device != "cpu" and tensor.device.type == "cpu"
         live = Live(storage.nbytes(), made_by, tuple(tensor.shape), tensor.dtype, _where() if self._trace else "")

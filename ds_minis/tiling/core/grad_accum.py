@@ -30,7 +30,7 @@ class GradientSums:
 
     Args:
         leaves: the parameters.
-        single: there is only one chunk, so its gradients are kept in their own dtype.
+        single: keep gradients in their own dtype: there is only one chunk, or the sums are only compared (an analysis).
 
     Attributes:
         sums: of each leaf, as it is now: float32 until `result`; None if it has no gradient yet.
@@ -69,7 +69,7 @@ class GradientSums:
             if grad is None:
                 continue
             if self.sums[i] is not None:
-                wide = torch.promote_types(grad.dtype, torch.float32)
+                wide = self._sum_dtype(grad)
                 self.sums[i] = self.sums[i].to(wide).add_(grad)  # back to float32 if it was rounded
             else:
                 # Copy even if it is float32 already: autograd may return one tensor for two parameters.

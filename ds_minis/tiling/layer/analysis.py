@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_minis.tiling.core.grad_accum import drain
 from ds_minis.tiling.core.linear import is_plain_linear
 from ds_minis.tiling.core.out_of_memory import is_out_of_memory
 from ds_minis.tiling.core.params import ParameterSlots
@@ -41,6 +42,7 @@ from ds_minis.tiling.passes.head_groups import HeadGroups, WrongGroups, count_gr
 from ds_minis.tiling.passes.layer_args import LayerArgs
 from ds_minis.tiling.passes.layer_passes import NO_DEAD_VALUES, DeadValues, LayerPasses, NoAttention, chunk_of
 from ds_minis.tiling.passes.node import LayerNode
+from ds_minis.tiling.verify.fingerprints import fingerprints
 from ds_minis.tiling.verify.follow import Reach
 from ds_minis.tiling.verify.op_trace import SHARED_DRAW, Watch, shares_draws
 from ds_minis.tiling.verify.side_effects import guarded, is_held, quietly
@@ -194,7 +196,7 @@ class LayerProbe:
         return LayerAnalysis(groups=groups if cut else None)
 
     def _whole(self) -> tuple[list[Tensor | None], tuple | None, str]:
-        """Runs the layer at once: result and gradients, further outputs, the reason why it cannot be tiled."""
+        """Runs the layer at once: results as of `_by_chunks`, further outputs, the reason why it cannot be tiled."""
         leaves = [p.detach().requires_grad_(wanted) for p, wanted in zip(self._params, self._with_grad, strict=True)]
         x = self._x.clone().requires_grad_()
         requests: list[AttentionRequest] = []
@@ -227,10 +229,11 @@ class LayerProbe:
         self._grad = torch.randn_like(y)
         inputs = [t for t in (x, *leaves) if t.requires_grad]
         with self._slots.reparametrized(leaves):  # backward may call the module again
-            grads = iter(torch.autograd.grad(y, inputs, self._grad.clone(), allow_unused=True))
+            grads = drain(torch.autograd.grad(y, inputs, self._grad.clone(), allow_unused=True))
         if writes_gradients(leaves):
             return [], None, WRITES_GRADIENTS
-        return [y.detach(), *(next(grads) if t.requires_grad else None for t in (x, *leaves))], rest, ""
+        grad_x = next(grads)
+        return [y.detach(), grad_x, *fingerprints(next(grads) if t.requires_grad else None for t in leaves)], rest, ""
 
     def _differing_setting(self) -> str:
         """The name of an argument of the attention that differs between a chunk and all tokens; empty if none does.
@@ -256,12 +259,15 @@ class LayerProbe:
     def by_chunks(
         self, dead_values: DeadValues, groups: HeadGroups | None = None, at_once: bool = False
     ) -> list[Tensor | None]:
-        """Result and gradients by chunks in reversed order, run as a tiled layer runs them."""
-        node = LayerNode(self.layer, self._passes(at_once), dead_values, groups, attend=stand_in, slots=self._slots)
+        """Result and gradients (of weights: fingerprints) by chunks in reversed order, run as a tiled layer runs them."""
+        node = LayerNode(
+            self.layer, self._passes(at_once), dead_values, groups, attend=stand_in, compared=True, slots=self._slots
+        )
         with torch.no_grad():
             y = node.forward([self._x], with_backward=True)
             node.grad_output = self._grad.clone()  # backward may overwrite it
-            return [y, *node.backward([self._x, *self._params], [True, *self._with_grad])]
+            grad_x, *grads = node.backward([self._x, *self._params], [True, *self._with_grad])
+            return [y, grad_x, *fingerprints(grads)]
 
     def _search(self) -> DeadValueSearch:
         without_grad = [p for p, wanted in zip(self._slots.tensors, self._with_grad, strict=True) if not wanted]

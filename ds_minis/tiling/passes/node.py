@@ -51,6 +51,7 @@ class LayerNode(TiledOp):
         layer_input: stores the layer's input until backward; None leaves that to autograd.
         keep: store the attention's output there too, if possible.
         attend: replaces the attention while the layer is analyzed.
+        compared: gradients are only compared, so they need no sums in float32, which may take twice the weights' memory.
         slots: the module's tensors; None finds them now. bitsandbytes replaces a weight in the first forward under FSDP1.
 
     Attributes:
@@ -69,6 +70,7 @@ class LayerNode(TiledOp):
         layer_input: LayerInput | None = None,
         keep: bool = False,
         attend: Attend = attend_once,
+        compared: bool = False,
         slots: ParameterSlots | None = None,
     ):
         self.module, self.slots = module, slots or ParameterSlots(module)
@@ -77,6 +79,7 @@ class LayerNode(TiledOp):
         self._untrained = Untrained(module, self.slots, self.memory.copies)
         self._passes, self._dead_values, self._groups = passes, dead_values, groups
         self.layer_input, self._keep, self._attend = layer_input, keep, attend
+        self._compared = compared
         self._plans = module.mini_sequence_chunking.kept_plans
         self._kept: KeptAttention | None = None
 
@@ -183,7 +186,8 @@ class LayerNode(TiledOp):
                 params, (x, *kept) = tensors, self.layer_input.fetch()
         x_needs_grad, *params_need_grad = needs_grad
         leaves = [p.detach().requires_grad_(need) for p, need in zip(params, params_need_grad, strict=True)]
-        sums, grad_x = GradientSums(leaves, single=len(self._passes.bounds) == 1 and self._groups is None), None
+        single = len(self._passes.bounds) == 1 and self._groups is None
+        sums, grad_x = GradientSums(leaves, single=single or self._compared), None
         if x_needs_grad:
             # Once a chunk is done, its part of the incoming gradient may be overwritten.
             reuse = reuse and grad_y.dtype == x.dtype and grad_y.shape == x.shape

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_minis.tiling.core.grad_accum import GradientSums
+from ds_minis.tiling.core.grad_accum import GradientSums, drain
 from ds_minis.tiling.core.out_of_memory import is_out_of_memory
 from ds_minis.tiling.core.params import ParameterSlots
 from ds_minis.tiling.core.replay import AutocastState
 from ds_minis.tiling.core.row_args import RowArgs
+from ds_minis.tiling.verify.fingerprints import fingerprints
 from ds_minis.tiling.verify.follow import Reach, follow_module
 from ds_minis.tiling.verify.op_trace import SHARED_DRAW, Watch, shares_draws
 from ds_minis.tiling.verify.side_effects import guarded, is_held, quietly
@@ -175,7 +176,7 @@ class _Run:
         return is_held(self._sentinels)
 
     def whole(self) -> list[Tensor | None]:
-        """Output, gradient of the first argument, gradients of the weights; empty if `reason` was set."""
+        """Output, gradient of the first argument, fingerprints of the weights' gradients; empty if `reason` was set."""
         return self._over([slice(0, self._call.num_rows)], self._call.whole)
 
     def in_reversed_chunks(self) -> list[Tensor | None]:
@@ -187,7 +188,7 @@ class _Run:
         call = self._call
         slots = ParameterSlots(self._module)
         leaves = [p.detach().requires_grad_(p.numel() <= LARGEST_WEIGHT) for p in slots.tensors]
-        sums, output, input_grad = GradientSums(leaves), None, None
+        sums, output, input_grad = GradientSums(leaves, single=True), None, None
         with torch.set_grad_enabled(self._with_grads), slots.reparametrized(leaves):
             for rows in slices:
                 parts = [row[rows].detach().clone() for row in call.rows()]
@@ -214,7 +215,7 @@ class _Run:
                 inputs = [t for t in (leaf, *leaves) if t.requires_grad]
                 if y.requires_grad:
                     # A copy, since a backward may overwrite its incoming gradient.
-                    grads = iter(torch.autograd.grad(y, inputs, self._grad[rows].clone(), allow_unused=True))
+                    grads = drain(torch.autograd.grad(y, inputs, self._grad[rows].clone(), allow_unused=True))
                     if writes_gradients(leaves):
                         self.reason = WRITES_GRADIENTS
                         return []
@@ -222,7 +223,7 @@ class _Run:
                     input_grad[rows] = 0 if grad is None else grad
                     sums.add(grads)
                 y = None
-        return [output, input_grad, *sums.result()]
+        return [output, input_grad, *fingerprints(sums.result())]
 
     def poison_fallback_reason(self, expected: Sequence[Tensor | None]) -> str:
         """The reason if rows that are NaN or large change other rows, in forward or in backward; else empty."""
