@@ -73,9 +73,9 @@ def tiled_calls(monkeypatch) -> list[tuple[str, int]]:
     """Class of the module (also of a whole layer) and number of rows of each call that ran over chunks."""
     calls = []
 
-    def counted_layer(module, forward, call, *args):
+    def counted_layer(module, forward, call, *args, **kwargs):
         calls.append((type(module).__name__, call.hidden.shape[:2].numel()))
-        return own(module, forward, call, *args)
+        return own(module, forward, call, *args, **kwargs)
 
     own = tiled_layer.LayerPasses
     monkeypatch.setattr("ds_minis.tiling.layer.tiled_layer.LayerPasses", counted_layer)

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ds_minis.tiling.core.grad_accum import GradientSums
-from ds_minis.tiling.core.replay import AutocastState, patched_forwards
+from ds_minis.tiling.core.params import submodules
+from ds_minis.tiling.core.replay import autocast_dtype, patched_forwards
 
 Forwards = dict[nn.Module, Callable]
 
@@ -52,8 +52,7 @@ class _Linear(torch.autograd.Function):
         return x.new_full((), value).expand(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor):  # never differentiated, but `once_differentiable` would cost time at each call
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
         with _without_autocast(grad.device.type):  # the operands are cast; the float32 sum must not be
@@ -67,7 +66,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    if not torch.amp.is_autocast_available(device_type):
+    if autocast_dtype(device_type) is None:
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
 
@@ -92,7 +91,7 @@ def chunk_forwards(
         value: fills the results of `dead`.
     """
     forwards: Forwards = {}
-    for linear in module.modules():
+    for linear in submodules(module):
         own = type(linear).forward is nn.Linear.forward and "forward" not in linear.__dict__
         if not own or is_traceable_wrapper_subclass(linear.weight):
             continue
@@ -116,8 +115,9 @@ def _forward(linear: nn.Linear, add: Callable[[Tensor, Tensor], None] | None, va
     cast: dict[torch.dtype, Tensor] = {}  # cast once for all chunks
 
     def forward(input: Tensor) -> Tensor:
-        leaf, bias, autocast = linear.weight, linear.bias, AutocastState(input.device)
-        dtype = autocast.dtype_of(input) if autocast.dtype() is not None else None
+        leaf, bias, dtype = linear.weight, linear.bias, autocast_dtype(input.device.type)
+        if dtype is not None and input.dtype == torch.float64:
+            dtype = torch.float64  # autocast leaves it as it is
         if input.dim() < 2:
             return F.linear(input, leaf, bias)
         if dtype is not None:
@@ -143,7 +143,7 @@ class LastLinear:
     def __init__(self, module: nn.Module):
         # Plain layers only: a quantized or patched forward may do something else.
         self._linears = [
-            m for m in module.modules() if type(m).forward is nn.Linear.forward and "forward" not in m.__dict__
+            m for m in submodules(module) if type(m).forward is nn.Linear.forward and "forward" not in m.__dict__
         ]
         self._found: nn.Linear | None = None
 

@@ -5,9 +5,11 @@ The error's type and message do not change. The innermost place that an error pa
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import sys
+from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,8 +20,8 @@ _NOTE = "ds_minis: out of memory "
 _SHORTER = "shorter sequences (sequence parallelism gives each device a part of them)"
 
 
-class OutOfMemoryNote(contextlib.ContextDecorator):
-    """Adds a note to an out-of-memory error raised inside, unless the error already has one."""
+class OutOfMemoryNote:
+    """Adds a note to an out-of-memory error raised inside, unless the error already has one; context or decorator."""
 
     def __init__(self, note: str):
         self._note = note
@@ -30,6 +32,19 @@ class OutOfMemoryNote(contextlib.ContextDecorator):
     def __exit__(self, kind: type | None, error: BaseException | None, _: TracebackType | None) -> None:
         if is_out_of_memory(error):
             _add(error, self._note)
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Without entering a context: `add_product` runs once for each matmul."""
+
+        @functools.wraps(function)
+        def noted(*args, **kwargs):
+            try:
+                return function(*args, **kwargs)
+            except Exception as error:
+                self.__exit__(type(error), error, None)
+                raise
+
+        return noted
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

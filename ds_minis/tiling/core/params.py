@@ -25,6 +25,19 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def submodules(module: nn.Module) -> list[nn.Module]:
+    """`list(module.modules())`, in a fraction of the time."""
+    found: dict[int, nn.Module] = {}
+    stack = [module]
+    while stack:
+        part = stack.pop()
+        if id(part) not in found:
+            found[id(part)] = part
+            if part._modules:
+                stack += [child for child in reversed(part._modules.values()) if child is not None]
+    return list(found.values())
+
+
 class ParameterSlots:
     """Where a module holds its trainable tensors, and how to replace them.
 
@@ -43,7 +56,7 @@ class ParameterSlots:
         self.others: list[tuple[nn.Module, str, str, Tensor]] = []
         self._slots: list[tuple[nn.Module, str, int]] = []
         index_of: dict[int, int] = {}
-        for submodule in module.modules():
+        for submodule in submodules(module):
             own = submodule.__dict__
             for kind in ("_parameters", "_buffers", "__dict__"):
                 for name, value in (own if kind == "__dict__" else own[kind]).items():
@@ -187,7 +200,7 @@ def constants_of(module: nn.Module) -> Constants:
     """The settings of all submodules (training, a scale, whether an adapter is on), without DeepSpeed's counters."""
     return [
         (part, {k: copy.copy(v) for k, v in part.__dict__.items() if _is_constant(v) and not k.startswith("ds_")})
-        for part in module.modules()
+        for part in submodules(module)
     ]
 
 

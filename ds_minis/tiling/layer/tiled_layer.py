@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_minis.config import AUTO
 from ds_minis.ranks import has_other_ranks
 from ds_minis.tiling.core.replay import AutocastState, has_values, random_states, set_random_states
 from ds_minis.tiling.core.tiled_op import run_call
@@ -43,18 +44,19 @@ class TiledLayer(ItsOwnCheckpointing, Tiled):
         if chunking is None or chunking.suspended or torch.compiler.is_compiling():
             return self._as_it_is(forward, args, kwargs)
         call = LayerArgs(args, kwargs)
-        if not call.reason and _runs_whole(self, call):
+        chunk = 0 if call.reason else _chunk_tokens(self, call)
+        if not call.reason and _runs_whole(self, call, chunk):
             num_tokens = call.hidden.shape[:2].numel()
-            chunking.note("layer", num_tokens, _chunk_tokens(self, call) * call.hidden.shape[0], as_it_is=True)
+            chunking.note("layer", num_tokens, chunk * call.hidden.shape[0], as_it_is=True)
             return self._as_it_is(forward, args, kwargs)
         hidden = call.hidden  # a tiled call frees it
-        analysis = _analysis_for(self, forward, call)
+        analysis = _analysis_for(self, forward, call, chunk)
         if analysis.reason:
             if chunking.parallel is not None:
                 chunking.parallel.require_token_wise(self, args, kwargs)
             return self._run_whole(forward, args, kwargs, call)
         try:
-            y = _forward_by_tokens(self, forward, call, analysis)
+            y = _forward_by_tokens(self, forward, call, analysis, chunk)
         except DifferentSettings as error:
             call.hidden = hidden
             _record(self, ("call", str(error)), LayerAnalysis(str(error)))
@@ -93,7 +95,7 @@ def one_call_fallback_reason(layer: nn.Module) -> str:
 
 
 @outside_of_graphs
-def _analysis_for(layer: TiledLayer, forward: Callable[..., Any], call: LayerArgs) -> LayerAnalysis:
+def _analysis_for(layer: TiledLayer, forward: Callable[..., Any], call: LayerArgs, chunk: int) -> LayerAnalysis:
     """Analyzes the layer once per kind of call and signature. Hooks are checked at each call: they may come and go."""
     analyses = layer.mini_sequence_analyses
     signature = module_signature(layer, analyses.ignored)
@@ -104,7 +106,7 @@ def _analysis_for(layer: TiledLayer, forward: Callable[..., Any], call: LayerArg
         return _record(layer, ("call", reason), LayerAnalysis(reason))
     kind = with_grads, call.hidden.dtype, AutocastState(call.hidden.device).dtype(), call.key
     key = (*kind, signature.stable)
-    analysis, chunk = analyses.get(key), _chunk_tokens(layer, call)
+    analysis = analyses.get(key)
     if analysis is not None and not analyses.is_stale(analysis, signature.versions):
         if analysis.reason or analysis.reach.holds(call.hidden.shape[1], chunk) or not has_values(call.hidden):
             return _record(layer, key, analysis)
@@ -145,9 +147,10 @@ def _left_behind(layer: TiledLayer, forward: Callable[..., Any], call: LayerArgs
     """Runs the real attention on all tokens, where a few were not enough; the reason if it changes state, else empty."""
     x = call.hidden
     with torch.no_grad():
+        random = random_states(x.device)
         passes = LayerPasses(layer, forward, call, _bounds(x.shape[1], chunk), layer.mini_sequence_chunking)
         request, qkv = passes.pre_attention(x)
-        state, random = State(request.module, request.function), random_states(x.device)
+        state = State(request.module, request.function)
         try:
             with passes.attention_memory():
                 request.run(qkv)
@@ -186,9 +189,8 @@ def _leave_whole(layer: TiledLayer) -> None:
     warn_once(layer, "is run as a whole", analysis.reason)
 
 
-def _runs_whole(layer: TiledLayer, call: LayerArgs) -> bool:
+def _runs_whole(layer: TiledLayer, call: LayerArgs, chunk: int) -> bool:
     """Whether the call fits into one chunk and runs untiled, as for a tiled module (`tiled_op.runs_whole`)."""
-    chunk = _chunk_tokens(layer, call)
     # Also in training without gradients: dropout must draw the same numbers as with gradients (GradCache).
     trains = torch.is_grad_enabled() or layer.training
     return call.hidden.shape[1] <= chunk and not (trains and has_other_ranks())
@@ -197,8 +199,9 @@ def _runs_whole(layer: TiledLayer, call: LayerArgs) -> bool:
 def _chunk_tokens(layer: TiledLayer, call: LayerArgs) -> int:
     """Tokens per sequence in a chunk; at least two, since models treat a single one as a generation step."""
     batch, num_tokens, width = call.hidden.shape
-    rows = layer.mini_sequence_chunking.module_rows(batch * num_tokens, width, layer_experts_per_choice(layer))
-    return max(2, rows // batch)
+    chunking = layer.mini_sequence_chunking
+    experts = layer_experts_per_choice(layer) if chunking.config.chunk_size == AUTO else 1.0
+    return max(2, chunking.module_rows(batch * num_tokens, width, experts) // batch)
 
 
 def layer_experts_per_choice(layer: nn.Module) -> float:
@@ -215,17 +218,17 @@ def _bounds(num_tokens: int, chunk: int) -> list[tuple[int, int]]:
 
 @outside_of_graphs
 def _forward_by_tokens(
-    layer: TiledLayer, forward: Callable[..., Any], call: LayerArgs, analysis: LayerAnalysis
+    layer: TiledLayer, forward: Callable[..., Any], call: LayerArgs, analysis: LayerAnalysis, chunk: int
 ) -> Tensor:
     require_weights(layer)
-    chunking, x, chunk = layer.mini_sequence_chunking, call.hidden, _chunk_tokens(layer, call)
+    chunking, x = layer.mini_sequence_chunking, call.hidden
     bounds = _bounds(x.shape[1], chunk)
     chunking.note("layer", x.shape[:2].numel(), chunk * x.shape[0])
     layer_input = None
     if torch.is_grad_enabled():
         layer_input = None if chunking.layer_inputs is None else chunking.layer_inputs.new_input()
         call.until_backward()
-    passes = LayerPasses(layer, forward, call, bounds, chunking, analysis.settings)
+    passes = LayerPasses(layer, forward, call, bounds, chunking, analysis.settings, shorten=True)
     node = LayerNode(layer, passes, analysis.dead_values, analysis.groups, layer_input, chunking.config.keep_attention)
     y = run_call(node, [x])
     if node.one_call:

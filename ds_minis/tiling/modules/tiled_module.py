@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_minis.tiling.core.params import submodules
 from ds_minis.tiling.core.replay import AutocastState, has_values
 from ds_minis.tiling.core.row_args import RowArgs, tensors_in
 from ds_minis.tiling.core.tiled_op import runs_whole, tile_rows
@@ -168,6 +169,10 @@ def require_weights(module: nn.Module) -> None:
     Raises:
         RuntimeError: a submodule is wrapped by FSDP, or a weight is partitioned by ZeRO-3.
     """
+    parts = submodules(module)
+    partitioned = any(p is not None and hasattr(p, "ds_shape") for part in parts for p in part._parameters.values())
+    if not partitioned and not any(map(engine_of, parts)):
+        return
     for name, child in module.named_modules():
         wrapper = engine_of(child)
         if wrapper and (child is not module or wrapper == "FullyShardedDataParallel"):

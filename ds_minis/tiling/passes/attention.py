@@ -134,6 +134,16 @@ def attention_answered_by(answer: Callable[[AttentionRequest], Tensor]) -> conte
 
 
 @contextlib.contextmanager
+def attention_replaced() -> Iterator[None]:
+    """Inside, `attention_handled_by` is cheap: the lookup stays replaced from one handler to the next."""
+    _set_answering(1)
+    try:
+        yield
+    finally:
+        _set_answering(-1)
+
+
+@contextlib.contextmanager
 def attention_handled_by(handler: Handler) -> Iterator[None]:
     """Inside, this thread runs `handler(function, args, kwargs)` instead of the attention `function(*args, **kwargs)`."""
     _set_answering(1)
@@ -169,13 +179,15 @@ def attention_unwrapped() -> Iterator[None]:
 def _set_answering(step: int) -> None:
     """Replaces the lookup while any thread has a handler or a wrapper. The replacement looks for those of its own thread."""
     global _num_answering
-    registry = getattr(sys.modules["transformers.modeling_utils"], _REGISTRY)
     with _lock:
         before, _num_answering = _num_answering, _num_answering + step
+        if before and _num_answering:
+            return
+        registry = getattr(sys.modules["transformers.modeling_utils"], _REGISTRY)
         if before == 0:
             registry.__dict__[_REPLACED] = registry.__dict__.get("get_interface")
             registry.__dict__["get_interface"] = functools.partial(_answering, registry.get_interface)
-        elif _num_answering == 0:
+        else:
             own = registry.__dict__.pop(_REPLACED)
             if own is None:
                 del registry.__dict__["get_interface"]
@@ -191,9 +203,10 @@ def _answering(get_interface: Callable[..., Callable], *args, **kwargs) -> Calla
         return function
     handler = _answers.stack[-1]
 
-    @functools.wraps(function)
     def attention(*args, **kwargs):
         return handler(function, args, kwargs)
+
+    attention.__wrapped__ = function  # its signature
 
     return attention
 

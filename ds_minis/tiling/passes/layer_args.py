@@ -81,6 +81,13 @@ class LayerArgs:
         args = [x if place == self._place else part(place, v) for place, v in enumerate(self._args)]
         return args, {place: x if place == self._place else part(place, v) for place, v in self._kwargs.items()}
 
+    def placed(self, x: Tensor, args: list, kwargs: dict[str, Any]) -> tuple[list, dict[str, Any]]:
+        """Copies of these arguments, with `x` as the hidden states."""
+        args = [list(v) if type(v) is list else v for v in args]
+        kwargs = {name: list(v) if type(v) is list else v for name, v in kwargs.items()}
+        (args if isinstance(self._place, int) else kwargs)[self._place] = x
+        return args, kwargs
+
     def until_backward(self) -> None:
         """Call this before forward if backward recomputes the call: protects its arguments from changes until then.
 
@@ -131,10 +138,14 @@ class ChunkArgs:
         args, kwargs: the arguments.
     """
 
-    def __init__(self, call: LayerArgs, x: Tensor, start: int, stop: int, batch: int | None = None):
+    def __init__(self, call: LayerArgs, x: Tensor | None, start: int, stop: int, batch: int | None = None):
         self._call, self._slice, self._batch = call, slice(start, stop), batch
         self._whole_of: dict[int, Tensor] = {}  # id of a part -> the whole argument
         self.args, self.kwargs = call.arguments(x, self._part)
+
+    def given(self, x: Tensor) -> tuple[list, dict[str, Any]]:
+        """The arguments with `x` as the hidden states. `self` keeps none, if it was made with None."""
+        return self._call.placed(x, self.args, self.kwargs)
 
     def _part(self, place: int | str, value: Any) -> Any:
         if isinstance(value, tuple | list):

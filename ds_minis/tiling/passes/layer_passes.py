@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ds_minis.tiling.core.exclusive import alone
 from ds_minis.tiling.core.out_of_memory import OutOfMemoryNote, for_layer_inputs, in_attention
-from ds_minis.tiling.core.params import constants_of, restored_flags
+from ds_minis.tiling.core.params import constants_of, restored_flags, submodules
 from ds_minis.tiling.core.replay import AutocastState, Seeds, has_values
 from ds_minis.tiling.modules.state import Chunking
 from ds_minis.tiling.modules.swap import untiled_class
@@ -23,9 +23,11 @@ from ds_minis.tiling.passes.attention import (
     AttentionReached,
     AttentionRequest,
     attention_answered_by,
+    attention_replaced,
     differing_setting,
     settings_of,
 )
+from ds_minis.tiling.passes.attention_tail import AttentionTail
 from ds_minis.tiling.passes.layer_args import ChunkArgs, LayerArgs
 
 
@@ -80,6 +82,7 @@ class LayerPasses:
         forward: the layer's own forward.
         bounds: start and end (exclusive) of each chunk, in tokens, in the order in which the chunks run.
         settings: the non-tensor arguments that the attention must get; None for those of the first chunk.
+        shorten: skip what the attention module does before its attention where only its output counts (`attention_tail`).
 
     Attributes:
         constants: the settings of the layer's submodules.
@@ -94,8 +97,10 @@ class LayerPasses:
         bounds: Sequence[tuple[int, int]],
         chunking: Chunking,
         settings: dict | None = None,
+        shorten: bool = False,
     ):
-        self._settings = settings
+        self._settings, self._shorten = settings, shorten
+        self._tail: AttentionTail | None = None
         x, call.hidden = call.hidden, None  # autograd or the layer-input store saves them
         self.bounds, self._batch = bounds, x.shape[0]
         self.autocast = AutocastState(x.device)
@@ -103,7 +108,8 @@ class LayerPasses:
         self._forward, self._call, self._chunking = forward, call, chunking
         self.way = call.key
         self.constants = constants_of(module)
-        self._seeds = Seeds(x.device) if has_values(x) and any(m.training for m in module.modules()) else None
+        self._parts: dict[int, ChunkArgs] = {}  # without hidden states
+        self._seeds = Seeds(x.device) if has_values(x) and any(m.training for m in submodules(module)) else None
 
     def pre_attention(
         self, x: Tensor, seen: Callable[..., Sequence[Tensor]] | None = None
@@ -118,6 +124,8 @@ class LayerPasses:
                 request, part = self.reach(chunk_of(x, start, stop), i)
                 self._require_settings(request)
                 if not whole:
+                    if self._shorten and self._tail is None and request.module is not self._module:
+                        self._tail = AttentionTail(request.module)
                     first = request.for_whole(part.whole_of)
                     with self.attention_memory():
                         whole = [_for_all_tokens(t, x.shape[1]) for t in request.tensors]
@@ -135,25 +143,40 @@ class LayerPasses:
 
     def reach(self, chunk: Tensor, index: int) -> tuple[AttentionRequest, ChunkArgs]:
         """Runs the layer on a chunk up to its attention."""
-        part = self._call.with_tokens(chunk, *self.bounds[index])
+        part = self._part(index)
+        args, kwargs = part.given(chunk)
         reached: list[AttentionRequest] = []
 
         def stop_here(request: AttentionRequest) -> Tensor:
             reached.append(request)
             raise AttentionReached
 
-        with contextlib.suppress(AttentionReached), attention_answered_by(stop_here), self._seeded(index + 1):
-            self._forward(*part.args, **part.kwargs)
+        try:
+            with attention_answered_by(stop_here), self._seeded(index + 1):
+                self._forward(*args, **kwargs)
+        except AttentionReached:
+            pass
         if not reached:
             raise NoAttention
         return reached[0], part
 
     def post_attention(self, chunk: Tensor, out: Tensor, index: int) -> Tensor:
         """The layer's result for a chunk, given the attention's output."""
-        part = self._call.with_tokens(chunk, *self.bounds[index])
-        with attention_answered_by(lambda request: out), self._seeded(index + 1):
-            y = self._forward(*part.args, **part.kwargs)
+        args, kwargs = self._part(index).given(chunk)
+        out, tail = out.contiguous(), self._tail
+        with (
+            contextlib.nullcontext() if tail is None else tail.run(out),
+            attention_answered_by(lambda request: out if tail is None else tail.answer(out)),
+            self._seeded(index + 1),
+        ):
+            y = self._forward(*args, **kwargs)
         return y[0] if isinstance(y, tuple) else y
+
+    def _part(self, index: int) -> ChunkArgs:
+        """The other arguments for a chunk: views, made once for all passes over the chunk."""
+        if index not in self._parts:
+            self._parts[index] = self._call.with_tokens(None, *self.bounds[index])
+        return self._parts[index]
 
     @contextlib.contextmanager
     def attending(self, group: int = 0) -> Iterator[None]:
@@ -193,9 +216,11 @@ class LayerPasses:
         rows = [self._batch * (stop - start) for start, stop in self.bounds]
         try:
             with (
+                attention_replaced(),
                 alone(self._module),
                 self._chunking.guarded("chunk_size", rows[0], sum(rows)),
                 self._chunking.untiled(),
+                contextlib.nullcontext() if self._seeds is None else self._seeds.restored(),
             ):
                 yield
         finally:
@@ -203,7 +228,8 @@ class LayerPasses:
             torch.clear_autocast_cache()
 
     def _seeded(self, index: int) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if self._seeds is None else self._seeds.part(index)
+        needed = self._seeds is not None and self._seeds.are_needed
+        return self._seeds.part(index) if needed else contextlib.nullcontext()
 
 
 def chunk_of(x: Tensor, start: int, stop: int) -> Tensor:
