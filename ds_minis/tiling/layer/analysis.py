@@ -260,9 +260,8 @@ class LayerProbe:
         self, dead_values: DeadValues, groups: HeadGroups | None = None, at_once: bool = False
     ) -> list[Tensor | None]:
         """Result and gradients (of weights: fingerprints) by chunks in reversed order, run as a tiled layer runs them."""
-        node = LayerNode(
-            self.layer, self._passes(at_once), dead_values, groups, attend=stand_in, compared=True, slots=self._slots
-        )
+        passes = self._passes(at_once)
+        node = LayerNode(self.layer, passes, dead_values, groups, attend=stand_in, compared=True, slots=self._slots)
         with torch.no_grad():
             y = node.forward([self._x], with_backward=True)
             node.grad_output = self._grad.clone()  # backward may overwrite it
@@ -270,10 +269,8 @@ class LayerProbe:
             return [y, grad_x, *fingerprints(grads)]
 
     def _search(self) -> DeadValueSearch:
-        without_grad = [p for p, wanted in zip(self._slots.tensors, self._with_grad, strict=True) if not wanted]
-        return DeadValueSearch(
-            self.layer, self._forward, self._call, self._x, without_grad, self._chunking, self.by_chunks
-        )
+        large = [p for p, wanted in zip(self._slots.tensors, self._with_grad, strict=True) if not wanted]
+        return DeadValueSearch(self.layer, self._forward, self._call, self._x, large, self._chunking, self.by_chunks)
 
     def _attention_fallback_reason(self) -> tuple[str, bool]:
         """The reason why the real attention cannot run apart from the layer, and whether it could run on a few tokens."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ds_minis.tiling.core.exclusive import alone
 from ds_minis.tiling.core.out_of_memory import OutOfMemoryNote, for_layer_inputs, in_attention
 from ds_minis.tiling.core.params import constants_of, restored_flags, submodules
-from ds_minis.tiling.core.replay import AutocastState, Seeds, has_values
+from ds_minis.tiling.core.replay import AutocastState, has_values
 from ds_minis.tiling.modules.state import Chunking
 from ds_minis.tiling.modules.swap import untiled_class
 from ds_minis.tiling.passes.attention import (
@@ -29,6 +29,7 @@ from ds_minis.tiling.passes.attention import (
 )
 from ds_minis.tiling.passes.attention_tail import AttentionTail
 from ds_minis.tiling.passes.layer_args import ChunkArgs, LayerArgs
+from ds_minis.tiling.passes.seeds import Seeds
 
 
 @dataclass(frozen=True)
