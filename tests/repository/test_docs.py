@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from parity import COLUMNS, ROWS
+from parity import COLUMNS, PARALLEL_COLUMNS, PARALLEL_ROWS, ROWS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -31,6 +31,19 @@ def test_the_matrix_has_all_cells_and_none_failed():
         assert len(line) == len(COLUMNS) + 1 and all(text.startswith(("exact ", "refused [")) for text in line[1:]), (
             line
         )
+
+
+def test_the_matrix_of_sequence_parallelism_has_all_cells_and_none_failed():
+    """A cell that was not run says so; those of whole layers were all run."""
+    page = (ROOT / "docs" / "sequence_parallel_matrix.md").read_text()
+    names, _, *lines = [
+        [text.strip() for text in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"
+    ]
+    assert names == ["", *PARALLEL_COLUMNS] and [line[0] for line in lines] == list(PARALLEL_ROWS)
+    for row, *texts in lines:
+        for column, text in zip(PARALLEL_COLUMNS, texts, strict=True):
+            allowed = ("exact ",) if ", layer, " in column else ("exact ", "not run")
+            assert text.startswith(allowed), (row, column, text)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
