@@ -48,9 +48,11 @@ class OneSequence(torch.utils.data.Dataset):
 
 def train(name: str, way: str, stage: int, output: Path) -> None:
     """One step; rank 0 writes loss and gradient norm."""
+    import deepspeed as engine
     from accelerate.utils import ParallelismConfig
     from transformers import Trainer, TrainingArguments
 
+    engine.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled for the CPU, and serves one machine
     deepspeed = {
         "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
         "zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True,
