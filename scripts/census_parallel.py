@@ -94,6 +94,9 @@ def run(architecture: str, timeout: int) -> dict[str, Any]:
             os.waitpid(child, 0)
         files = [folder / f"{rank}.json" for rank in range(RANKS)]
         results = [json.loads(f.read_text()) if f.exists() else {"crash": "no result"} for f in files]
+    for result in results:
+        if "refused" in result:
+            return result  # by one rank alone, which ends the other
     kinds = [next(iter(result)) for result in results]
     return results[0] if kinds[0] == kinds[1] else {"crash": f"the ranks differ: {results}"}
 

@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ds_minis.config import SequenceParallel
@@ -104,17 +103,11 @@ class Parallel:
                 self.chunking.warnings.once(f"sequence_parallel: an attention is run by {mode}: {reason}")
 
     def refuse(self, layer: nn.Module, reason: str) -> None:
-        """Raises `Refused` if a layer, of which one of the ranks found a reason, runs on this rank's tokens.
+        """Raises `Refused` if a layer that has a reason not to runs on this rank's tokens.
 
-        Collective: every rank calls it for each layer that it analyzes, with an empty reason if it found none.
+        Not collective: ranks may analyze at different calls. One that refuses ends the job, also where others saw no reason.
         """
-        if not self.is_running:
-            return
-        group = self.group()
-        found: list[str] = [""] * group.size
-        dist.all_gather_object(found, reason, group=group.handle)
-        reason = next(filter(None, found), "")
-        if reason:
+        if self.is_running and reason:
             raise Refused(
                 f"sequence_parallel: {untiled_class(type(layer)).__name__} cannot run on a part of the sequence: {reason}. "
                 "Leave sequence_parallel out for this model"

@@ -16,7 +16,7 @@ import ds_minis
 ROOT = Path(__file__).parents[2]
 YAMLS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 JSONS = sorted((ROOT / "deepspeed_configs").glob("*.json"))
-TYPES = {"ddp": "MULTI_GPU", "fsdp": "FSDP", "fsdp1": "FSDP"}
+TYPES = {"ddp": "MULTI_GPU", "fsdp": "FSDP", "fsdp1": "FSDP", "fsdp_sp": "FSDP"}
 
 
 def launch_line(path: Path) -> list[str]:
@@ -28,8 +28,8 @@ def launch_line(path: Path) -> list[str]:
 
 
 def test_every_engine_has_its_files():
-    assert {p.stem for p in YAMLS} == {"ddp", "fsdp", "fsdp1", "zero2", "zero3", "zero3_offload"}
-    assert {p.stem for p in JSONS} == {"zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"}
+    assert {p.stem for p in YAMLS} == {"ddp", "fsdp", "fsdp1", "fsdp_sp", "zero2", "zero3", "zero3_offload"}
+    assert {p.stem for p in JSONS} == {"zero0", "zero1", "zero2", "zero3", "zero3_sp", "zero2_offload", "zero3_offload"}
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)

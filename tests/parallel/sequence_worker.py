@@ -26,6 +26,8 @@ RANKS, VOCAB = 4, 131
 def make_model(case: dict):
     torch.manual_seed(0)
     config = CONFIGS[case["family"]]()
+    if case["family"] in ("llama", "mistral"):
+        config.num_hidden_layers = 1  # half of the time; others have two, and so has every model under an engine
     for name, value in case.get("config", {}).items():
         setattr(config, name, value)
     attention = "eager" if case["family"] == "gemma2" else "sdpa"
@@ -136,7 +138,7 @@ def refused(case: dict) -> str:
     if case.get("packed_with_cache"):
         batch["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None] % 7
     if case.get("mixing"):
-        layer = model.model.layers[1]
+        layer = model.model.layers[-1]
         layer.mlp.forward = mixing(layer.mlp.forward)
     try:
         convert_to_mini_sequence(
