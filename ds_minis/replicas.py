@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_minis.convert import mini_sequence_report
-from ds_minis.parallel.groups import GroupError, replicas
+from ds_minis.parallel.groups import require_divisible
 
 
 def group_size(model: nn.Module) -> int:
@@ -44,7 +44,4 @@ def sampler_arguments(model_or_size: nn.Module | int) -> dict[str, int]:
             )
     started = dist.is_available() and dist.is_initialized()
     world, rank = (dist.get_world_size(), dist.get_rank()) if started else (1, 0)
-    try:
-        return {"num_replicas": replicas(world, size), "rank": rank // size}
-    except GroupError as error:
-        raise ValueError(f"sampler_arguments: {error}") from None
+    return {"num_replicas": require_divisible(world, size, "sampler_arguments"), "rank": rank // size}

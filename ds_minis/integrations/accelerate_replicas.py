@@ -10,7 +10,7 @@ from torch import nn
 
 from ds_minis.config_sources import Request
 from ds_minis.convert import mini_sequence_report
-from ds_minis.parallel.groups import GroupError, replicas
+from ds_minis.parallel.groups import require_divisible
 from ds_minis.replicas import group_size
 
 _PEERS = {
@@ -45,7 +45,7 @@ class Replicas:
         """
         size, source = self._find()
         if size > 1:
-            _require_divisible(accelerator, size, source)
+            require_divisible(accelerator.num_processes, size, source)
             _require_no_peer(accelerator, source)
         self._decided = size
         return size
@@ -82,13 +82,6 @@ class Replicas:
 def _source(model: nn.Module) -> str:
     report = mini_sequence_report(model)
     return report.source if report is not None else ""
-
-
-def _require_divisible(accelerator: Any, size: int, source: str) -> None:
-    try:
-        replicas(accelerator.num_processes, size)
-    except GroupError as error:
-        raise ValueError(f"{source}: {error}") from None
 
 
 def _require_no_peer(accelerator: Any, source: str) -> None:

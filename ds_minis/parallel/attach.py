@@ -9,10 +9,11 @@ from torch import nn
 from ds_minis.parallel import decoder as decoders
 from ds_minis.parallel import layers, loss
 from ds_minis.parallel.attention import parallel_attention
-from ds_minis.parallel.groups import GroupError, replicas
+from ds_minis.parallel.groups import require_divisible
 from ds_minis.parallel.state import Parallel
 from ds_minis.ranks import num_ranks
 from ds_minis.tiling.modules.arguments import takes
+from ds_minis.tiling.modules.hooks import remove_hooks
 from ds_minis.tiling.modules.state import Chunking
 from ds_minis.tiling.passes.attention import wrap_attention
 
@@ -76,10 +77,7 @@ def attach_sequence_parallel(
         )
     world_size = num_ranks()
     if world_size is not None:
-        try:
-            replicas(world_size, settings.size)
-        except GroupError as error:
-            raise ValueError(f"{source}: {error}") from None
+        require_divisible(world_size, settings.size, source)
     parallel = chunking.parallel = Parallel(settings, chunking, layers.require_token_wise)
     wrap_attention(parallel_attention)
     modules = [layer for _, layer, _ in stack]
@@ -92,10 +90,4 @@ def attach_sequence_parallel(
 
 def detach_sequence_parallel(module: nn.Module) -> None:
     """Removes the hooks from one module."""
-    for hooks, companions in (
-        (module._forward_pre_hooks, [module._forward_pre_hooks_with_kwargs]),
-        (module._forward_hooks, [module._forward_hooks_with_kwargs, module._forward_hooks_always_called]),
-    ):
-        for key in [key for key, hook in hooks.items() if isinstance(hook, _HOOKS)]:
-            for holder in (hooks, *companions):
-                holder.pop(key, None)
+    remove_hooks(module, _HOOKS)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 # Arguments that transformers gives to its attention functions and that change nothing under the ring's own kernel.
 _HARMLESS = frozenset(("is_causal", "sliding_window", "position_ids", "cache_position", "use_cache", "layer_idx"))
+_OF_A_RANK = ("position_ids", "cache_position")  # of its own tokens; flash attention would read documents there
 _STANDARD = ("sdpa_attention_forward", "flash_attention_forward")
 
 
@@ -84,7 +85,7 @@ class _Call:
         self._request, self._place, self._rule = request, place, rule
         self._parallel: Parallel = rule.sequence.parallel
         self._group = self._parallel.group()
-        self._cut = Cut(rule.sequence.num_tokens, self._group.size, self._group.rank)
+        self._cut = rule.sequence.cut
 
     def run(self) -> Tensor:
         """This rank's output, `(B, T, N, E)`."""
@@ -94,17 +95,12 @@ class _Call:
         if mode == "gather":
             return self._by_gather(q, k, v)
         if mode == "ulysses":
-            return self._by_heads(self._group, self._cut, lambda q, k, v, cut: self._whole(q, k, v, cut))
+            return self._by_heads(self._group, self._cut, self._whole)
         if mode == "ring":
             return self._by_ring(q, k, v, self._group, self._cut)
         inner, outer = self._parallel.grid()
         cut = Cut(self._cut.padded, outer.size, outer.rank)
         return self._by_heads(inner, cut, lambda q, k, v, cut: self._by_ring(q, k, v, outer, cut))
-
-    @property
-    def _documents(self) -> Tensor | None:
-        sequence = self._rule.sequence
-        return None if sequence.documents is None else self._cut.pad(sequence.documents_on_cpu, 1, -1)
 
     @property
     def _scale(self) -> float:
@@ -116,7 +112,7 @@ class _Call:
         wanted, size = self._parallel.settings.mode, self._group.size
         if wanted == "gather":
             return wanted, ""
-        no_ring, no_heads = self._ring_fallback_reason(), self._heads_fallback_reason(size)
+        no_ring, no_heads = self._ring_fallback_reason, self._heads_fallback_reason(size)
         if wanted == "ring":
             return ("gather", no_ring) if no_ring else ("ring", "")
         if wanted == "ulysses":
@@ -136,6 +132,7 @@ class _Call:
             return "ulysses"
         return "gather" if no_ring else "ring"
 
+    @functools.cached_property
     def _ring_fallback_reason(self) -> str:
         """The reason why the ring's kernel would not compute what this function does; empty if it does."""
         request, rule = self._request, self._rule
@@ -178,23 +175,20 @@ class _Call:
             args[self._place - 4] = mask
         else:
             kwargs[self._place] = mask
-        for name in (
-            "position_ids",
-            "cache_position",
-        ):  # of this rank's tokens; flash attention would read documents there
+        for name in _OF_A_RANK:
             kwargs.pop(name, None)
         return self._request.function(self._request.module, *tensors, *args, **kwargs)[0]
 
     def _by_gather(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if not self._ring_fallback_reason():  # the same attention, whose mask would have a byte for each query and key
+        if not self._ring_fallback_reason:  # the same attention, whose mask would have a byte for each query and key
             keys, values = (gather_ranks(t, self._group) for t in (k, v))
-            window, documents = self._rule.window or None, self._documents
+            window, documents = self._rule.window or None, self._rule.sequence.documents_on_cpu
             return gathered_attention(q, keys, values, self._group.rank, self._scale, window, documents)
         k, v = (gather_sequence(t, _whole_cut(self._cut), self._group, 2) for t in (k, v))
         outs = []
         for queries, start in zip(q.split(self._cut.part, 2), self._cut.starts, strict=True):
             stop = start + self._cut.part
-            num_keys = stop if self._rule.is_causal else self._rule.sequence.num_tokens
+            num_keys = stop if self._rule.is_causal else self._cut.num_tokens
             mask = self._rule.mask(start, stop, num_keys)
             outs.append(self._call((queries, k[:, :, :num_keys], v[:, :, :num_keys]), mask))
         return torch.cat(outs, 1)
@@ -220,10 +214,10 @@ class _Call:
         return cut.pad(self._call((q, k, v), self._rule.mask(0, num_tokens, num_tokens)), 1)
 
     def _by_ring(self, q: Tensor, k: Tensor, v: Tensor, group: Group, cut: Cut) -> Tensor:
+        documents = self._rule.sequence.documents_on_cpu
         return ring_attention(
-            q, k, v, group=group.handle, window=self._rule.window or None, documents=self._documents,
-            scale=self._scale,
-        )  # fmt: skip
+            q, k, v, group=group.handle, scale=self._scale, window=self._rule.window or None, documents=documents
+        )
 
 
 def _whole_cut(cut: Cut) -> Cut:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 from typing import Any
 
@@ -22,7 +23,7 @@ from ds_minis.parallel.collectives import gather, gather_sequence
 from ds_minis.parallel.cut import Cut
 from ds_minis.parallel.masks import Refused, Sequence, masks_of
 from ds_minis.parallel.state import Parallel
-from ds_minis.tiling.modules.arguments import argument_names, takes_any_keyword
+from ds_minis.tiling.modules.arguments import argument_names
 from ds_minis.tiling.modules.cache_rule import CACHE_NAMES
 from ds_minis.tiling.modules.compiling import outside_of_graphs
 
@@ -61,7 +62,7 @@ class CutInputs:
         changed["use_cache"] = False
         given = {n: v for n, v in given.items() if n not in {"cache_position", *_OF_THE_LOSS}} | changed
         under = contextlib.ExitStack()
-        under.enter_context(masks_of(Sequence(num_tokens, padding, documents, parallel), cut.padded))
+        under.enter_context(masks_of(Sequence(cut, padding, documents, parallel)))
         under.enter_context(parallel.in_pass())
         if decoder.training:
             under.enter_context(parallel.own_random_numbers(tokens.device))
@@ -171,13 +172,18 @@ def _require_no_positions_of_padding(decoder: nn.Module, given: dict[str, Any]) 
 
 def _require_counted_positions(decoder: nn.Module) -> None:
     """Refuses a model that does not count its tokens from 0 where it is given no positions (RoBERTa's, from the ids)."""
-    for part in decoder.modules():
-        names = (name for cls in type(part).__mro__ for name in (*vars(cls), *_names_in(vars(cls).get("forward"))))
-        if any("position_ids_from" in name for name in names):
-            raise Refused(
-                f"sequence_parallel: {type(part).__name__} makes positions from the tokens: give position_ids, such as "
-                "model.create_position_ids_from_input_ids makes them"
-            )
+    maker = next((part for part in decoder.modules() if _makes_positions_from_ids(type(part))), None)
+    if maker is not None:
+        raise Refused(
+            f"sequence_parallel: {type(maker).__name__} makes positions from the tokens: give position_ids, such as "
+            "model.create_position_ids_from_input_ids makes them"
+        )
+
+
+@functools.cache
+def _makes_positions_from_ids(cls: type[nn.Module]) -> bool:
+    names = (name for base in cls.__mro__ for name in (*vars(base), *_names_in(vars(base).get("forward"))))
+    return any("position_ids_from" in name for name in names)
 
 
 def _names_in(function: Any) -> tuple[str, ...]:
@@ -249,8 +255,3 @@ def attach(decoder: nn.Module, parallel: Parallel) -> None:
     """Registers the hooks of a decoder that runs on a part of the sequence."""
     decoder.register_forward_pre_hook(CutInputs(parallel), with_kwargs=True, prepend=True)
     decoder.register_forward_hook(GatherOutputs(parallel), with_kwargs=True, always_call=True)
-
-
-def takes_positions(decoder: nn.Module) -> bool:
-    """Whether the decoder can be told the positions of its tokens."""
-    return "position_ids" in argument_names(decoder) or takes_any_keyword(type(decoder).forward)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_minis.parallel.block_kernels import accumulation_dtype
-from ds_minis.parallel.ring import Block, attend_backward, attend_blocks, plan_ring
+from ds_minis.parallel.ring import Block, attend_backward, attend_blocks, no_keys_yet, plan_ring
 
 
 def gathered_attention(
@@ -38,10 +38,8 @@ def gathered_attention(
 class _GatheredAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan: list[list[Block]], scale: float, q: Tensor, *keys_and_values: Tensor) -> Tensor:
-        dtype, size = accumulation_dtype(q.dtype), len(plan)
-        batch, heads, tokens = q.shape[:3]
-        out = q.new_zeros(batch, tokens, heads, keys_and_values[-1].shape[-1], dtype=dtype)
-        lse = q.new_full((batch, heads, tokens), float("-inf"), dtype=dtype)
+        size = len(plan)
+        out, lse = no_keys_yet(q, keys_and_values[-1])
         with torch.autocast(q.device.type, enabled=False):
             for blocks, k, v in zip(plan, keys_and_values[:size], keys_and_values[size:], strict=True):
                 attend_blocks(blocks, q, k, v, out.transpose(1, 2), lse, scale)

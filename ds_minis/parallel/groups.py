@@ -49,6 +49,18 @@ def replicas(world_size: int, size: int) -> int:
     return world_size // size
 
 
+def require_divisible(world_size: int, size: int, source: str) -> int:
+    """`replicas`, for settings that were given in `source`.
+
+    Raises:
+        ValueError: they cannot be divided.
+    """
+    try:
+        return replicas(world_size, size)
+    except GroupError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
 def make_group(size: int, stride: int = 1) -> Group:
     """Makes the groups of all ranks, and returns this rank's. Every rank of the job must call it, in the same order.
 

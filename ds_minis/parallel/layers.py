@@ -71,7 +71,8 @@ def require_token_wise(layer: nn.Module, args: tuple, kwargs: dict, parallel: Pa
         if not tiled:
             del layer.mini_sequence_chunking
         state.restore()
-    parallel.refuse(layer, "" if analysis is None else analysis.reason)
+    if analysis is not None and analysis.reason:
+        parallel.refuse(layer, analysis.reason)
     parallel.known_layers.add(kind)
 
 

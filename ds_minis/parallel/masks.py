@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_minis.parallel.cut import Cut
+
 _REGISTRY = "ALL_MASK_ATTENTION_FUNCTIONS"
 _SAME = frozenset("clone detach to contiguous __getitem__ float half bfloat16 double type _lazy_clone".split())
 
@@ -29,20 +31,24 @@ class Sequence:
     """What is known of the whole sequence in one forward pass.
 
     Attributes:
-        num_tokens: S, the tokens of the whole sequence.
+        cut: how its S tokens are cut among the ranks.
         padding: `(B, S)`, False where a token is padding of the user's; None if there is none.
         documents: `(B, S)`, the number of each token's document in a packed row; None if rows hold one each.
         parallel: the ranks that share the sequence, and how they attend.
     """
 
-    def __init__(self, num_tokens: int, padding: Tensor | None, documents: Tensor | None, parallel: Any = None):
-        self.num_tokens, self.padding, self.documents = num_tokens, padding, documents
-        self.parallel = parallel
+    def __init__(self, cut: Cut, padding: Tensor | None, documents: Tensor | None, parallel: Any):
+        self.cut, self.padding, self.documents, self.parallel = cut, padding, documents, parallel
 
     @functools.cached_property
-    def documents_on_cpu(self) -> Tensor:
-        """The documents, where the ring reads which blocks see each other."""
-        return self.documents.cpu()
+    def padded_documents(self) -> Tensor | None:
+        """The documents of the padded sequence, in which padding is of none."""
+        return None if self.documents is None else self.cut.pad(self.documents, fill=-1)
+
+    @functools.cached_property
+    def documents_on_cpu(self) -> Tensor | None:
+        """The same, where the ring reads which blocks see each other."""
+        return None if self.documents is None else self.padded_documents.cpu()
 
     @functools.cached_property
     def padding_is_behind(self) -> bool:
@@ -53,8 +59,8 @@ class Sequence:
 class MaskRule:
     """How a model makes a mask: its function, its rule, and the other arguments of its call."""
 
-    def __init__(self, make: Callable[..., Any], arguments: dict[str, Any], sequence: Sequence, padded: int):
-        self.make, self.arguments, self.sequence, self._padded = make, arguments, sequence, padded
+    def __init__(self, make: Callable[..., Any], arguments: dict[str, Any], sequence: Sequence):
+        self.make, self.arguments, self.sequence = make, arguments, sequence
         self._made: dict[tuple, Any] = {}
 
     @property
@@ -74,24 +80,20 @@ class MaskRule:
 
     def _make(self, start: int, stop: int, num_keys: int) -> Any:
         arguments = dict(self.arguments)
-        documents, padding = self.sequence.documents, self.sequence.padding
+        documents, padding = self.sequence.padded_documents, self.sequence.padding
         if documents is not None:
-            arguments["mask_function"] = _within(self._filled(documents, -1), self.rule)
+            arguments["mask_function"] = _within(documents, self.rule)
             arguments["allow_is_causal_skip"] = False
-        padding = None if padding is None else self._filled(padding, True)[:, :num_keys]
+        if padding is not None:  # what the cut puts behind a sequence is not masked: a row of nothing would be NaN
+            padding = self.sequence.cut.pad(padding, fill=True)[:, :num_keys]
         return self.make(**arguments | {
             "q_length": stop - start, "kv_length": num_keys, "q_offset": start, "kv_offset": 0, "attention_mask": padding,
         })  # fmt: skip
 
-    def _filled(self, x: Tensor, fill: int | bool) -> Tensor:
-        """Padding that the cut puts behind a sequence is of no document and not masked: a row of nothing would be NaN."""
-        missing = self._padded - x.shape[1]
-        return torch.cat([x, x.new_full((x.shape[0], missing), fill)], 1) if missing > 0 else x
-
     @functools.cached_property
     def is_causal(self) -> bool:
         """Whether no token attends to a later one, by the rule for a few tokens."""
-        few = torch.arange(min(self.sequence.num_tokens, 64))
+        few = torch.arange(min(self.sequence.cut.num_tokens, 64))
         device = self.arguments.get("device") or "cpu"
         allowed = self._allowed(few.to(device), few.to(device))
         return not bool(allowed.triu(1).any())
@@ -103,7 +105,7 @@ class MaskRule:
         A window of w: a token attends to itself and the w - 1 before it. The rule is read off its last row, and compared at
         up to 64 other rows.
         """
-        device, last = self.arguments.get("device") or "cpu", self.sequence.num_tokens - 1
+        device, last = self.arguments.get("device") or "cpu", self.sequence.cut.num_tokens - 1
         keys = torch.arange(last + 1, device=device)
         rows = torch.unique(torch.cat([torch.linspace(0, last, 48).long(), torch.arange(max(0, last - 15), last + 1)]))
         rows = rows.to(device)
@@ -154,10 +156,10 @@ class SequenceMask(torch.Tensor):
 
 
 class _Sequences(threading.local):
-    """For each pass in progress in this thread, innermost last: the sequence, and the length of the padded one."""
+    """The sequence of each pass in progress in this thread, innermost last."""
 
     def __init__(self):
-        self.stack: list[tuple[Sequence, int]] = []
+        self.stack: list[Sequence] = []
 
 
 _sequences = _Sequences()
@@ -167,10 +169,10 @@ _replaced: dict[str, Any] = {}
 
 
 @contextlib.contextmanager
-def masks_of(sequence: Sequence, padded: int) -> Iterator[None]:
+def masks_of(sequence: Sequence) -> Iterator[None]:
     """Inside, masks that transformers' models make in this thread are `SequenceMask`s."""
     _set_replacing(1)
-    _sequences.stack.append((sequence, padded))
+    _sequences.stack.append(sequence)
     try:
         yield
     finally:
@@ -208,5 +210,5 @@ def _made(make: Callable[..., Any], *args, **kwargs) -> Any:
             "sequence_parallel: the model adds a mask function of its own to the causal one, which may read the tokens of "
             "one rank as if they were all. Leave sequence_parallel out for this input"
         )
-    rule = MaskRule(make, kwargs, *_sequences.stack[-1])
+    rule = MaskRule(make, kwargs, _sequences.stack[-1])
     return SequenceMask.of(rule, kwargs.get("dtype") or torch.float32, kwargs.get("device"))

@@ -231,10 +231,7 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, group, scale, plan):
-        dtype = accumulation_dtype(q.dtype)
-        batch, heads, tokens = q.shape[:3]
-        out = q.new_zeros(batch, tokens, heads, v.shape[-1], dtype=dtype)
-        lse = q.new_full((batch, heads, tokens), float("-inf"), dtype=dtype)
+        out, lse = no_keys_yet(q, v)
         keys = [k.contiguous(), v.contiguous()]
         with torch.autocast(q.device.type, enabled=False):
             for step, blocks in enumerate(plan, 1):
@@ -267,6 +264,13 @@ class _RingAttention(torch.autograd.Function):
                     grads = [torch.zeros_like(x, dtype=dtype) for x in keys]
             _add_arrived([grad_k, grad_v], travelling)
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
+
+
+def no_keys_yet(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Output (B, T, N, E) and log-sum-exp (B, N, T) of queries that have seen no keys, for `attend_blocks` to add to."""
+    dtype, (batch, heads, tokens, _) = accumulation_dtype(q.dtype), q.shape
+    out = q.new_zeros(batch, tokens, heads, v.shape[-1], dtype=dtype)
+    return out, q.new_full((batch, heads, tokens), float("-inf"), dtype=dtype)
 
 
 def attend_blocks(blocks: list[Block], q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:

@@ -107,7 +107,7 @@ class Parallel:
 
         Not collective: ranks may analyze at different calls. One that refuses ends the job, also where others saw no reason.
         """
-        if self.is_running and reason:
+        if self.is_running:
             raise Refused(
                 f"sequence_parallel: {untiled_class(type(layer)).__name__} cannot run on a part of the sequence: {reason}. "
                 "Leave sequence_parallel out for this model"

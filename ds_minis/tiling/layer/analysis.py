@@ -196,7 +196,7 @@ class LayerProbe:
         return LayerAnalysis(groups=groups if cut else None)
 
     def _whole(self) -> tuple[list[Tensor | None], tuple | None, str]:
-        """Runs the layer at once: results as of `_by_chunks`, further outputs, the reason why it cannot be tiled."""
+        """Runs the layer at once: results as of `by_chunks`, further outputs, the reason why it cannot be tiled."""
         leaves = [p.detach().requires_grad_(wanted) for p, wanted in zip(self._params, self._with_grad, strict=True)]
         x = self._x.clone().requires_grad_()
         requests: list[AttentionRequest] = []

@@ -134,8 +134,8 @@ def _analyze(
             analyses.ignore_changing(often, attributes_read_by_layer(layer, forward, call, often, signature))
         if analysis is not None and not analysis.reason and not analysis.attention_ran:
             analysis = dataclasses.replace(analysis, reason=_left_behind(layer, forward, call, chunk))
-    if chunking.parallel is not None:
-        chunking.parallel.refuse(layer, "" if analysis is None else analysis.reason)
+    if analysis is not None and analysis.reason and chunking.parallel is not None:
+        chunking.parallel.refuse(layer, analysis.reason)
     if analysis is None or not has_values(call.hidden):
         return analysis
     reason = analysis.reason or analyses.changing or (STALE if analyses.often_stale and analysis.reach.versions else "")

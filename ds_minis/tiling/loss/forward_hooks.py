@@ -23,7 +23,14 @@ from ds_minis.tiling.loss.deferred import defer
 from ds_minis.tiling.loss.output_logits import wanted_logits, without_deferred
 from ds_minis.tiling.modules.arguments import argument, takes
 from ds_minis.tiling.modules.compiling import outside_of_graphs
-from ds_minis.tiling.modules.hooks import ALL, engine_forward_hook, engine_of, global_user_hook, user_hook
+from ds_minis.tiling.modules.hooks import (
+    ALL,
+    engine_forward_hook,
+    engine_of,
+    global_user_hook,
+    remove_hooks,
+    user_hook,
+)
 from ds_minis.tiling.modules.state import Chunking
 
 _BEGUN = "_mini_sequence_armed"
@@ -259,13 +266,7 @@ def attach_loss_tiling(model: nn.Module, chunking: Chunking, owner: nn.Module | 
 
 def detach_loss_tiling(model: nn.Module) -> None:
     """Undoes `attach_loss_tiling`."""
-    for hooks, kind, companions in (
-        (model._forward_pre_hooks, BeginForward, [model._forward_pre_hooks_with_kwargs]),
-        (model._forward_hooks, EndForward, [model._forward_hooks_with_kwargs, model._forward_hooks_always_called]),
-    ):
-        for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
-            for holder in (hooks, *companions):
-                holder.pop(key, None)
+    remove_hooks(model, (BeginForward, EndForward))
     _end(model)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ds_minis.tiling.modules.arguments import argument, takes, with_argument
 from ds_minis.tiling.modules.compiling import outside_of_graphs
+from ds_minis.tiling.modules.hooks import remove_hooks
 from ds_minis.tiling.modules.state import Chunking
 
 CACHE_NAMES = "past_key_values", "cache"  # an argument of decoders, which transformers 5.24 renamed
@@ -78,6 +79,4 @@ def attach_cache_rule(model: nn.Module, layers: list[nn.Module], chunking: Chunk
 
 def detach_cache_rule(module: nn.Module) -> None:
     """Removes the hook from one module."""
-    for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, NoUnrequestedCache)]:
-        module._forward_pre_hooks.pop(key)
-        module._forward_pre_hooks_with_kwargs.pop(key, None)
+    remove_hooks(module, (NoUnrequestedCache,))

@@ -76,3 +76,14 @@ def engine_of(module: nn.Module) -> str:
 @functools.lru_cache(maxsize=4096)
 def _engine_of_class(cls: type[nn.Module]) -> str:
     return next((_FSDP[base.__name__] for base in cls.__mro__ if base.__name__ in _FSDP), "")
+
+
+def remove_hooks(module: nn.Module, kinds: tuple[type, ...]) -> None:
+    """Removes the forward hooks and pre-hooks of these classes from one module."""
+    for hooks, companions in (
+        (module._forward_pre_hooks, [module._forward_pre_hooks_with_kwargs]),
+        (module._forward_hooks, [module._forward_hooks_with_kwargs, module._forward_hooks_always_called]),
+    ):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, kinds)]:
+            for holder in (hooks, *companions):
+                holder.pop(key, None)
