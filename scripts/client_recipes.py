@@ -131,6 +131,19 @@ LAUNCH = ["--num_processes", "2", "--num_machines", "1", "--main_process_port", 
 ON_CPU = {"bf16": False, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
 
 
+def accelerate_launch(script: Path, settings: dict) -> list[str]:
+    return [
+        "BIN/python",
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        "YAML",
+        *LAUNCH,
+        str(script),
+        *flags(settings),
+    ]
+
+
 def run_clm(folder: Path) -> list[str]:
     """transformers' example for language models, with its Trainer."""
     script = source_file(
@@ -144,16 +157,7 @@ def run_clm(folder: Path) -> list[str]:
     text.write_text("\n".join(f"{q}\n{a}" for q, a in conversations()), encoding="utf-8")
     settings = {"model_name_or_path": folder / "model", "train_file": text, "validation_file": text}
     settings |= {"block_size": LENGTH, "do_train": True, "output_dir": "OUT"} | TRAINER | ON_CPU
-    return [
-        "BIN/python",
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        "YAML",
-        *LAUNCH,
-        str(script),
-        *flags(settings),
-    ]
+    return accelerate_launch(script, settings)
 
 
 def peft_sft(folder: Path) -> list[str]:
@@ -166,16 +170,7 @@ def peft_sft(folder: Path) -> list[str]:
     write_rows(data / "test.jsonl", rows[:2])
     settings = {"model_name_or_path": folder / "model", "dataset_name": data, "output_dir": "OUT"} | TRAINER | ON_CPU
     settings |= {"use_peft_lora": True, "lora_r": 8, "lora_dropout": 0.0, "max_length": LENGTH}
-    return [
-        "BIN/python",
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        "YAML",
-        *LAUNCH,
-        str(script),
-        *flags(settings),
-    ]
+    return accelerate_launch(script, settings)
 
 
 def flags(settings: dict) -> list[str]:

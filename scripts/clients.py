@@ -189,8 +189,8 @@ HEAD = f"""\
 
 <!-- made by scripts/clients.py from docs/clients.json -->
 
-Each was installed from the package index (a single script: from its repository, at the commit in `scripts/client_recipes.py`)
-and started as its own documentation says, on a tiny Llama in float32, for {STEPS}
+Each was installed from the package index (a single script: as its repository has it, at the commit in
+`scripts/client_recipes.py`) and started as its own documentation says, on a tiny Llama in float32, for {STEPS}
 steps, with and without mini-sequences. Nothing of it was changed: the column "set" is all that was added
 (`{json.dumps(CHUNKS)}`). Losses: the largest relative difference of a logged loss. Weights: the largest difference
 after the last step, relative to the largest change that training made. On a CPU, `examples/sft/cpu.py` has accelerate run

@@ -8,15 +8,14 @@ the largest difference from plain attention in float64, relative to the largest 
 
 import hashlib
 import json
-import os
 import sys
-import traceback
 import weakref
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from support.forked import fork_ranks
 
 from ds_minis.parallel import ring
 from ds_minis.parallel.block_kernels import MATH
@@ -188,18 +187,4 @@ if __name__ == "__main__":
     cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     engines = [name for name in ("transformers", "accelerate", "deepspeed") if name in sys.modules]
     assert not engines, f"ring attention needs torch alone, and imported {engines}"
-    children = []
-    for rank in range(RANKS):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                main(rank, cases, folder)
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(status)  # gloo sometimes aborts at teardown after success (pytorch#190489)
-        children.append(child)
-    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children))
+    sys.exit(fork_ranks(RANKS, lambda rank: main(rank, cases, folder)))

@@ -7,7 +7,6 @@ are. Rank r writes r.json: the differences of each case from the unconverted mod
 """
 
 import json
-import os
 import sys
 import traceback
 from datetime import timedelta
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from models import CONFIGS, add_lora
+from support.forked import fork_ranks
 from transformers import AutoModelForCausalLM
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
@@ -172,18 +172,4 @@ def main(rank: int, cases: list[dict], folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    children = []
-    for rank in range(RANKS):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                main(rank, cases, folder)
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(status)  # gloo sometimes aborts at teardown after success (pytorch#190489)
-        children.append(child)
-    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children))
+    sys.exit(fork_ranks(RANKS, lambda rank: main(rank, cases, folder)))

@@ -92,9 +92,10 @@ def ranks(tmp_path_factory) -> list[dict]:
     """What each rank wrote."""
     folder = tmp_path_factory.mktemp("ring")
     (folder / "cases.json").write_text(json.dumps([dataclasses.asdict(case) for case in CASES]))
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("ring_worker.py")), str(folder / "cases.json"), str(folder)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
         capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-5000:]

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ds_minis.tiling.core.grad_accum import GradientSums
 from ds_minis.tiling.core.params import submodules
-from ds_minis.tiling.core.replay import autocast_dtype, patched_forwards
+from ds_minis.tiling.core.replay import autocast_dtype, matmul_dtype, patched_forwards
 
 Forwards = dict[nn.Module, Callable]
 
@@ -115,9 +115,7 @@ def _forward(linear: nn.Linear, add: Callable[[Tensor, Tensor], None] | None, va
     cast: dict[torch.dtype, Tensor] = {}  # cast once for all chunks
 
     def forward(input: Tensor) -> Tensor:
-        leaf, bias, dtype = linear.weight, linear.bias, autocast_dtype(input.device.type)
-        if dtype is not None and input.dtype == torch.float64:
-            dtype = torch.float64  # autocast leaves it as it is
+        leaf, bias, dtype = linear.weight, linear.bias, matmul_dtype(input)
         if input.dim() < 2:
             return F.linear(input, leaf, bias)
         if dtype is not None:

@@ -28,10 +28,6 @@ class AutocastState:
         """What autocast casts to on the device; None when it is off."""
         return next((dtype for kind, dtype in self._on() if kind == self._device.type), None)
 
-    def dtype_of(self, t: Tensor) -> torch.dtype:
-        """The dtype that a matmul on `t` runs in under autocast, which leaves float64 as it is."""
-        return t.dtype if t.dtype == torch.float64 else self.dtype() or t.dtype
-
     def _on(self) -> list[tuple[str, torch.dtype]]:
         return [(kind, dtype) for kind, enabled, dtype in self._states if enabled]
 
@@ -47,6 +43,12 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     """What autocast casts to on a kind of device; None when it is off."""
     on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     return torch.get_autocast_dtype(device_type) if on else None
+
+
+def matmul_dtype(t: Tensor) -> torch.dtype | None:
+    """The dtype that autocast runs a matmul on `t` in, which leaves float64 as it is; None when it is off."""
+    dtype = autocast_dtype(t.device.type)
+    return t.dtype if dtype is not None and t.dtype == torch.float64 else dtype
 
 
 class Replay:

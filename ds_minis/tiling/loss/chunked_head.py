@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ds_minis.tiling.core.exclusive import trackers_aside
-from ds_minis.tiling.core.replay import AutocastState, has_values, patched_forwards
+from ds_minis.tiling.core.replay import AutocastState, has_values, matmul_dtype, patched_forwards
 from ds_minis.tiling.core.row_args import RowArgs
 from ds_minis.tiling.core.tiled_op import tile_rows
 from ds_minis.tiling.core.tiled_sum import sum_rows
@@ -118,7 +118,7 @@ class ChunkedHead:
         weight = self._module.weight
         shape = getattr(weight, "ds_shape", weight.shape)
         width = shape[0] if len(shape) == 2 else self._module.out_features  # FSDP1 may hold flat weights
-        return HeadAnalysis(width=width, dtype=AutocastState(hidden_LH.device).dtype_of(hidden_LH))
+        return HeadAnalysis(width=width, dtype=matmul_dtype(hidden_LH) or hidden_LH.dtype)
 
     def _analysis_for(self, hidden_LH: Tensor) -> HeadAnalysis:
         """The analysis of any other module, once per kind of call and signature, as for a tiled module.
