@@ -35,6 +35,12 @@ def weights(of: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name.removeprefix("module."): param.detach().clone() for name, param in of.named_parameters()}
 
 
+def ran(engine: torch.nn.Module) -> list:
+    """The engine's class, the number of processes, and ZeRO's stage: what a silent fallback would change."""
+    stage = engine.zero_optimization_stage() if hasattr(engine, "zero_optimization_stage") else None
+    return [type(engine).__name__, dist.get_world_size() if dist.is_initialized() else 1, stage]
+
+
 def loop() -> dict:
     """A bare accelerate loop; its loaders are prepared before the model, its ranks are seeded differently."""
     from accelerate import Accelerator, InitProcessGroupKwargs
@@ -68,7 +74,7 @@ def loop() -> dict:
     skipped = accelerator.skip_first_batches(stream, 1)
     streams = [[accelerator.gather_for_metrics(batch).tolist() for batch in part] for part in (stream, skipped)]
     facts = {"labels": labels, "objects": objects, "streams": streams, "steps": len(train)}
-    return {"logs": logs, "weights": weights(net), "facts": facts}
+    return {"logs": logs, "weights": weights(net), "facts": facts, "ran": ran(net)}
 
 
 class Numbers(torch.utils.data.IterableDataset):
@@ -102,7 +108,8 @@ def metrics(prediction) -> dict:
 
 def results(trainer) -> dict:
     facts = {"steps": trainer.state.max_steps, "batch": trainer.get_total_train_batch_size(trainer.args)}
-    return {"log": trainer.state.log_history, "weights": weights(trainer.model), "facts": facts}
+    log, engine = trainer.state.log_history, trainer.model_wrapped
+    return {"log": log, "weights": weights(trainer.model), "facts": facts, "ran": ran(engine)}
 
 
 def trainer() -> dict:
@@ -173,7 +180,7 @@ def zero2() -> dict:
         mean = loss.detach() / dist.get_world_size()
         dist.all_reduce(mean)
         logs.append([mean.item(), float(engine.get_global_grad_norm() or 0), engine.get_lr()[0]])
-    return {"logs": logs, "weights": weights(net), "facts": {"steps": len(loader)}}
+    return {"logs": logs, "weights": weights(net), "facts": {"steps": len(loader)}, "ran": ran(engine)}
 
 
 class Numbered(torch.utils.data.Dataset):

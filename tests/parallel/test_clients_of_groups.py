@@ -55,6 +55,12 @@ def assert_same_logs(log: list, expected: list) -> None:
             assert entry[key] == pytest.approx(other[key], rel=rel, abs=0), (key, other)
 
 
+def assert_ran(found: dict, program: str, processes: int) -> None:
+    """In the engine that was asked for, in so many processes."""
+    engine, stage = ("DeepSpeedEngine", 2) if program == "zero2" else ("DistributedDataParallel", None)
+    assert found["ran"] == [engine, processes, stage]
+
+
 def assert_same_results(of_groups: dict, expected: dict) -> None:
     assert of_groups["facts"] == expected["facts"]
     if "logs" in expected:
@@ -69,12 +75,16 @@ def assert_same_results(of_groups: dict, expected: dict) -> None:
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_group_of_two_ranks_trains_as_one_process(started, program):
     of_groups, alone = started(2, 2, *PROGRAMS, *OTHERS), started(1, 1, *PROGRAMS, "orders")
+    assert_ran(of_groups[program], program, 2)
+    assert_ran(alone[program], program, 1)
     assert_same_results(of_groups[program], alone[program])
 
 
 @pytest.mark.parametrize("program", ["loop", "trainer"])
 def test_two_groups_of_two_ranks_train_as_two_processes(started, program):
     of_groups, two = started(4, 2, "loop", "trainer"), started(2, 1, "loop", "trainer")
+    assert_ran(of_groups[program], program, 4)
+    assert_ran(two[program], program, 2)
     assert_same_results(of_groups[program], two[program])
 
 
@@ -83,6 +93,7 @@ def test_a_training_of_groups_resumes_where_it_was(started, processes):
     programs = [*PROGRAMS, *OTHERS] if processes == 2 else ["loop", "trainer"]
     whole = started(processes, 2, *programs)["trainer"]
     resumed = whole["resumed"]
+    assert_ran(resumed, "trainer", processes)
     training = [entry for entry in whole["log"] if "grad_norm" in entry]
     assert_same_logs([entry for entry in resumed["log"] if "grad_norm" in entry], training)
     assert_same_tensors(resumed["weights"], whole["weights"])
