@@ -2,7 +2,7 @@
 
 RoPE turns pair i of a head's D dimensions by position * theta**(-2i/D), so pair i has a period of 2*pi*theta**(2i/D) tokens.
 "Scaling Laws of RoPE-based Extrapolation" (Liu et al., arXiv 2310.05209) calls *critical* the dimension up to which the
-periods fit into the length L0 of pre-training: d = D*ln(L0/2pi)/ln(theta0), there rounded up to a pair. With another base, the
+periods fit into the length L0 of pre-training: d = D*ln(L0/2pi)/ln(theta0), there rounded up to a pair. With another base the
 same dimension has a period of L tokens, 2*pi*theta**(d/D) = L, if
 
     theta(L) = theta0 ** (ln(L/2pi) / ln(L0/2pi))
