@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 # Frequencies of these are functions of the configuration alone. The others' depend on the length of each call ("dynamic",
 # "longrope"), or are not of one axis ("axial").
@@ -31,7 +31,7 @@ _LOCAL = ("sliding", "chunked", "local")  # layer types that see a window: a lon
 _EXACT = "ds_minis_exact_rope"
 
 
-def with_rope(config: PretrainedConfig, *, theta: float, length: int) -> PretrainedConfig:
+def with_rope(config: PreTrainedConfig, *, theta: float, length: int) -> PreTrainedConfig:
     """A copy of a model's configuration with another RoPE base and room for `length` positions.
 
     Give it to `from_pretrained(..., config=...)`: what is changed after a model was made is ignored by it.
@@ -110,7 +110,7 @@ def check_rope(model: PreTrainedModel, length: int, tolerance: float = 1e-5) -> 
         )
 
 
-def rope_theta_of(config: PretrainedConfig) -> float:
+def rope_theta_of(config: PreTrainedConfig) -> float:
     """The base that a configuration has now (of the layers that see the whole sequence).
 
     Raises:
@@ -119,7 +119,7 @@ def rope_theta_of(config: PretrainedConfig) -> float:
     return float(_parameters(config.get_text_config())[0]["rope_theta"])
 
 
-def rope_type_of(config: PretrainedConfig) -> str:
+def rope_type_of(config: PreTrainedConfig) -> str:
     """RoPE's type in a configuration (of the layers that see the whole sequence).
 
     Raises:
@@ -278,7 +278,7 @@ def _error(module: nn.Module, length: int) -> float:
     return worst
 
 
-def _parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
+def _parameters(config: PreTrainedConfig) -> list[dict[str, Any]]:
     """The parts of `rope_parameters` of the layers that see the whole sequence.
 
     Raises:
@@ -296,7 +296,7 @@ def _parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
     return found
 
 
-def _set_rope(config: PretrainedConfig, theta: float, length: int) -> PretrainedConfig:
+def _set_rope(config: PreTrainedConfig, theta: float, length: int) -> PreTrainedConfig:
     """Changes a configuration in place; returns its part of the language model."""
     if not theta > 1:
         raise ValueError(f"theta: more than 1 is allowed, got {theta}")

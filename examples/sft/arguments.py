@@ -6,10 +6,12 @@ import json
 import os
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import cpu
 import torch
+import yaml
 from transformers import HfArgumentParser
 from trl import SFTConfig
 
@@ -56,6 +58,25 @@ class ModelArguments:
     bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "nf4 or fp4."})
     bnb_4bit_compute_dtype: str = field(default="bfloat16")
     bnb_4bit_quant_storage_dtype: str = field(default="uint8", metadata={"help": "FSDP and ZeRO-3: the compute dtype."})
+
+    rope_theta: str | None = field(
+        default=None,
+        metadata={
+            "help": "RoPE's base, changed on load for sequences of --max_length tokens, and computed in float64: a number, "
+            "or auto (by the formula of ds_minis.context, from the model's own base and --rope_base_length)."
+        },
+    )
+    rope_base_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens that the model was trained with (default: its max_position_embeddings)."},
+    )
+    stop_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "When this file appears, save a checkpoint at the end of the step, remove it, and stop with exit "
+            "status 75."
+        },
+    )
 
     mini_sequence: str | None = field(
         default=None,
@@ -168,13 +189,14 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
     if on_cpu and deepspeed:
         argv = cpu.prepare_deepspeed(argv)
     # One line for each logged step (`progress.Progress`) in the place of a bar, and of the Trainer's dictionaries.
-    parser.set_defaults(bf16=not on_cpu, dataloader_pin_memory=not on_cpu, disable_tqdm=True)
+    defaults = {"bf16": not on_cpu, "dataloader_pin_memory": not on_cpu, "disable_tqdm": True}
     if on_cpu:
-        parser.set_defaults(**({"ddp_backend": "gloo"} if deepspeed else {"use_cpu": True}))
+        defaults |= {"ddp_backend": "gloo"} if deepspeed else {"use_cpu": True}
     if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
-        parse = parser.parse_json_file if argv[0].endswith(".json") else parser.parse_yaml_file
-        model_args, data_args, training_args = parse(os.path.abspath(argv[0]))
+        given = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8"))  # JSON too
+        model_args, data_args, training_args = parser.parse_dict(defaults | given)
     else:
+        parser.set_defaults(**defaults)
         model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv)
     if data_args.max_seq_length is not None:
         training_args.max_length = data_args.max_seq_length

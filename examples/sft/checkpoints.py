@@ -36,14 +36,14 @@ def checkpoint_to_resume(args: SFTConfig) -> str | None:
     """The folder that `--resume_from_checkpoint` means, None if it was not given; the same one on every rank.
 
     Raises:
-        ValueError: it is not complete, or, for `last`, there is none that is.
+        ValueError: it is not complete, or, for `last`, there is none that is (`last_if_any` then starts anew).
     """
     wanted = args.resume_from_checkpoint
     if wanted in (None, False, "False", "false"):
         return None
     complete, passed_over = _complete_everywhere(args)
     there = f"Complete in {args.output_dir}: {', '.join(complete) or 'none'}"
-    if wanted not in (True, "True", "true", "last"):
+    if wanted not in (True, "True", "true", "last", "last_if_any"):
         if not os.path.isdir(wanted):
             raise ValueError(f"{_FLAG} {wanted}: there is no such folder. {there}")
         broken = find_problem(Path(wanted))
@@ -55,6 +55,10 @@ def checkpoint_to_resume(args: SFTConfig) -> str | None:
         return wanted
     newer = [name for name in passed_over if not complete or _step(name) > _step(complete[0])]
     why = [f"{name} is not complete ({passed_over[name]})" for name in newer]
+    if not complete and wanted == "last_if_any":
+        for reason in why if args.process_index == 0 else ():
+            logger.warning(f"{_FLAG} {wanted}: {reason}; starting anew")
+        return None
     if not complete:
         raise ValueError(
             f"{_FLAG} {wanted}: there is no complete checkpoint-* in {args.output_dir}"

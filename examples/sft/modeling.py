@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from arguments import ModelArguments
+from long_context import prepare_model, stage_config
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
@@ -45,8 +46,10 @@ def load_model(
 ) -> PreTrainedModel:
     """The model with weights, in the dtype asked for, with room for the tokenizer's added tokens."""
     path = args.model_name_or_path
-    if _is_config_only(path):
+    if is_config_only(path):
         path = _make_base_model(path, training_args, tokenizer)
+    trust = training_args.trust_remote_code
+    config = stage_config(args, AutoConfig.from_pretrained(path, trust_remote_code=trust), training_args.max_length)
     model = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=_dtype(args, training_args, deepspeed),
@@ -54,8 +57,10 @@ def load_model(
         quantization_config=_quantization(args),
         device_map=_device_map(args, training_args),
         use_safetensors=True,  # never a pickle, which could run code
-        trust_remote_code=training_args.trust_remote_code,
+        trust_remote_code=trust,
+        **({} if config is None else {"config": config}),
     )
+    prepare_model(model, config)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8)
     return model
@@ -85,7 +90,8 @@ def lora_config(args: ModelArguments):
     )
 
 
-def _is_config_only(path: str) -> bool:
+def is_config_only(path: str) -> bool:
+    """Whether a model is to be made from its configuration."""
     folder = Path(path)
     has_weights = any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin", "adapter_config.json"))
     return (folder / "config.json").is_file() and not has_weights

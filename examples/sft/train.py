@@ -36,7 +36,8 @@ from arguments import (
 from checkpoints import checkpoint_to_resume, writing
 from data import load_splits
 from folders import claim_output, describe_run, require_input, require_output
-from modeling import is_dense, load_model, load_tokenizer, lora_config
+from long_context import STOPPED, StopFile, callbacks
+from modeling import is_config_only, is_dense, load_model, load_tokenizer, lora_config
 from progress import Progress
 from quiet import leave_out
 from summary import summarize
@@ -79,7 +80,8 @@ class MiniSequenceSFTTrainer(SFTTrainer):
         super().log(logs, start_time)
 
 
-def main() -> None:
+def main() -> int:
+    """Trains; gives the exit status."""
     model_args, data_args, training_args = parse_arguments()
     mini_sequence = model_args.mini_sequence_settings()
     require_engine(training_args)
@@ -121,10 +123,13 @@ def main() -> None:
     if not trainer.model_loss:
         leave_out("ds_minis", "the loss is not tiled: ")  # the summary says that TRL computes it
     trainer.add_callback(RequireWrapped(trainer))
+    pretrained = not is_config_only(model_args.model_name_or_path)
+    for callback in callbacks(model_args, training_args.max_length, pretrained=pretrained):
+        trainer.add_callback(callback)
     if training_args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
     trainer.add_callback(progress := Progress())
-    train_and_save(trainer, training_args, progress)
+    return train_and_save(trainer, training_args, progress)
 
 
 def claim_folder(model_args: ModelArguments, data_args: DataArguments, training_args: SFTConfig) -> dict[str, Any]:
@@ -192,8 +197,12 @@ class RequireWrapped(TrainerCallback):
             raise RuntimeError(f"{expected} was asked for, but accelerate would train with {wrapped.__name__}")
 
 
-def train_and_save(trainer: SFTTrainer, training_args: SFTConfig, progress: Progress) -> None:
+def train_and_save(trainer: SFTTrainer, training_args: SFTConfig, progress: Progress) -> int:
     result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    if any(isinstance(callback, StopFile) and callback.stopped for callback in trainer.callback_handler.callbacks):
+        if training_args.process_index == 0:
+            logger.warning(f"stopped, as asked: checkpoint-{trainer.state.global_step} can be continued from")
+        return STOPPED
     metrics = dict(result.metrics)
     if trainer.eval_dataset is not None:
         metrics |= trainer.evaluate()
@@ -202,13 +211,15 @@ def train_and_save(trainer: SFTTrainer, training_args: SFTConfig, progress: Prog
     trainer.save_metrics("all", metrics)
     summarize(trainer, metrics, progress)
     trainer.accelerator.wait_for_everyone()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    status = main()
     if torch.distributed.is_initialized() and not torch.accelerator.is_available():
         # gloo now and then aborts while it is torn down after success (pytorch#190489).
         torch.distributed.barrier()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(status)
+    sys.exit(status)

@@ -1,0 +1,161 @@
+"""The fields of a recipe, and what may stand in each by itself."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from ds_minis.config import MODES, MiniSequenceConfig
+from ds_minis.context.estimate import ENGINES, bytes_of
+
+REQUIRED = object()
+# Fields that may be lists, with the value where they are left out.
+STAGE_FIELDS: dict[str, Any] = {
+    "sequence_length": REQUIRED,
+    "rope_theta": "auto",
+    "train_steps": REQUIRED,
+    "batch_accumulation_per_replica": 1,
+    "micro_batch_size": 1,
+    "sp": 1,
+    "tp": 1,
+    "dataset_folder": REQUIRED,
+    "learning_rate": 2e-5,
+    "min_decay_lr": None,
+    "lr_warmup_steps": 0,
+    "lr_decay_steps": None,
+}
+FIELDS: dict[str, Any] = {
+    "name": REQUIRED,
+    "init_weights_path": REQUIRED,
+    "tokenizer_path": None,
+    "model_shape": None,
+    "checkpoints_path": REQUIRED,
+    "resume_checkpoint_path": None,
+    "checkpoint_interval": None,
+    "steps_are": "cumulative",
+    "optimizer": "resume",
+    "rope_base_length": None,
+    "rope_base_theta": None,
+    "engine": "zero3",
+    "sp_mode": "auto",
+    "mini_sequence": True,
+    "timeout_seconds": 1800,
+    "seed": 42,
+    "cluster": REQUIRED,
+    "training_arguments": {},
+}
+CLUSTER_FIELDS: dict[str, Any] = {
+    "nodes": REQUIRED,
+    "gpus_per_node": REQUIRED,
+    "memory_per_gpu": None,
+    "memory_per_node": None,
+    "gres": None,
+    "time_limit": "24:00:00",
+    "save_before_end_seconds": 900,
+    "sbatch": [],
+}
+_CHOICES = {"steps_are": ("cumulative", "each"), "optimizer": ("resume", "fresh"), "engine": ENGINES, "sp_mode": MODES}
+WHOLE = ("sequence_length", "train_steps", "batch_accumulation_per_replica", "micro_batch_size", "sp", "tp", "nodes")
+
+
+class RecipeError(ValueError):
+    """What is wrong with a recipe: the stage, the field, what it is, and what to do."""
+
+
+def filled(given: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """What is given, and defaults for the rest.
+
+    Raises:
+        RecipeError: a field has no such name, or a required one is missing.
+    """
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"allowed are {', '.join(known)}"
+            raise RecipeError(f"{prefix}{name}: no field has this name; {hint}")
+    missing = [name for name, value in known.items() if value is REQUIRED and given.get(name) is None]
+    if missing:
+        raise RecipeError(f"{prefix}{missing[0]}: the recipe has none; add it (examples/long_context/ has recipes)")
+    return {name: value if given.get(name) is None else given[name] for name, value in known.items()}
+
+
+def check_fields(fields: dict[str, Any]) -> None:
+    """Checks what is the same for all stages, and turns sizes into bytes.
+
+    Raises:
+        RecipeError: with the field and the fix.
+    """
+    for name, allowed in _CHOICES.items():
+        if isinstance(fields[name], str) and fields[name] in allowed:
+            continue
+        if name != "sp_mode" or not isinstance(fields[name], Mapping):
+            raise RecipeError(f"{name}: one of {', '.join(allowed)} is allowed, got {fields[name]!r}")
+    if fields["tokenizer_path"] not in (None, fields["init_weights_path"]):
+        raise RecipeError(
+            f"tokenizer_path: {fields['tokenizer_path']!r} is not init_weights_path, and train.py takes the tokenizer from "
+            "the model; copy the tokenizer's files into the model's folder, and leave this field out"
+        )
+    if fields["resume_checkpoint_path"] not in (None, fields["checkpoints_path"]):
+        raise RecipeError(
+            f"resume_checkpoint_path: {fields['resume_checkpoint_path']!r} is not checkpoints_path, the one folder in which "
+            "each stage continues; leave this field out, or give a trained model as init_weights_path"
+        )
+    if isinstance(fields["mini_sequence"], Mapping) and "sequence_parallel" in fields["mini_sequence"]:
+        raise RecipeError("mini_sequence.sequence_parallel: each stage has its own; give sp (and sp_mode) instead")
+    try:
+        MiniSequenceConfig.from_value(fields["mini_sequence"], source="mini_sequence")
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    cluster = fields["cluster"]
+    cluster["gpus_per_node"] = whole(cluster["gpus_per_node"], "cluster.gpus_per_node")
+    for name in ("memory_per_gpu", "memory_per_node"):
+        try:
+            cluster[name] = cluster[name] if cluster[name] is None else bytes_of(cluster[name])
+        except ValueError as error:
+            raise RecipeError(f"cluster.{name}: {error}") from None
+
+
+def by_stage(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One mapping for each stage.
+
+    Raises:
+        RecipeError: lists differ in length.
+    """
+    lengths = values["sequence_length"]
+    num_stages = len(lengths) if isinstance(lengths, list) else 1
+    for name, value in values.items():
+        if isinstance(value, list) and len(value) != num_stages:
+            where = f"stage {min(len(value), num_stages)}"
+            field = "cluster.nodes" if name == "nodes" else name
+            raise RecipeError(
+                f"{where}: {field}: {len(value)} values, but sequence_length has {num_stages}; give one for each stage, or "
+                "one value for all"
+            )
+    return [
+        {name: value[i] if isinstance(value, list) else value for name, value in values.items()}
+        for i in range(num_stages)
+    ]
+
+
+def whole(value: Any, where: str) -> int:
+    """A whole number of 1 or more.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise RecipeError(f"{where}: a whole number of 1 or more is allowed, got {value!r}")
+    return value
+
+
+def number(value: Any, where: str) -> float:
+    """A number.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    try:  # YAML takes 2e-5, without a point, for a word
+        return float(value)
+    except (TypeError, ValueError):
+        raise RecipeError(f"{where}: a number is allowed, got {value!r}") from None
