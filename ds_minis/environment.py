@@ -3,7 +3,7 @@
 DS_MINIS_AUTOLOAD   "0", "false" or "off": `import torch` attaches nothing
 DS_MINIS_CONFIG     settings, as JSON (a launcher hands them to its ranks in it); DS_MINIS_CONFIG_SOURCE where they came from
 DS_MINIS_RUN        set where `python -m ds_minis.run` started this process
-RANK, WORLD_SIZE, LOCAL_WORLD_SIZE  the launcher's
+RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE  the launcher's
 """
 
 from __future__ import annotations
@@ -22,6 +22,12 @@ def autoload_enabled() -> bool:
 def process_rank() -> int:
     """This process's rank as its launcher set it (`RANK`), 0 when there was none."""
     rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdigit() else 0
+
+
+def local_rank() -> int:
+    """This process's number on its machine as its launcher set it (`LOCAL_RANK`), 0 when there was none."""
+    rank = os.environ.get("LOCAL_RANK", "0")
     return int(rank) if rank.isdigit() else 0
 
 
