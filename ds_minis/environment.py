@@ -3,6 +3,7 @@
 DS_MINIS_AUTOLOAD   "0", "false" or "off": `import torch` attaches nothing
 DS_MINIS_CONFIG     settings, as JSON (a launcher hands them to its ranks in it); DS_MINIS_CONFIG_SOURCE where they came from
 DS_MINIS_RUN        set where `python -m ds_minis.run` started this process
+XDG_CACHE_HOME      where caches of programs are; ~/.cache if it is not set
 RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE  the launcher's
 """
 
@@ -67,3 +68,8 @@ def started_by_run() -> bool:
 def mark_run() -> None:
     """Notes that `python -m ds_minis.run` started this process."""
     os.environ[_RUN] = "1"
+
+
+def cache_home() -> str:
+    """The user's folder for caches (`XDG_CACHE_HOME`)."""
+    return os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")

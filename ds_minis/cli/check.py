@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ds_minis.check.errors import in_short
-from ds_minis.config import AUTO, MiniSequenceConfig
+from ds_minis.cli.wrong_argument import WrongArgument, settings_of_pairs
+from ds_minis.config import AUTO
 
 DESCRIPTION = """Says what would be tiled in a model at its full size, what not and why, and trains a tiny random instance
 of it for one step, plain and converted, to see whether loss and gradients are the same. Loads the configuration only,
@@ -25,10 +26,6 @@ never weights. Exit status: 0 exact, 1 not exact, 2 a wrong argument, 3 the chec
 
 
 _ALLOWED = "allowed: a hub id, a folder with a config.json or an adapter, or a configuration as a JSON file"
-
-
-class WrongArgument(ValueError):
-    """What the user named is no configuration that can be checked, or a setting is wrong."""
 
 
 def add_check(commands) -> argparse.ArgumentParser:
@@ -46,35 +43,13 @@ def add_check(commands) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     try:
-        settings = read_settings(args.set)
+        settings = settings_of_pairs(args.set)
         result = check(args.model, trust_remote_code=args.trust_remote_code, settings=settings)
     except WrongArgument as error:
         print(f"ds-minis check: {error}", file=sys.stderr)
         return 2
     print(json.dumps(result, indent=2) if args.json else in_words(result))
     return 0 if result["exact"] else 1
-
-
-def read_settings(pairs: list[str]) -> dict[str, Any]:
-    """The settings that `--set KEY=VALUE` gives; a value is JSON, or else a word.
-
-    Raises:
-        WrongArgument: see `MiniSequenceConfig`.
-    """
-    settings = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals:
-            raise WrongArgument(f"--set: KEY=VALUE is allowed, such as scope=tokens, got {pair!r}")
-        try:
-            settings[key] = json.loads(text)
-        except ValueError:
-            settings[key] = text
-    try:
-        MiniSequenceConfig.from_value(settings, source="--set")
-    except ValueError as error:
-        raise WrongArgument(str(error)) from None
-    return settings
 
 
 def check(model: str, *, trust_remote_code: bool = False, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import sys
 from ds_minis import __version__
 from ds_minis.cli.check import add_check
 from ds_minis.cli.needle import add_needle, add_needle_plot
+from ds_minis.cli.plan import add_plan
 
 FAILED, INTERRUPTED = 3, 130
 
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"ds-minis {__version__}")
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(title="commands", metavar="command", dest="command", required=True)
-    for command in (add_check(commands), add_needle(commands), add_needle_plot(commands)):
+    for command in (add_plan(commands), add_check(commands), add_needle(commands), add_needle_plot(commands)):
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     try:

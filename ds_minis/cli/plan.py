@@ -1,0 +1,211 @@
+"""`ds-minis plan MODEL`: the longest sequence that fits, with which settings; or what a length needs. No GPU, no weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from ds_minis.cli.plan_output import as_data, as_text
+from ds_minis.cli.wrong_argument import WrongArgument, settings_of_pairs
+
+DESCRIPTION = """Prints the longest sequence that fits on a GPU for plain training, for checkpointing and for ds_minis in each
+setting worth having, with the memory of each part; or, with --seq, whether a length fits. A step of a few layers of the model
+is traced on tensors without values: neither a GPU nor weights are needed."""
+EXAMPLES = """examples:
+  ds-minis plan meta-llama/Meta-Llama-3-8B --gpu-memory 80 --gpus 8 --engine zero3 --lora
+  ds-minis plan Qwen/Qwen3-8B --gpu-memory 80 --seq 262144            # which settings, and how many GPUs
+  ds-minis plan ./my-model --gpu-memory 24 --qlora --set head_groups=auto
+  ds-minis plan MODEL --from accelerate.yaml --write recommended/    # read a configuration, write the one advised
+  ds-minis plan MODEL --gpu-memory 80 --plot memory.png
+
+exit status: 0 fits, 1 uncertain (fits only without the listed slack), 2 does not fit, 64 a wrong argument,
+3 the command failed"""
+FITS, UNCERTAIN, TOO_LARGE, WRONG = 0, 1, 2, 64
+
+
+class _Parser(argparse.ArgumentParser):
+    """A wrong argument ends with status 64: 2 is "does not fit"."""
+
+    def error(self, message):
+        self.print_usage(sys.stderr)
+        self.exit(WRONG, f"{self.prog}: {message}\n")
+
+
+def add_plan(commands) -> argparse.ArgumentParser:
+    """Adds the command to the subparsers of `ds-minis`."""
+    parser = commands.add_parser(
+        "plan",
+        help="how long a sequence fits, and with which settings?",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.__class__ = _Parser
+    parser.add_argument("model", help="a hub id, a folder with a config.json, or a configuration as a JSON file")
+    parser.add_argument("--gpu-memory", type=_positive, default=80.0, metavar="GB", help="of one card (default 80)")
+    parser.add_argument("--gpus", type=_count, help="number of processes, one GPU each (default 1)")
+    parser.add_argument(
+        "--engine", help="single, ddp, fsdp2, zero0, zero1, zero2 or zero3 (default single; zero3 for more)"
+    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--full", action="store_true", help="train all parameters (default)")
+    how.add_argument("--lora", action="store_true", help="adapters on all linear layers")
+    how.add_argument("--qlora", action="store_true", help="adapters on 4-bit weights")
+    parser.add_argument("--lora-rank", type=_count, default=16, metavar="R")
+    parser.add_argument("--dtype", default="bfloat16", help="of weights and activations: bfloat16, float16 or float32")
+    parser.add_argument("--master-weights", action="store_true", help="weights in float32, autocast to --dtype")
+    parser.add_argument("--optimizer", help="adamw (default), adamw_8bit, paged_adamw_8bit, adafactor or sgd")
+    parser.add_argument("--batch", type=_count, default=1, help="sequences on each GPU at once (default 1)")
+    parser.add_argument("--accumulation", type=_count, help="steps of gradient accumulation (default 1)")
+    parser.add_argument("--offload-optimizer", action="store_true", help="optimizer states in host memory (ZeRO)")
+    parser.add_argument("--offload-param", action="store_true", help="weights in host memory (ZeRO-3, FSDP2)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a mini-sequence setting that all rows have"
+    )
+    parser.add_argument("--seq", type=_tokens, metavar="L", help="a length that must fit, such as 131072 or 128K")
+    parser.add_argument(
+        "--from", dest="source", metavar="FILE", help="an accelerate YAML or a DeepSpeed JSON to start from"
+    )
+    parser.add_argument("--write", metavar="DIR", help="write the configuration that is advised into this folder")
+    parser.add_argument(
+        "--host-memory", type=_positive, metavar="GB", help="of one machine (default: 128 for each GPU)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--plot", metavar="FILE", help="draw memory by part against length (needs matplotlib)")
+    parser.add_argument("--no-cache", action="store_true", help="trace again, and keep nothing")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the Python code that a repository brings")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        settings = settings_of_pairs(args.set)
+        result = plan(args, settings)
+    except WrongArgument as error:
+        print(f"ds-minis plan: {error}", file=sys.stderr)
+        return WRONG
+    print(json.dumps(as_data(result), indent=2) if args.json else as_text(result))
+    return {"fits": FITS, "uncertain": UNCERTAIN}.get(result.verdict, TOO_LARGE)
+
+
+def plan(args: argparse.Namespace, settings: dict[str, Any]):
+    """All that is printed, for arguments of the command line.
+
+    Raises:
+        WrongArgument: no such model, setting or engine; the message says what is allowed.
+    """
+    setup = base_setup(args, settings)
+    from ds_minis.planner.compare import compare
+    from ds_minis.planner.trace import CannotTrace
+
+    config = configuration(args.model, args.trust_remote_code)
+    try:
+        result = compare(
+            config,
+            setup,
+            model=args.model,
+            gpu_memory=args.gpu_memory,
+            tokens=args.seq,
+            host_memory=args.host_memory,
+            cache=None if args.no_cache else cache_folder(),
+        )
+    except CannotTrace as error:
+        raise WrongArgument(f"{args.model}: {error}") from None
+    if args.plot:
+        from ds_minis.planner.picture import draw
+
+        draw(result, args.plot)
+    if args.write:
+        from ds_minis.planner.files import write_configuration
+
+        write_configuration(result, args.write, args.source)
+    return result
+
+
+def base_setup(args: argparse.Namespace, settings: dict[str, Any]):
+    """The setup that arguments and a configuration file describe; arguments go before the file."""
+    from ds_minis.planner.setup import Setup
+
+    found: dict[str, Any] = {}
+    if args.source:
+        from ds_minis.planner.files import read_configuration
+
+        try:
+            found = read_configuration(args.source)
+        except ValueError as error:
+            raise WrongArgument(f"--from: {error}") from None
+    settings = {**found.pop("settings", {}), **settings}
+    given = {
+        "gpus": args.gpus,
+        "engine": args.engine and args.engine.lower(),
+        "optimizer": args.optimizer,
+        "accumulation": args.accumulation,
+        "offload_optimizer": args.offload_optimizer or None,
+        "offload_param": args.offload_param or None,
+    }
+    found |= {key: value for key, value in given.items() if value is not None}
+    found.setdefault("engine", "zero3" if found.get("gpus", 1) > 1 else "single")
+    train = "qlora" if args.qlora else "lora" if args.lora else "full"
+    try:
+        return Setup(
+            **found,
+            train=train,
+            lora_rank=args.lora_rank,
+            dtype=args.dtype,
+            master_weights=args.master_weights,
+            batch=args.batch,
+            settings=settings,
+        )
+    except ValueError as error:
+        raise WrongArgument(f"{'--' if not str(error).startswith('settings') else ''}{error}") from None
+
+
+def configuration(model: str, trust_remote_code: bool) -> Any:
+    """The transformers configuration; a file or folder first, then the shipped dimensions, then the hub."""
+    from pathlib import Path
+
+    from ds_minis.planner.models import shipped_config
+
+    if not Path(model).exists():
+        config = shipped_config(model)
+        if config is not None:
+            return config
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    from ds_minis.cli.check import load_config
+
+    return load_config(model, trust_remote_code)
+
+
+def cache_folder():
+    """Where traces are kept between runs."""
+    from pathlib import Path
+
+    from ds_minis.environment import cache_home
+
+    return Path(cache_home()) / "ds_minis" / "plan"
+
+
+def _positive(text: str) -> float:
+    value = float(text.lower().removesuffix("gib").removesuffix("gb").removesuffix("g"))
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"a number of gigabytes above 0 is allowed, got {text!r}")
+    return value
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 is allowed, got {text!r}")
+    return int(text)
+
+
+def _tokens(text: str) -> int:
+    units = {"K": 2**10, "M": 2**20}
+    number, unit = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text.replace(",", ""), 1)
+    if not number.isdigit() or int(number) < 1:
+        raise argparse.ArgumentTypeError(f"a number of tokens is allowed, such as 131072 or 128K, got {text!r}")
+    return int(number) * unit

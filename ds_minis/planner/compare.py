@@ -1,0 +1,157 @@
+"""A plan: each way to train with the longest sequence that fits, what the asked length needs, and one sentence of advice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ds_minis.planner.planner import FITS, TOO_LARGE, UNCERTAIN, USABLE, Estimate, Planner
+from ds_minis.planner.settings import CHECKPOINTED, PLAIN, Candidate, candidates
+from ds_minis.planner.setup import GIB, Setup
+from ds_minis.planner.timing import StepTime, step_time
+from ds_minis.planner.trace import CannotTrace
+
+UNIT, MOST_TOKENS, MOST_ELEMENTS = 1024, 2**24, 2**31
+# Of the host, for each process, where nothing is said: a node of 8 GPUs with 1 TiB. A node has at most 8.
+HOST_MEMORY, GPUS_OF_NODE = 128 * GIB, 8
+_MORE_GPUS = 2, 4, 8, 16, 32, 64, 128, 256
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to train.
+
+    Attributes:
+        longest: tokens of the longest sequence that fits; 0 if none does.
+        estimate: at the asked length, or at the longest (the shortest, where none fits).
+        verdict: of that estimate.
+        failure: why there is no estimate.
+    """
+
+    candidate: Candidate
+    longest: int = 0
+    estimate: Estimate | None = None
+    verdict: str = TOO_LARGE
+    time: StepTime | None = None
+    failure: str = ""
+    overflow: str = ""
+
+
+@dataclass
+class Plan:
+    """All that is known about a model on a card.
+
+    Attributes:
+        capacity, host_capacity: bytes of a device, and of its host, that a process may have.
+        tokens: the asked length; None to find the longest.
+        best: the row that is advised; None if nothing fits.
+        gpus_needed: for a length that does not fit: the fewest GPUs with which it does, and the row then.
+    """
+
+    model: str
+    setup: Setup
+    planner: Planner
+    gpu_memory: float
+    capacity: float
+    tokens: int | None
+    rows: list[Row] = field(default_factory=list)
+    best: Row | None = None
+    gpus_needed: tuple[int, Row] | None = None
+    host_capacity: float = HOST_MEMORY
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        found = {row.verdict for row in self.rows}
+        return next((verdict for verdict in (FITS, UNCERTAIN) if verdict in found), TOO_LARGE)
+
+
+def compare(
+    config: Any,
+    setup: Setup,
+    *,
+    model: str,
+    gpu_memory: float,
+    tokens: int | None = None,
+    host_memory: float | None = None,
+    cache: Path | None = None,
+) -> Plan:
+    """Plans for one configuration.
+
+    Args:
+        setup: what all ways have in common.
+        gpu_memory: of a card, in GB as it is sold (80).
+        tokens: the length of a sequence; None to find the longest.
+        host_memory: of the machine that all processes share, in GB.
+
+    Raises:
+        CannotTrace: no way can be traced.
+    """
+    plan = Plan(model, setup, Planner(config, cache=cache), gpu_memory, gpu_memory * GIB * USABLE, tokens)
+    if host_memory is not None:
+        plan.host_capacity = host_memory * GIB / min(setup.gpus, GPUS_OF_NODE)
+    plan.rows = [_row(plan, candidate) for candidate in candidates(setup)]
+    failures = [row.failure for row in plan.rows]
+    if all(failures):
+        raise CannotTrace(failures[0])
+    plan.best = _best(plan, plan.rows)
+    if tokens is not None and plan.verdict == TOO_LARGE:
+        plan.gpus_needed = _with_more_gpus(plan)
+    return plan
+
+
+def _row(plan: Plan, candidate: Candidate) -> Row:
+    setup, planner = candidate.setup, plan.planner
+    try:
+        host = plan.host_capacity
+        longest = planner.longest(setup, plan.capacity, host_capacity=host, unit=UNIT, most=MOST_TOKENS)
+        at = plan.tokens or max(longest, UNIT)
+        estimate = planner.estimate(setup, at)
+        profile = planner.profile(planner.way(setup))
+    except CannotTrace as error:
+        return Row(candidate, failure=str(error))
+    verdict = estimate.verdict(plan.capacity, host)
+    time = step_time(setup, profile, planner.text, at)
+    return Row(candidate, longest, estimate, verdict, time, overflow=overflow(planner, setup, at))
+
+
+def _best(plan: Plan, rows: list[Row]) -> Row | None:
+    """The first row that fits the asked length, as rows go from cheap to dear; or the row with the longest sequence."""
+    fitting = [row for row in rows if row.estimate and row.verdict == FITS]
+    if plan.tokens is not None:
+        fitting = fitting or [row for row in rows if row.estimate and row.verdict == UNCERTAIN]
+        converted = [row for row in fitting if row.candidate.name not in (PLAIN, CHECKPOINTED)]
+        return (fitting[:1] or converted[:1] or [None])[0]
+    return max(fitting, key=lambda row: row.longest, default=None)
+
+
+def _with_more_gpus(plan: Plan) -> tuple[int, Row] | None:
+    engine = "zero3" if plan.setup.engine == "single" else plan.setup.engine
+    for gpus in _MORE_GPUS:
+        if gpus <= plan.setup.gpus:
+            continue
+        setup = plan.setup.replace(gpus=gpus, engine=engine)
+        for candidate in candidates(setup):
+            if candidate.name in (PLAIN, CHECKPOINTED):
+                continue
+            row = _row(plan, candidate)
+            if row.verdict == FITS:
+                return gpus, row
+    return None
+
+
+def overflow(planner: Planner, setup: Setup, tokens: int) -> str:
+    """Names the tensor of more than 2^31 elements that a step has; empty if it has none."""
+    profile = planner.profile(planner.way(setup))
+    lengths = planner.lengths(setup, tokens, profile)
+    largest = max(profile.widest, key=lambda wide: wide["elements"] * lengths[wide["symbol"]], default=None)
+    if largest is None:
+        return ""
+    elements = largest["elements"] * lengths[largest["symbol"]]
+    if elements <= MOST_ELEMENTS:
+        return ""
+    return (
+        f"{largest['what']} has {elements:,.0f} elements at {tokens:,} tokens, more than 2^31 (2,147,483,648): kernels "
+        "with 32-bit indices read and write wrong places there, often silently"
+    )

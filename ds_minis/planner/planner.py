@@ -1,0 +1,235 @@
+"""Memory of a training step on each device, part by part, at any length; and the longest sequence that fits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_minis.config import MiniSequenceConfig
+from ds_minis.planner import engines
+from ds_minis.planner.engines import Counts, Held, Term
+from ds_minis.planner.profile import Peak, Profile, cache_key, read_cached, write_cached
+from ds_minis.planner.sequence import terms_of_sequence_parallel
+from ds_minis.planner.setup import GIB, Setup
+from ds_minis.planner.trace import Way, shortened, trace
+from ds_minis.tiling.memory.host_memory import block_layout
+from ds_minis.tiling.modules.state import Chunking
+
+# What no tensor takes, on a card that a process has for itself.
+CUDA_CONTEXT, NCCL, LIBRARIES = 0.5 * GIB, 0.5 * GIB, 0.1 * GIB
+# Memory that the allocator holds and cannot use, as a part of what comes and goes in a step. With expandable segments.
+ALLOCATOR_SLACK = 0.05
+# Of a card's nominal memory, what a process may have (an "80 GB" H100: 79.1 GiB of 80).
+USABLE = 0.985
+FITS, UNCERTAIN, TOO_LARGE = "fits", "uncertain", "does not fit"
+_IN_TRACE = "head_groups", "keep_attention", "scope", "loss", "include", "exclude"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Memory of one step.
+
+    Attributes:
+        tokens: of a sequence.
+        terms: all parts, on the device and on the host.
+        slack: terms that may be needed or not: the difference between what fits and what is uncertain.
+        where: "forward", "loss", "backward" or "optimizer": where in the step the peak is.
+    """
+
+    setup: Setup
+    tokens: int
+    terms: list[Term]
+    slack: list[Term]
+    where: str
+
+    @property
+    def device(self) -> float:
+        return sum(term.nbytes for term in self.terms if not term.on_host)
+
+    @property
+    def allocated(self) -> float:
+        """Bytes of tensors alone, as `torch.cuda.max_memory_allocated` counts them."""
+        return sum(term.nbytes for term in self.terms if not term.on_host and term.part != "fixed")
+
+    @property
+    def host(self) -> float:
+        return sum(term.nbytes for term in self.terms if term.on_host)
+
+    def verdict(self, capacity: float, host_capacity: float = math.inf) -> str:
+        if self.device > capacity or self.host > host_capacity:
+            return TOO_LARGE
+        return FITS if self.device + sum(term.nbytes for term in self.slack) <= capacity else UNCERTAIN
+
+    def parts(self) -> dict[str, float]:
+        """Bytes on the device by part."""
+        found: dict[str, float] = {}
+        for term in self.terms:
+            if not term.on_host:
+                found[term.part] = found.get(term.part, 0) + term.nbytes
+        return found
+
+
+class Planner:
+    """Estimates for one configuration; traces are made when they are first needed.
+
+    Args:
+        config: a transformers configuration with `num_hidden_layers`.
+        cache: a folder for traces, kept between runs; None for none.
+    """
+
+    def __init__(self, config: Any, *, cache: Path | None = None):
+        self.config, self._cache = config, cache
+        self.text = config.get_text_config(decoder=True)
+        self.profiles: dict[str, Profile] = {}
+
+    def profile(self, way: Way) -> Profile:
+        """The step of the whole model, run in this way.
+
+        Raises:
+            CannotTrace: see `trace`.
+        """
+        import transformers
+
+        import ds_minis
+
+        versions = [ds_minis.__version__, _torch_version(), transformers.__version__]
+        key = cache_key(self.config.to_dict(), way.key, versions)
+        if key not in self.profiles:
+            profile = read_cached(self._cache, key)
+            if profile is None:
+                depths = self.depths()
+                few, more = (trace(shortened(self.config, depth), way) for depth in depths)
+                profile = Profile(few, more, (*depths, self.text.num_hidden_layers))
+                write_cached(self._cache, key, profile)
+            self.profiles[key] = profile
+        return self.profiles[key]
+
+    def depths(self) -> tuple[int, int]:
+        """The depths that are traced: whole periods of the kinds of layers, where these differ in more than a window."""
+        kinds = [str(kind) for kind in getattr(self.text, "layer_types", None) or ()]
+        kinds = ["attention" if "attention" in k and "linear" not in k else k for k in kinds]
+        period = next((p for p in range(1, len(kinds)) if kinds[p:] == kinds[:-p]), 1) if kinds else 1
+        few = 2 if period == 1 else period * -(-2 // period)
+        return few, few + period
+
+    def way(self, setup: Setup) -> Way:
+        settings = setup.settings
+        if settings is not None:
+            settings = {name: settings[name] for name in _IN_TRACE if name in settings}
+        lora = setup.train != "full"
+        return Way(
+            settings,
+            setup.checkpointing or settings is not None,
+            setup.lora_rank if lora else 0,
+            setup.lora_dropout if lora else 0.0,
+            setup.dtype,
+        )
+
+    def counts(self, profile: Profile) -> Counts:
+        return Counts(profile.parameters, profile.of_layer, self.text.hidden_size)
+
+    def lengths(self, setup: Setup, tokens: int, profile: Profile) -> list[float]:
+        """The lengths of a step on one device, in the order of `lengths.SYMBOLS`."""
+        rows = max(1, math.ceil(setup.batch * tokens / setup.sequence_parallel))
+        if setup.settings is None:
+            return [1, rows, rows, 0, rows, 0, rows * rows / setup.batch]
+        settings = {k: v for k, v in setup.settings.items() if k != "sequence_parallel"}
+        config = MiniSequenceConfig.from_value(settings, source="plan")
+        chunking = Chunking(config, self.text.hidden_size)
+        chunk = chunking.module_rows(rows, self.text.hidden_size, profile.parameters["experts_per_choice"])
+        loss = chunking.loss_rows(rows * self.text.hidden_size * setup.itemsize, self.text.vocab_size * setup.itemsize)
+        chunk, loss = min(chunk, rows), min(loss, rows)
+        rests = [rows - (math.ceil(rows / size) - 1) * size for size in (chunk, loss)]
+        return [1, rows, chunk, rests[0], loss, rests[1], rows * rows / setup.batch]
+
+    def estimate(self, setup: Setup, tokens: int) -> Estimate:
+        """Memory of a step with sequences of so many tokens."""
+        profile = self.profile(self.way(setup))
+        held = engines.held_by(setup, self.counts(profile))
+        lengths = self.lengths(setup, tokens, profile)
+        peak = profile.peak(lengths, held.gradients, offloaded=bool((setup.settings or {}).get("offload")))
+        terms, moving = self._terms_at(setup, held, peak, profile, lengths)
+        if held.at_step > moving:  # nothing of the activations is alive then
+            terms = [*held.terms, *_gradients_at_step(setup, held, profile)]
+            terms.append(Term("optimizer's step", "transient", held.at_step, False, held.why_step))
+            peak = Peak(0, 0, 0, "optimizer")
+        terms += self._host_terms(setup, lengths)
+        fixed = [("CUDA context", CUDA_CONTEXT), ("libraries' workspaces", LIBRARIES)]
+        fixed += [("NCCL buffers", NCCL)] if setup.gpus > 1 else []
+        terms += [Term(name, "fixed", nbytes, False, "a constant") for name, nbytes in fixed]
+        slack = [
+            Term(
+                "allocator",
+                "slack",
+                ALLOCATOR_SLACK * moving,
+                False,
+                f"{ALLOCATOR_SLACK:.0%} of what comes and goes in a step, with expandable segments",
+            )
+        ]
+        return Estimate(setup, tokens, terms, slack, peak.where)
+
+    def _terms_at(
+        self, setup: Setup, held: Held, peak: Peak, profile: Profile, lengths: list[float]
+    ) -> tuple[list[Term], float]:
+        terms = list(held.terms)
+        transient = peak.activations - peak.layer_inputs
+        name = "loss stage" if peak.where == "loss" else "transient working set"
+        what = "what a layer leaves for backward, times the layers"
+        terms.append(Term("layer inputs", "layer inputs", peak.layer_inputs, True, what))
+        terms.append(
+            Term(name, "transient", transient, True, f"all else that is alive at the peak, in the {peak.where}")
+        )
+        if peak.gradients:
+            terms.append(Term("gradients at the peak", "gradients", peak.gradients, True, held.why_gradients))
+        parallel = terms_of_sequence_parallel(setup, self.text, lengths[1])
+        return [*terms, *parallel], peak.activations + peak.gradients + sum(term.nbytes for term in parallel)
+
+    def _host_terms(self, setup: Setup, lengths: list[float]) -> list[Term]:
+        if not (setup.settings or {}).get("offload"):
+            return []
+        text, rows = self.text, lengths[1]
+        sizes = [rows * text.hidden_size * setup.itemsize]
+        if setup.settings.get("keep_attention"):
+            heads = text.num_attention_heads
+            width = getattr(text, "head_dim", None) or text.hidden_size // heads
+            sizes += [rows * heads * width * setup.itemsize, rows * heads * 4]
+        nbytes = text.num_hidden_layers * sum(math.prod(block_layout(int(size))) for size in sizes)
+        return [Term("layer inputs on the host", "host", nbytes, True, "in whole pinned blocks of 16 MiB", True)]
+
+    def longest(
+        self, setup: Setup, capacity: float, *, host_capacity: float = math.inf, unit: int = 1024, most: int = 2**24
+    ) -> int:
+        """The longest sequence that fits, a multiple of the unit; 0 if none does.
+
+        Args:
+            capacity: bytes of the device that a process may have.
+            host_capacity: bytes of the host that it may have.
+        """
+        unit = max(unit, setup.sequence_parallel)
+
+        def fits(units: int) -> bool:
+            return self.estimate(setup, units * unit).verdict(capacity, host_capacity) == FITS
+
+        low, high = 0, 1
+        while high * unit <= most and fits(high):
+            low, high = high, 2 * high
+        high = min(high, most // unit + 1)
+        while low + 1 < high:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low * unit
+
+
+def _gradients_at_step(setup: Setup, held: Held, profile: Profile) -> list[Term]:
+    if setup.engine != "zero1":
+        return []
+    nbytes = profile.parameters["trained"] * setup.itemsize
+    return [Term("gradients at the peak", "gradients", nbytes, True, held.why_gradients)]
+
+
+def _torch_version() -> str:
+    import torch
+
+    return torch.__version__

@@ -1,0 +1,183 @@
+"""A step at full depth, as functions of its lengths: from steps of a few layers and of a few more."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ds_minis.planner.lengths import SYMBOLS
+
+GRADIENTS, OF_LAYER = len(SYMBOLS), len(SYMBOLS) + 1
+FORMAT = 1  # of the files in the cache
+# Layers whose inputs are on the device while copies to and from the host are in flight (`tiling.memory.offload`): two in
+# forward, beside those that a trace of two layers has; in backward the running layer's and the one before it.
+IN_FLIGHT = {"forward": 4, "loss": 1, "backward": 2}
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes at one moment of a step, without parameters and optimizer.
+
+    Attributes:
+        activations: all that is alive but gradients of parameters.
+        gradients: of parameters, that exist by then, in a loop that holds them until the step's end.
+        layer_inputs: of the activations, what a further layer adds at this moment, times the layers.
+        where: "forward", "loss" or "backward".
+    """
+
+    activations: float
+    gradients: float
+    layer_inputs: float
+    where: str
+
+
+class Profile:
+    """Traces of a few layers and of more, for one configuration and one way to run it.
+
+    Args:
+        few, more: as `trace.trace` gives them.
+        depths: layers of each, and of the whole model.
+    """
+
+    def __init__(self, few: dict, more: dict, depths: tuple[int, int, int]):
+        self.depths = depths
+        self._times = (depths[2] - depths[0]) / (depths[1] - depths[0])
+        self.parameters = self._at_depth_of(few["parameters"], more["parameters"])
+        span = depths[1] - depths[0]
+        self.of_layer = {k: (more["parameters"][k] - few["parameters"][k]) / span for k in few["parameters"]}
+        self.flops = [a + self._times * (b - a) for a, b in zip(few["flops"], more["flops"], strict=True)]
+        self.widest = more["widest"]
+        self._series = list(_series(few, more))
+
+    def _at_depth_of(self, few: dict, more: dict) -> dict[str, float]:
+        return {name: few[name] + self._times * (more[name] - few[name]) for name in few}
+
+    def peak(
+        self,
+        values: list[float],
+        gradients: Callable[[np.ndarray, np.ndarray], np.ndarray],
+        *,
+        offloaded: bool = False,
+    ) -> Peak:
+        """The moment with the most bytes.
+
+        Args:
+            values: the lengths, in the order of SYMBOLS.
+            gradients: bytes that an engine holds for the gradients, of bytes so far and bytes since the last layer.
+            offloaded: what layers leave for backward is on the host, but for that of a few layers; see IN_FLIGHT.
+        """
+        best, result = -1.0, Peak(0, 0, 0, "forward")
+        weights = np.array(values, dtype=float)
+        for where, few, more in self._series:
+            parts = []
+            for events in (few, more):
+                activations = events[:, : len(SYMBOLS)] @ weights
+                held = gradients(events[:, GRADIENTS], events[:, OF_LAYER])
+                at = int(np.argmax(activations + held))
+                parts.append((activations[at], held[at]))
+            (a, g), (a2, g2) = parts
+            layers = IN_FLIGHT[where] if offloaded else self.depths[2]
+            each = (a2 - a) / (self.depths[1] - self.depths[0])
+            activations = a + (layers - self.depths[0]) * each
+            held = g + self._times * (g2 - g)
+            if activations + held > best:
+                best = activations + held
+                inputs = max(0.0, each) * layers
+                result = Peak(activations, held, min(inputs, activations), where)
+        return result
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "depths": list(self.depths),
+            "parameters": self.parameters,
+            "of_layer": self.of_layer,
+            "flops": self.flops,
+            "widest": self.widest,
+            "series": [[where, few.tolist(), more.tolist()] for where, few, more in self._series],
+        }
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> Profile:
+        profile = cls.__new__(cls)
+        profile.depths = tuple(data["depths"])
+        profile._times = (profile.depths[2] - profile.depths[0]) / (profile.depths[1] - profile.depths[0])
+        for name in ("parameters", "of_layer", "flops", "widest"):
+            setattr(profile, name, data[name])
+        profile._series = [(where, np.array(few), np.array(more)) for where, few, more in data["series"]]
+        return profile
+
+
+def _series(few: dict, more: dict):
+    """Pairs of segments that are the same place in a shallower and in a deeper model: (where, events, events).
+
+    A place is named by layers counted from the first or from the last, of which only the outer two count: what is between
+    them grows from the one to the other. A model with two layers has some places that are both.
+    """
+    seen = set()
+    for first in (True, False):
+        names = [_named(traced, first) for traced in (few, more)]
+        for name, (events, where) in names[0].items():
+            if name in names[1] and all(layer <= 1 for _, layer, _ in name):
+                pair = _pruned(events), _pruned(names[1][name][0])
+                key = where, *(part.tobytes() for part in pair)
+                if key not in seen:  # groups of heads repeat the same
+                    seen.add(key)
+                    yield where, *pair
+
+
+def _named(traced: dict, from_first: bool) -> dict[tuple, tuple[list, str]]:
+    segments, loss = traced["segments"], traced["loss_segment"]
+    last = max((mark[1] for segment in segments for mark in segment[:2]), default=0)
+    named = {}
+    for i, (before, after, events) in enumerate(segments):
+        where = "forward" if i < loss else "loss" if i == loss else "backward"
+        key = tuple(
+            (what, layer if from_first or what in ("start", "end") else last - layer, call)
+            for what, layer, call in (before, after)
+        )
+        named[key] = events, where
+    return named
+
+
+def _pruned(events: list[list[float]]) -> np.ndarray:
+    """The events that may be the peak for some lengths: those that no other exceeds in every column."""
+    rows = np.unique(np.array(events, dtype=float), axis=0)
+    rows = rows[np.argsort(-rows[:, :GRADIENTS].sum(axis=1))]
+    kept = np.empty((0, rows.shape[1]))
+    for row in rows:
+        if not len(kept) or not (kept >= row).all(axis=1).any():
+            kept = np.vstack([kept, row])
+    return kept
+
+
+def cache_key(config_fields: dict[str, Any], way_key: list, versions: list[str]) -> str:
+    text = json.dumps([FORMAT, config_fields, way_key, versions], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def read_cached(folder: Path | None, key: str) -> Profile | None:
+    if folder is None:
+        return None
+    try:
+        return Profile.from_data(json.loads((folder / f"{key}.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_cached(folder: Path | None, key: str, profile: Profile) -> None:
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f"{key}.tmp"
+        temporary.write_text(json.dumps(profile.to_data()), encoding="utf-8")
+        temporary.replace(folder / f"{key}.json")
+    except OSError:  # a cache is no more than that
+        return

@@ -1,0 +1,128 @@
+"""Writes down what is alive during a step, at each allocation, as multiples of the step's lengths."""
+
+from __future__ import annotations
+
+import math
+import weakref
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ds_minis.planner.lengths import SYMBOLS, Lengths
+from ds_minis.planner.result_shapes import ResultShapes
+from ds_minis.planner.stubs import FLOPS, copy_between
+
+_aten = torch.ops.aten
+_MATMULS = {_aten.mm: (0, 1), _aten.bmm: (0, 1), _aten.addmm: (1, 2), _aten.baddbmm: (1, 2)}
+# Columns of an event beside those of SYMBOLS: bytes of gradients so far, and of those since the last layer's attention.
+GRADIENTS, OF_LAYER = len(SYMBOLS), len(SYMBOLS) + 1
+
+
+class Recorder(TorchDispatchMode):
+    """Bytes of all storages made inside and not yet freed, at each allocation. Parameters are not counted.
+
+    Calls of the attention divide the step into segments: a segment is named by the calls before and after it, each as
+    (what, which layer, which call of that layer).
+
+    Attributes:
+        segments: (call before, call after, events); an event: bytes for each of SYMBOLS, then GRADIENTS, OF_LAYER.
+        widest: symbol -> the most elements for each of it in one tensor, and that tensor's shape and operation.
+        loss_segment: index of the segment in which the loss is computed.
+        matmul_flops, attention_flops: counted.
+    """
+
+    def __init__(self, lengths: Lengths, apart: list[Tensor]):
+        super().__init__()
+        self.segments: list[tuple[tuple, tuple, list[list[float]]]] = []
+        self.widest: dict[int, tuple[float, tuple[int, ...], str]] = {}
+        self.matmul_flops = self.attention_flops = self.loss_segment = 0
+        self._lengths = lengths
+        self._now = [0.0] * (len(SYMBOLS) + 2)
+        self._live: dict[int, tuple[int, float]] = {}
+        self._apart = [tensor.untyped_storage() for tensor in apart]  # held, or their addresses might be given again
+        self._keys_apart = {storage._cdata for storage in self._apart}
+        self._shapes = ResultShapes()
+        self._factors: dict[tuple, tuple[int, float]] = {}
+        self._events: list[list[float]] = []
+        self._mark: tuple = ("start", 0, 0)
+        self._layers: dict[nn.Module, int] = {}
+        self._calls: dict[tuple[str, int], int] = {}
+        self._gradients_at_layer = 0.0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No wrapper around each operation: nothing is compiled here."""
+        return False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = copy_between(func, args, kwargs)
+        if out is None:
+            out = self._shapes.run(func, args, kwargs)
+        packet = func.overloadpacket
+        if packet in _MATMULS:
+            a, b = (args[i] for i in _MATMULS[packet])
+            self.matmul_flops += 2 * math.prod(a.shape) * b.shape[-1]
+        elif packet in FLOPS:
+            self.attention_flops += FLOPS[packet](args)
+        for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                self.hold(tensor, str(packet))
+        return out
+
+    def hold(self, tensor: Tensor, made_by: str) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live or key in self._keys_apart:
+            return
+        nbytes, shape = storage.nbytes(), tuple(tensor.shape)
+        kind = nbytes, shape
+        if kind not in self._factors:
+            self._factors[kind] = self._lengths.factor(nbytes, shape)
+            self._note_width(*self._factors[kind], tensor, made_by)
+        index, number = self._live[key] = self._factors[kind]
+        weakref.finalize(storage, self._free, key)
+        self._now[index] += number
+        self._events.append(list(self._now))
+
+    def _free(self, key: int) -> None:
+        index, number = self._live.pop(key)
+        self._now[index] -= number
+
+    def _note_width(self, index: int, number: float, tensor: Tensor, made_by: str) -> None:
+        elements = number / tensor.element_size()
+        if index and elements > self.widest.get(index, (0,))[0]:
+            self.widest[index] = elements, tuple(tensor.shape), made_by
+
+    def count_gradient(self, parameter: Tensor) -> None:
+        """To be called when a parameter has its gradient, which is one from then on."""
+        key = parameter.grad.untyped_storage()._cdata
+        if key in self._live and self._live[key][0] < GRADIENTS:
+            index, number = self._live[key]
+            nbytes = parameter.grad.untyped_storage().nbytes()
+            self._now[index] -= number
+            self._live[key] = GRADIENTS, nbytes
+            self._now[GRADIENTS] += nbytes
+            self._now[OF_LAYER] = self._now[GRADIENTS] - self._gradients_at_layer
+            self._events.append(list(self._now))
+
+    def on_attention(self, what: str, module: nn.Module) -> None:
+        layer = self._layers.setdefault(module, len(self._layers))
+        call = self._calls[what, layer] = self._calls.get((what, layer), -1) + 1
+        if what == "backward":
+            self._gradients_at_layer, self._now[OF_LAYER] = self._now[GRADIENTS], 0.0
+        self._end_segment((what, layer, call))
+
+    def _end_segment(self, mark: tuple) -> None:
+        self.segments.append((self._mark, mark, [*self._events, list(self._now)]))
+        self._mark, self._events = mark, []
+
+    def end_forward(self) -> None:
+        """To be called when the loss is there: it was computed in this segment."""
+        self.loss_segment = len(self.segments)
+
+    def finish(self) -> None:
+        """To be called at the end of the step; no more is written down."""
+        self._end_segment(("end", 0, 0))

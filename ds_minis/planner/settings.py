@@ -1,0 +1,63 @@
+"""The ways to train that a plan compares, and which it advises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ds_minis.planner.setup import Setup
+
+PLAIN, CHECKPOINTED = "plain", "plain + checkpointing"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to train.
+
+    Attributes:
+        name: for tables.
+        costs: what it costs beside ds_minis's defaults, in a few words.
+    """
+
+    name: str
+    setup: Setup
+    costs: str = ""
+
+
+def candidates(base: Setup) -> Iterator[Candidate]:
+    """Plain training, checkpointing, and ds_minis in each setting worth having; cheaper ones first.
+
+    Args:
+        base: with the user's settings of mini-sequences, which all of ds_minis's rows have.
+    """
+    own = dict(base.settings or {})
+    shared = own.pop("sequence_parallel", None)
+    yield Candidate(PLAIN, base.replace(settings=None, checkpointing=False))
+    yield Candidate(CHECKPOINTED, base.replace(settings=None))
+    if own.get("scope", "layer") != "layer":
+        yield Candidate(f"ds_minis, scope {own['scope']}", base)
+        return
+    groups, offload = {"head_groups": "auto"}, {"offload": "cpu"}
+    rows: list[tuple[str, dict, str]] = [
+        ("ds_minis", {}, ""),
+        ("ds_minis, head_groups: auto", groups, "one more run of the attention"),
+        ("ds_minis, offload: cpu", offload, "host memory"),
+        ("ds_minis, head_groups: auto, offload: cpu", groups | offload, "both"),
+    ]
+    if shared is not None:
+        widths = [shared]
+    else:
+        widths = [1, *([base.gpus] if base.gpus > 1 else [])]
+    for width in widths:
+        for name, settings, costs in rows:
+            if own.get("keep_attention") and "head_groups" in settings:
+                continue
+            parallel = {} if width == 1 else {"sequence_parallel": width}
+            named = name if width == 1 else f"{name}, sequence_parallel: {_words(width)}"
+            costs_too = "all GPUs train one sequence" if width != 1 else ""
+            both = ", ".join(filter(None, (costs, costs_too)))
+            yield Candidate(named, base.replace(settings={**own, **settings, **parallel}), both)
+
+
+def _words(width) -> str:
+    return str(width["size"] if isinstance(width, dict) else width)
