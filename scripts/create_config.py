@@ -178,6 +178,7 @@ def _environment(recipe: Recipe, planned: PlannedStage) -> str:
     gres = cluster["gres"] or f"gpu:{planned.gpus_per_node}"
     values = {
         "STAGE_NAME": f"{recipe.fields['name']}-{planned.index}",
+        "DEVICE": "cpu" if gres == "none" else "gpu",
         "NODES": planned.nodes,
         "GPUS_PER_NODE": planned.gpus_per_node,
         "NUM_PROCESSES": planned.world,
