@@ -12,16 +12,16 @@ scripts/launch_training.slurm and scripts/launch_training.sh run. Paths in a rec
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ds_minis.context.estimate import Shape
+from ds_minis.context.estimate import GIB
 from ds_minis.context.recipe import PlannedStage, Recipe, RecipeError, read_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,19 +52,40 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def load(path: Path) -> Recipe:
-    """Reads and checks a recipe; the model's sizes are its configuration's, where that is a folder here.
+    """Reads and checks a recipe.
 
     Raises:
         RecipeError: with the stage, the field and the fix.
     """
-    given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    shape = None
-    if isinstance(given, dict) and given.get("init_weights_path"):
-        config = ROOT / str(given["init_weights_path"]) / "config.json"
-        if config.is_file():
-            with contextlib.suppress(ValueError):  # a decoder with other names: nothing is estimated
-                shape = Shape.of(json.loads(config.read_text(encoding="utf-8")))
-    return read_recipe(given, shape)
+    return read_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), planner_for)
+
+
+def planner_for(fields: Mapping[str, Any]):
+    """The planner of a recipe's model, of which no weights are read; None where its configuration is not at hand.
+
+    Raises:
+        RecipeError: the recipe's `model_config` is none.
+    """
+    from transformers import AutoConfig
+
+    from ds_minis.cli.plan import cache_folder
+    from ds_minis.planner.models import shipped_config
+    from ds_minis.planner.planner import Planner
+
+    folder = ROOT / fields["init_weights_path"]
+    if fields["model_config"] is not None:
+        try:
+            sizes = dict(fields["model_config"])
+            config = AutoConfig.for_model(sizes.pop("model_type"), **sizes)
+        except (KeyError, ValueError, TypeError) as error:
+            raise RecipeError(
+                f"model_config: {error!r}; give the names and values of the model's config.json"
+            ) from None
+    elif (folder / "config.json").is_file():
+        config = AutoConfig.from_pretrained(folder)
+    else:
+        config = shipped_config(fields["init_weights_path"])
+    return None if config is None else Planner(config, cache=cache_folder())
 
 
 def table(recipe: Recipe) -> str:
@@ -74,11 +95,13 @@ def table(recipe: Recipe) -> str:
         f"{recipe.fields['name']}: {len(recipe.stages)} stages, train_steps are {steps}, optimizer: "
         f"{recipe.fields['optimizer']}",
         f"{'sequence_length':>15} {'rope_theta':>11} {'steps':>6} {'accumulation':>12} {'micro':>6}  "
-        "ranks = replicas x size, and memory (estimates)",
+        "ranks = replicas x size, and memory (as planned)",
     ]
     for planned in recipe.stages:
         stage = planned.stage
-        need = "memory not estimated (model_shape)" if planned.need is None else str(planned.need)
+        need = "memory not planned (add model_config)"
+        if planned.need is not None:
+            need = f"{planned.need.device / GIB:.1f} GiB on each GPU, {planned.need.host / GIB:.1f} on each host"
         lines.append(
             f"{stage.sequence_length:>15,} {_theta(stage.rope_theta):>11} {stage.steps:>6} {stage.accumulation:>12} "
             f"{stage.micro_batch_size:>6}  {planned.world} = {planned.replicas} x {planned.size}; {need}"

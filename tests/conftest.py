@@ -16,6 +16,7 @@ LARGE_GIB = 19
 # Files of more than a minute, the longest first: a worker that begins one of them last would be waited for.
 LONGEST = """
 test_clients test_engines test_compile test_sft_scripts test_sft_example test_head_groups_and_inputs test_faults_of_runs
+test_launch_training
 """.split()
 
 

@@ -1,130 +1,70 @@
-"""What a stage needs in memory, by arithmetic: an estimate to refuse what cannot fit, before a cluster is asked for.
-
-W, the transient bytes of a token beyond weights and layer inputs, is 10.6 bytes for each element of the hidden size and 4 for
-each of its keys and values: fitted to what benchmarks/ has for five models of 7 to 9 billion parameters, within 9%.
-"""
+"""Whether a stage fits, by the planner's arithmetic: to refuse what cannot, before a cluster is asked for."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ds_minis.planner.planner import Planner
 
 GIB = 2**30
-RESERVE = 4 * GIB  # the driver's and NCCL's buffers, fragments
-_W_HIDDEN, _W_KEYS_VALUES, _RING = 10.6, 4.0, 12.0  # bytes of a token for each element
-
-# Bytes of a parameter held by each GPU, shared by all GPUs, and shared by all hosts: bfloat16 weights and gradients, float32
-# weights and Adam's two moments (FSDP and DDP: float32 alone). `gathers`: whether weights come together a layer at a time.
-_ENGINES: dict[str, tuple[float, float, float, bool]] = {
-    "ddp": (16, 0, 0, False),
-    "fsdp": (0, 16, 0, True),
-    "zero1": (4, 12, 0, False),
-    "zero2": (2, 14, 0, False),
-    "zero2_offload": (2, 2, 12, False),
-    "zero3": (0, 16, 0, True),
-    "zero3_offload": (0, 0, 16, True),
+# A recipe's engine -> the planner's settings.
+ENGINES: dict[str, dict[str, Any]] = {
+    "ddp": {"engine": "ddp"},
+    "fsdp": {"engine": "fsdp2"},
+    "zero0": {"engine": "zero0"},
+    "zero1": {"engine": "zero1"},
+    "zero2": {"engine": "zero2"},
+    "zero2_offload": {"engine": "zero2", "offload_optimizer": True},
+    "zero3": {"engine": "zero3"},
+    "zero3_offload": {"engine": "zero3", "offload_optimizer": True, "offload_param": True},
 }
-ENGINES = tuple(_ENGINES)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """Sizes of a decoder, by the names of config.json."""
-
-    hidden_size: int
-    num_hidden_layers: int
-    intermediate_size: int
-    num_attention_heads: int
-    vocab_size: int
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    tie_word_embeddings: bool = False
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Shape:
-        """Of a configuration's fields.
-
-        Raises:
-            ValueError: one is missing.
-        """
-        config = config.get("text_config", config)
-        known = {name: config[name] for name in (field.name for field in fields(cls)) if config.get(name) is not None}
-        missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in known]
-        if missing:
-            raise ValueError(f"{', '.join(missing)} is missing")
-        return cls(**known)
-
-    @property
-    def keys_values(self) -> int:
-        """Elements of a token's keys and values in a layer."""
-        head = self.head_dim or self.hidden_size // self.num_attention_heads
-        return 2 * head * (self.num_key_value_heads or self.num_attention_heads)
-
-    @property
-    def layer(self) -> int:
-        """Parameters of a layer."""
-        head = self.head_dim or self.hidden_size // self.num_attention_heads
-        queries = head * self.num_attention_heads
-        return self.hidden_size * (2 * queries + self.keys_values + 3 * self.intermediate_size + 2)
-
-    @property
-    def embedding(self) -> int:
-        """Parameters of the embedding; the LM head has as many, if it is not the same."""
-        return self.hidden_size * self.vocab_size
-
-    @property
-    def parameters(self) -> int:
-        """Parameters of the model."""
-        heads = 1 if self.tie_word_embeddings else 2
-        return self.num_hidden_layers * self.layer + heads * self.embedding
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Need:
-    """Bytes of a stage on one GPU, and on one host."""
+    """Bytes of a stage on one GPU, part by part, and on one host."""
 
-    weights: float
-    layer_inputs: float
-    transient: float
+    parts: Mapping[str, float]
     host: float
 
     @property
     def device(self) -> float:
         """All that one GPU holds."""
-        return self.weights + self.layer_inputs + self.transient + RESERVE
+        return sum(self.parts.values())
 
     def __str__(self) -> str:
-        return (
-            f"{self.device / GIB:.1f} GiB on each GPU (weights and optimizer {self.weights / GIB:.1f}, layer inputs "
-            f"{self.layer_inputs / GIB:.1f}, transient {self.transient / GIB:.1f}, reserve {RESERVE / GIB:.0f}), "
-            f"{self.host / GIB:.1f} GiB on each host"
-        )
+        parts = ", ".join(f"{part} {nbytes / GIB:.1f}" for part, nbytes in self.parts.items() if nbytes > 0.05 * GIB)
+        return f"{self.device / GIB:.1f} GiB on each GPU ({parts}), {self.host / GIB:.1f} GiB on each host"
 
 
-def need_of(shape: Shape, engine: str, *, tokens: float, nodes: int, gpus_per_node: int, offload: bool) -> Need:
-    """What a stage needs, estimated.
+def need_of(
+    planner: Planner,
+    engine: str,
+    *,
+    tokens: int,
+    batch: int,
+    gpus: int,
+    gpus_per_node: int,
+    settings: Mapping[str, Any] | None,
+) -> Need:
+    """What a stage needs, as planned.
 
     Args:
-        shape: the model's.
         engine: one of `ENGINES`.
-        tokens: of one forward pass on one rank, after sequence parallelism has divided the sequence.
-        nodes: machines, of `gpus_per_node` ranks each.
-        offload: whether layer inputs are kept in host memory (`mini_sequence: {offload: cpu}`).
+        tokens: of a sequence.
+        batch: sequences of a forward pass.
+        gpus: ranks in all.
+        settings: of mini-sequences, with `sequence_parallel`; None: there are none.
     """
-    each, shared, hosts, gathers = _ENGINES[engine]
-    weights = shape.parameters * (each + shared / (nodes * gpus_per_node))
-    weights += 2 * 2 * max(shape.layer, shape.embedding) if gathers else 0
-    inputs = tokens * shape.hidden_size * 2
-    all_inputs = inputs * shape.num_hidden_layers
-    # Offloaded inputs are on the device two layers at a time.
-    return Need(
-        weights=weights,
-        layer_inputs=2 * inputs if offload else all_inputs,
-        transient=tokens * (_W_HIDDEN * shape.hidden_size + (_W_KEYS_VALUES + _RING) * shape.keys_values),
-        host=shape.parameters * hosts / nodes + (gpus_per_node * all_inputs if offload else 0),
-    )
+    from ds_minis.planner.setup import Setup
+
+    setup = Setup(gpus=gpus, batch=batch, settings=settings, **ENGINES[engine])
+    estimate = planner.estimate(setup, tokens)
+    return Need({part: float(nbytes) for part, nbytes in estimate.parts().items()}, estimate.host * gpus_per_node)
 
 
 def bytes_of(text: Any) -> float:

@@ -7,11 +7,11 @@ with one value for each stage, or one value for all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from ds_minis.context.estimate import Need, Shape, need_of
+from ds_minis.context.estimate import GIB, Need, need_of
 from ds_minis.context.recipe_fields import (
     CLUSTER_FIELDS,
     FIELDS,
@@ -26,6 +26,9 @@ from ds_minis.context.recipe_fields import (
 )
 from ds_minis.context.schedule import Stage, rope_theta_for
 
+if TYPE_CHECKING:
+    from ds_minis.planner.planner import Planner
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedStage:
@@ -37,8 +40,8 @@ class PlannedStage:
         total_steps: steps of this stage and all before it.
         nodes, gpus_per_node: machines, and ranks on each.
         size: ranks that share a sequence.
-        need: memory, estimated; None where the model's sizes are not known.
         settings: `STAGE_FIELDS` of this stage.
+        need: memory, as planned; None where the model's sizes are not known.
     """
 
     index: int
@@ -47,8 +50,8 @@ class PlannedStage:
     nodes: int
     gpus_per_node: int
     size: int
-    need: Need | None
     settings: Mapping[str, Any]
+    need: Need | None = None
 
     @property
     def world(self) -> int:
@@ -80,12 +83,15 @@ class Recipe:
     stages: tuple[PlannedStage, ...]
 
 
-def read_recipe(given: Mapping[str, Any], shape: Shape | None = None) -> Recipe:
+def read_recipe(
+    given: Mapping[str, Any], planner_for: Callable[[Mapping[str, Any]], Planner | None] | None = None
+) -> Recipe:
     """Checks a recipe.
 
     Args:
         given: the recipe as it was read.
-        shape: the model's sizes, where its configuration is at hand; else the recipe's `model_shape`.
+        planner_for: gives, of a recipe's fields, the planner of its model, or None where its sizes are not known; called once
+            all else is right.
 
     Raises:
         RecipeError: with the stage, the field and the fix.
@@ -96,22 +102,22 @@ def read_recipe(given: Mapping[str, Any], shape: Shape | None = None) -> Recipe:
     if not isinstance(fields["cluster"], Mapping):
         raise RecipeError("cluster: a mapping is allowed, with nodes and gpus_per_node")
     fields["cluster"] = filled(fields["cluster"], CLUSTER_FIELDS, "cluster.")
-    check_fields(fields)
-    if shape is None and fields["model_shape"] is not None:
-        try:
-            shape = Shape.of(fields["model_shape"])
-        except (ValueError, TypeError, AttributeError) as error:
-            raise RecipeError(f"model_shape: {error}; give the names and values of the model's config.json") from None
+    mini_sequence = check_fields(fields)
     values = {name: fields[name] for name in STAGE_FIELDS} | {"nodes": fields["cluster"]["nodes"]}
     stages: list[PlannedStage] = []
     for settings in by_stage(values):
-        stages.append(_planned(fields, settings, stages, shape))
+        stages.append(_planned(fields, settings, stages))
+        if stages[-1].size > 1 and mini_sequence is None:
+            raise RecipeError(
+                f"stage {stages[-1].index}: sp: needs mini_sequence, which is false; set that to true, or sp to 1"
+            )
+    planner = None if planner_for is None else planner_for(fields)
+    if planner is not None:
+        stages = [_with_need(planned, fields, planner, mini_sequence) for planned in stages]
     return Recipe(fields, tuple(stages))
 
 
-def _planned(
-    fields: Mapping[str, Any], settings: dict[str, Any], before: list[PlannedStage], shape: Shape | None
-) -> PlannedStage:
+def _planned(fields: Mapping[str, Any], settings: dict[str, Any], before: list[PlannedStage]) -> PlannedStage:
     index = len(before)
     where = f"stage {index} (sequence_length {settings['sequence_length']})"
     for name in WHOLE:
@@ -141,7 +147,6 @@ def _planned(
             f"{where}: cluster.nodes: {world} ranks continue a checkpoint of {before[-1].world}, whose optimizer DeepSpeed "
             "cannot divide anew; keep the number of ranks (and let sp grow), or set optimizer: fresh, or engine: fsdp"
         )
-    need = _need(fields, settings, shape, size, where)
     return PlannedStage(
         index=index,
         stage=stage,
@@ -149,7 +154,6 @@ def _planned(
         nodes=nodes,
         gpus_per_node=gpus,
         size=size,
-        need=need,
         settings=settings,
     )
 
@@ -209,38 +213,46 @@ def _check_rates(fields: Mapping[str, Any], settings: dict[str, Any], steps: int
         )
 
 
-def _need(
-    fields: Mapping[str, Any], settings: Mapping[str, Any], shape: Shape | None, size: int, where: str
-) -> Need | None:
-    if shape is None:
-        return None
-    mini_sequence, cluster = fields["mini_sequence"], fields["cluster"]
-    offload = isinstance(mini_sequence, Mapping) and mini_sequence.get("offload") is not None
-    gpus = cluster["gpus_per_node"]
+def _with_need(
+    planned: PlannedStage, fields: Mapping[str, Any], planner: Planner, mini_sequence: Mapping[str, Any] | None
+) -> PlannedStage:
+    """The stage with the memory it needs.
 
-    def need_with(factor: int = 1, offload: bool = offload) -> Need:
+    Raises:
+        RecipeError: the cluster does not have it.
+    """
+    cluster, stage = fields["cluster"], planned.stage
+    where = f"stage {planned.index} (sequence_length {stage.sequence_length})"
+
+    def need_with(factor: int = 1, **settings: Any) -> Need:
         """With so many times the nodes, and groups so many times as large."""
-        tokens = settings["micro_batch_size"] * settings["sequence_length"] / size / factor
-        nodes = settings["nodes"] * factor
-        return need_of(shape, fields["engine"], tokens=tokens, nodes=nodes, gpus_per_node=gpus, offload=offload)
+        parallel = {"sequence_parallel": planned.size * factor} if planned.size * factor > 1 else {}
+        return need_of(
+            planner,
+            fields["engine"],
+            tokens=stage.sequence_length,
+            batch=stage.micro_batch_size,
+            gpus=planned.world * factor,
+            gpus_per_node=planned.gpus_per_node,
+            settings=None if mini_sequence is None else {**mini_sequence, **settings, **parallel},
+        )
 
-    limits = cluster["memory_per_gpu"] or float("inf"), cluster["memory_per_node"] or float("inf")
+    device, host = (cluster[name] or float("inf") for name in ("memory_per_gpu", "memory_per_node"))
     need = need_with()
-    if need.device > limits[0]:
+    if need.device > device:
         ways = []
-        if not offload and need_with(offload=True).device <= limits[0]:
+        if mini_sequence is not None and need_with(offload="cpu").device <= device:
             ways.append("mini_sequence: {offload: cpu}")
-        factor = next((2**i for i in range(1, 11) if need_with(2**i).device <= limits[0]), None)
+        factor = next((2**i for i in range(1, 8) if need_with(2**i).device <= device), None)
         if factor:
-            ways.append(f"cluster.nodes {settings['nodes'] * factor} with sp {settings['sp'] * factor}")
-        ways = ways or ["another engine or GPUs with more memory"]
+            ways.append(f"cluster.nodes {planned.nodes * factor} with sp {planned.settings['sp'] * factor}")
         raise RecipeError(
-            f"{where}: cluster.memory_per_gpu: {limits[0] / 2**30:.1f} GiB, but by estimate it needs {need}; set "
-            f"{', or '.join(ways)}"
+            f"{where}: cluster.memory_per_gpu: {device / GIB:.1f} GiB, but as planned it needs {need}; set "
+            f"{', or '.join(ways or ['another engine, or GPUs with more memory'])}"
         )
-    if need.host > limits[1]:
+    if need.host > host:
         raise RecipeError(
-            f"{where}: cluster.memory_per_node: {limits[1] / 2**30:.1f} GiB, but by estimate it needs {need}; use more "
-            "nodes, or offload less (engine, mini_sequence.offload)"
+            f"{where}: cluster.memory_per_node: {host / GIB:.1f} GiB, but as planned it needs {need}; use more nodes, or "
+            "offload less (engine, mini_sequence.offload)"
         )
-    return need
+    return replace(planned, need=need)

@@ -29,7 +29,7 @@ FIELDS: dict[str, Any] = {
     "name": REQUIRED,
     "init_weights_path": REQUIRED,
     "tokenizer_path": None,
-    "model_shape": None,
+    "model_config": None,
     "checkpoints_path": REQUIRED,
     "resume_checkpoint_path": None,
     "checkpoint_interval": None,
@@ -80,8 +80,8 @@ def filled(given: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -> d
     return {name: value if given.get(name) is None else given[name] for name, value in known.items()}
 
 
-def check_fields(fields: dict[str, Any]) -> None:
-    """Checks what is the same for all stages, and turns sizes into bytes.
+def check_fields(fields: dict[str, Any]) -> dict[str, Any] | None:
+    """Checks what is the same for all stages, and turns sizes into bytes; gives the settings of mini-sequences, if there are.
 
     Raises:
         RecipeError: with the field and the fix.
@@ -104,7 +104,7 @@ def check_fields(fields: dict[str, Any]) -> None:
     if isinstance(fields["mini_sequence"], Mapping) and "sequence_parallel" in fields["mini_sequence"]:
         raise RecipeError("mini_sequence.sequence_parallel: each stage has its own; give sp (and sp_mode) instead")
     try:
-        MiniSequenceConfig.from_value(fields["mini_sequence"], source="mini_sequence")
+        mini_sequence = MiniSequenceConfig.from_value(fields["mini_sequence"], source="mini_sequence")
     except ValueError as error:
         raise RecipeError(str(error)) from None
     cluster = fields["cluster"]
@@ -114,6 +114,7 @@ def check_fields(fields: dict[str, Any]) -> None:
             cluster[name] = cluster[name] if cluster[name] is None else bytes_of(cluster[name])
         except ValueError as error:
             raise RecipeError(f"cluster.{name}: {error}") from None
+    return mini_sequence.to_dict(defaults=False) if mini_sequence.enabled else None
 
 
 def by_stage(values: Mapping[str, Any]) -> list[dict[str, Any]]:

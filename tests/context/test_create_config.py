@@ -4,28 +4,23 @@ import importlib
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from support import warm
 
 from ds_minis.config import MiniSequenceConfig
 from ds_minis.context import SEED_STAGES, rope_theta_for
-from ds_minis.context.estimate import Shape, bytes_of, need_of
+from ds_minis.context.estimate import bytes_of
 from ds_minis.context.recipe import RecipeError, read_recipe
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "create_config.py"
 SHIPPED = sorted((ROOT / "examples" / "long_context").glob("*.yaml"))
-LLAMA_8B = {
-    "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "vocab_size": 128256,
-}  # fmt: skip
 RECIPE = {
     "name": "two",
     "init_weights_path": "some/model",
-    "model_shape": LLAMA_8B,
     "dataset_folder": "some/data",
     "checkpoints_path": "outputs/two",
     "sequence_length": [65536, 131072],
@@ -52,10 +47,8 @@ def create_config(monkeypatch):
 
 def test_without_arguments_the_seeds_table_is_written(tmp_path):
     """In a process of its own, as its users run it."""
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    ran = subprocess.run(
-        [sys.executable, SCRIPT, "--output_dir", tmp_path], capture_output=True, text=True, env=env, check=True
-    )
+    command = [warm.python(), SCRIPT, "--output_dir", tmp_path]
+    ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | warm.environment(), check=True)
     rows = [line.split()[:5] for line in ran.stdout.splitlines() if line.strip()[:1].isdigit() and " x " in line]
     assert rows[:4] == [
         ["65,536", "22.4M", "10", "32", "1"],
@@ -183,15 +176,7 @@ WRONG = {
         {"cluster__nodes": [1, 2]},
         "stage 1 .*: cluster.nodes: 16 ranks continue a checkpoint of 8, .*optimizer: fresh, or engine: fsdp",
     ),
-    "a stage that cannot fit": (
-        {"sequence_length": [65536, 4194304]},
-        r"stage 1 .sequence_length 4194304.: cluster.memory_per_gpu: 74.5 GiB, but by estimate it needs \d+.\d GiB on each "
-        r"GPU .*; set mini_sequence: {offload: cpu}, or cluster.nodes 4 with sp 32",
-    ),
-    "a host that cannot hold it": (
-        {"mini_sequence": {"offload": "cpu"}, "sequence_length": [65536, 8388608], "cluster__memory_per_gpu": None},
-        "stage 1 .*: cluster.memory_per_node: 931.3 GiB, but by estimate it needs",
-    ),
+    "sequence parallelism without mini-sequences": ({"mini_sequence": False}, "stage 0: sp: needs mini_sequence"),
     "no mapping": (["a"], "the recipe is no mapping"),
 }  # fmt: skip
 
@@ -210,15 +195,33 @@ def test_a_wrong_recipe_is_one_line_and_writes_nothing(create_config, tmp_path, 
     assert error.count("\n") == 1 and "stage 0" in error and not (tmp_path / "out").exists()
 
 
-def test_the_estimate_knows_the_models_size_and_what_the_benchmarks_measured():
-    shape = Shape.of(LLAMA_8B)
-    assert shape.parameters == pytest.approx(8_030_261_248, rel=1e-4)
-    measured = json.loads((ROOT / "benchmarks" / "transient_memory.json").read_text())
-    bytes_per_token = measured["results"]["llama-3-8b"]["variants"]["layer"]["W_KiB_per_token"] * 1024
-    need = need_of(shape, "zero3", tokens=1, nodes=1, gpus_per_node=1, offload=False)
-    assert need.transient - 12 * shape.keys_values == pytest.approx(bytes_per_token, rel=0.09)
-    assert need.layer_inputs == 32 * 4096 * 2
-    assert need_of(shape, "zero3", tokens=1, nodes=1, gpus_per_node=8, offload=True).host == 8 * 32 * 4096 * 2
+TOO_LONG = {"init_weights_path": "meta-llama/Meta-Llama-3-8B", "sequence_length": [65536, 4194304]}
+TOO_LARGE = {
+    "on a GPU": (
+        {},
+        r"stage 1 .sequence_length 4194304.: cluster.memory_per_gpu: 74.5 GiB, but as planned it needs \d+.\d GiB on each "
+        r"GPU .*layer inputs 128.0.*; set mini_sequence: {offload: cpu}, or cluster.nodes 4 with sp 32",
+    ),
+    "on a host": (
+        {"mini_sequence": {"offload": "cpu"}},
+        "stage 1 .*: cluster.memory_per_node: 931.3 GiB, but as planned it needs .* 1024.0 GiB on each host; use more nodes",
+    ),
+}
+
+
+@pytest.mark.parametrize("where", TOO_LARGE)
+def test_a_stage_that_cannot_fit_stops_with_what_it_needs_and_what_would_do(create_config, where):
+    fields, said = TOO_LARGE[where]
+    with pytest.raises(RecipeError, match=said):
+        read_recipe(changed(**TOO_LONG, **fields), create_config.planner_for)
+
+
+def test_a_model_without_known_sizes_is_not_planned_and_says_so(create_config):
+    recipe = read_recipe(changed(), create_config.planner_for)
+    assert "memory not planned (add model_config)" in create_config.table(recipe)
+    with pytest.raises(RecipeError, match="model_config: KeyError.'model_type'.*config.json"):
+        read_recipe(changed(model_config={"hidden_size": 8}), create_config.planner_for)
+
+
+def test_sizes():
     assert bytes_of("80GB") == 80e9 and bytes_of("1.5 TiB") == 1.5 * 2**40
-    with pytest.raises(ValueError, match="vocab_size is missing"):
-        Shape.of({name: value for name, value in LLAMA_8B.items() if name != "vocab_size"})

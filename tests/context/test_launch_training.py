@@ -13,6 +13,7 @@ import pytest
 import yaml
 from support import slurm, warm
 
+pytestmark = pytest.mark.engine
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
 SECONDS = 300  # for what takes a few, on a busy machine
