@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ds_minis import convert_to_mini_sequence
 from ds_minis.context import rope_theta_for
 from ds_minis.context.needle_model import describe, make_needle_maker
-from ds_minis.context.needle_run import Ranks, as_results, run_needle, write
+from ds_minis.context.needle_run import Ranks, run_needle, write
 from ds_minis.context.needle_task import NeedleMaker, NeedleTask
 from ds_minis.context.rope import change_rope
 
@@ -146,12 +146,9 @@ class Run:
         )
 
     def needles(self, stage: TinyStage, step: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and labels, `(batch, length)`: needle tests with their answers. Every other batch is shorter."""
-        length = (
-            stage.length
-            if step % 2 == 0
-            else int(torch.randint(BASE_LENGTH, stage.length + 1, (), generator=generator))
-        )
+        """Ids and labels, `(batch, length)`: needle tests with their answers. Every other batch is shorter, at any scale."""
+        shorter = BASE_LENGTH * (stage.length / BASE_LENGTH) ** torch.rand((), generator=generator).item()
+        length = round(shorter) if step % 2 else stage.length
         numbers = torch.randint(2**40, (stage.batch,), generator=generator).tolist()
         # More often at the ends than in the middle, where a model fails first.
         depths = (1.4 * torch.rand(stage.batch, generator=generator) - 0.2).clamp(0, 1).tolist()
@@ -168,9 +165,8 @@ class Run:
         cells = [(n, depth) for n in self.lengths for depth in DEPTHS]
         about = describe(model, way, ["test.txt"]) | {"step": number, "trained_length": length}
         results = run_needle(model, self.tests, cells, about=about, ranks=ranks, batch_size=2)
-        done = {f"{cell['length']} {cell['depth']}": cell for cell in results["cells"]}
         if self.is_main:
-            write(self.output / f"{way}-{number}.json", as_results(about, done))
+            write(self.output / f"{way}-{number}.json", results)
         model.train()
         self.say(
             f"{way:>8} {length:>5} tokens: {100 * results['accuracy']:.0f}% of answers right, {results['seconds']} s"
