@@ -78,7 +78,12 @@ class Replay:
 
 def has_values(tensor: Tensor) -> bool:
     """Whether the tensor holds data: False for meta and fake tensors."""
-    return not tensor.is_meta and type(tensor).__name__ != "FakeTensor"
+    return not tensor.is_meta and not is_fake(tensor)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether it is one of torch's `FakeTensor`s, which wrap a meta tensor each."""
+    return type(tensor).__name__ == "FakeTensor"
 
 
 _ON_HOST = "cpu", "meta"

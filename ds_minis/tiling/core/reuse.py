@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import Tensor
 
-from ds_minis.tiling.core.replay import has_values
+from ds_minis.tiling.core.replay import is_fake
 
 
 def can_overwrite(grad: Tensor) -> bool:
@@ -23,4 +23,4 @@ def can_overwrite(grad: Tensor) -> bool:
     if torch._C._storage_Use_Count(grad.untyped_storage()._cdata) > (2 if base is None else 3):
         return False
     # The base: same refcount; C++ use count 2 for the view and the Python object (3 for a fake tensor).
-    return base is None or (sys.getrefcount(base) <= 3 and base._use_count() <= (2 if has_values(grad) else 3))
+    return base is None or (sys.getrefcount(base) <= 3 and base._use_count() <= (3 if is_fake(grad) else 2))

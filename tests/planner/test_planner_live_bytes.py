@@ -1,0 +1,106 @@
+"""What is planned against what a real step on the CPU holds: every storage, counted by another counter than the planner's."""
+
+import contextlib
+import io
+import warnings
+
+import pytest
+import torch
+from live_bytes import LiveBytes
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from ds_minis import convert_to_mini_sequence
+from ds_minis.planner.adapters import add_lora
+from ds_minis.planner.planner import Planner
+from ds_minis.planner.setup import Setup
+from ds_minis.planner.stubs import register
+
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 2000,
+    "max_position_embeddings": 2**20,
+}
+CONFIG = LlamaConfig(**SIZES)
+TOKENS = 3500
+
+
+def planned(config, setup: Setup, tokens: int) -> float:
+    """Bytes of activations and gradients at the peak."""
+    planner = Planner(config)
+    profile = planner.profile(planner.way(setup))
+    offloaded = bool((setup.settings or {}).get("offload"))
+    peak = profile.peak(planner.lengths(setup, tokens, profile), lambda sofar, layer: sofar, offloaded=offloaded)
+    return peak.activations + peak.gradients
+
+
+def real(config, setup: Setup, tokens: int, attention: str) -> float:
+    """The same, of the second step of a real model: analyses are made in the first."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).train()
+    if setup.train == "lora":
+        add_lora(model, setup.lora_rank)
+    if setup.checkpointing:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if setup.settings is not None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            convert_to_mini_sequence(model, dict(setup.settings))
+
+    def step():
+        ids = torch.zeros(1, tokens, dtype=torch.int64)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+    step()
+    model.zero_grad(set_to_none=True)
+    apart = [*model.parameters(), *model.buffers()]
+    with LiveBytes(apart=apart) as live:
+        step()
+    # The blocks of host memory are on the same device here.
+    host = sum(entry.nbytes for entry in live.at_peak if entry.dtype == torch.uint8)
+    return live.peak - host
+
+
+WAYS = {
+    "plain": {"settings": None, "checkpointing": False},
+    "checkpointing": {"settings": None},
+    "mlp": {"settings": {"scope": "mlp"}},
+    "tokens": {"settings": {"scope": "tokens"}},
+    "layer": {"settings": {}},
+    "layer in small chunks": {"settings": {"chunk_size": 300}},
+    "a number of mini-sequences": {"settings": {"num_mini_sequences": 7}},
+    "head groups": {"settings": {"head_groups": "auto"}},
+    "no tiled loss": {"settings": {"loss": False}},
+    "LoRA": {"settings": {}, "train": "lora"},
+    "LoRA, checkpointing": {"settings": None, "train": "lora"},
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_planned_bytes_are_those_of_a_real_step(name):
+    setup = Setup(dtype="float32", **WAYS[name])
+    expected = real(CONFIG, setup, TOKENS, register())
+    assert planned(CONFIG, setup, TOKENS) == pytest.approx(expected, rel=0.03)
+
+
+def test_kept_attention_with_torchs_own_attention():
+    setup = Setup(dtype="float32", settings={"keep_attention": True})
+    assert planned(CONFIG, setup, 2200) == pytest.approx(real(CONFIG, setup, 2200, "sdpa"), rel=0.03)
+
+
+def test_another_architecture_at_another_depth():
+    config = Qwen3Config(**SIZES | {"num_hidden_layers": 7, "head_dim": 32, "tie_word_embeddings": True})
+    setup = Setup(dtype="float32")
+    assert planned(config, setup, 2500) == pytest.approx(real(config, setup, 2500, register()), rel=0.03)
+
+
+def test_offloaded_inputs_leave_the_device():
+    """On a CPU all is one device: layer inputs that were copied out are counted apart by their blocks' dtype."""
+    setup = Setup(dtype="float32", settings={"offload": "cpu"})
+    expected = real(CONFIG, setup, TOKENS, register())
+    assert planned(CONFIG, setup, TOKENS) == pytest.approx(expected, rel=0.06)
+    assert expected < 0.9 * planned(CONFIG, Setup(dtype="float32"), TOKENS)

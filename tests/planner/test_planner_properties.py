@@ -1,0 +1,134 @@
+"""What must hold for any plan: less is never more."""
+
+import itertools
+
+import pytest
+from transformers import LlamaConfig
+
+from ds_minis.planner.planner import FITS, TOO_LARGE, UNCERTAIN, Planner
+from ds_minis.planner.setup import GIB, Setup
+
+SIZES = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8}
+CONFIG = LlamaConfig(**SIZES, num_key_value_heads=4, vocab_size=32000)
+LENGTHS = 1024, 8192, 65536, 524288
+ENGINES = "ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"
+
+
+@pytest.fixture(scope="module")
+def planner() -> Planner:
+    return Planner(CONFIG)
+
+
+def device(planner: Planner, tokens: int, **setup) -> float:
+    return planner.estimate(Setup(**setup), tokens).device
+
+
+@pytest.mark.parametrize("engine", ["single", *ENGINES])
+def test_fewer_trained_parameters_and_fewer_bits_never_need_more(planner, engine):
+    gpus = 1 if engine == "single" else 4
+    for tokens in LENGTHS:
+        full, lora, qlora = (
+            device(planner, tokens, engine=engine, gpus=gpus, train=train) for train in ("full", "lora", "qlora")
+        )
+        assert qlora <= lora <= full
+
+
+def test_more_and_smaller_chunks_never_need_more(planner):
+    for tokens in LENGTHS:
+        sizes = [device(planner, tokens, settings={"chunk_size": size}) for size in (256, 1024, 4096, 16384)]
+        assert sizes == sorted(sizes)
+        numbers = [device(planner, tokens, settings={"num_mini_sequences": m}) for m in (2, 8, 64)]
+        assert numbers == sorted(numbers, reverse=True)
+
+
+@pytest.mark.parametrize("mode", ["auto", "gather", "ring", "ulysses"])
+def test_sharing_a_sequence_never_needs_more(planner, mode):
+    for tokens in LENGTHS[1:]:
+        alone = device(planner, tokens, engine="zero3", gpus=4)
+        two, four = (
+            device(planner, tokens, engine="zero3", gpus=4, settings={"sequence_parallel": {"size": n, "mode": mode}})
+            for n in (2, 4)
+        )
+        assert four <= two <= alone
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_more_gpus_never_need_more_each(planner, engine):
+    for tokens, train in itertools.product(LENGTHS, ("full", "lora")):
+        few, many = (device(planner, tokens, engine=engine, gpus=gpus, train=train) for gpus in (2, 8))
+        assert many <= few
+
+
+def test_stages_of_zero_never_need_more_than_the_one_before(planner):
+    stages = [device(planner, 8192, engine=f"zero{stage}", gpus=8) for stage in range(4)]
+    assert stages == sorted(stages, reverse=True)
+
+
+def test_memory_grows_with_the_length_and_the_batch(planner):
+    for settings in (None, {}, {"head_groups": "auto"}, {"offload": "cpu"}, {"keep_attention": True}):
+        found = [device(planner, tokens, settings=settings) for tokens in LENGTHS]
+        assert found == sorted(found)
+        assert device(planner, 8192, settings=settings, batch=2) >= found[1]
+
+
+def test_what_saves_memory_saves_memory(planner):
+    def at(**settings):
+        return device(planner, 262144, settings=settings)
+
+    assert at(scope="layer") < at(scope="tokens") < at(scope="mlp") < device(planner, 262144, settings=None)
+    assert at(head_groups="auto") <= at() < at(keep_attention=True)
+    assert at(offload="cpu") < at()
+    optimizers = [device(planner, 1024, optimizer=name) for name in ("adamw", "adamw_8bit", "sgd")]
+    assert optimizers == sorted(optimizers, reverse=True)
+
+
+def test_offloading_moves_bytes_to_the_host(planner):
+    plain, offloaded = (planner.estimate(Setup(settings=s), 65536) for s in ({}, {"offload": "cpu"}))
+    assert plain.host == 0
+    assert offloaded.host == 12 * 65536 * 512 * 2  # layers x tokens x hidden size x bytes, in whole blocks of 16 MiB
+    moved = Setup(engine="zero2", gpus=4, offload_optimizer=True)
+    assert (
+        planner.estimate(moved, 1024).host
+        > 12 / 4 * 50e6
+        > planner.estimate(moved.replace(offload_optimizer=False), 1024).host
+    )
+
+
+def test_the_longest_that_fits_fits_and_the_next_does_not(planner):
+    setup, capacity = Setup(), 6 * GIB
+    longest = planner.longest(setup, capacity)
+    assert longest > 0 and longest % 1024 == 0
+    assert planner.estimate(setup, longest).verdict(capacity) == FITS
+    assert planner.estimate(setup, longest + 1024).verdict(capacity) != FITS
+    assert planner.longest(setup, 2**20) == 0
+
+
+def test_three_verdicts(planner):
+    estimate = planner.estimate(Setup(), 65536)
+    slack = sum(term.nbytes for term in estimate.slack)
+    assert slack > 0
+    assert estimate.verdict(estimate.device + slack) == FITS
+    assert estimate.verdict(estimate.device + slack / 2) == UNCERTAIN
+    assert estimate.verdict(estimate.device - 1) == TOO_LARGE
+
+
+def test_all_terms_say_what_they_are(planner):
+    for engine in ENGINES:
+        estimate = planner.estimate(Setup(engine=engine, gpus=4, settings={"sequence_parallel": 2}), 65536)
+        assert all(term.why and term.nbytes >= 0 for term in [*estimate.terms, *estimate.slack])
+        assert sum(estimate.parts().values()) == pytest.approx(estimate.device)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"engine": "zero4"}, "engine: one of single"),
+        ({"gpus": 0}, "gpus: a whole number from 1"),
+        ({"gpus": 2}, "one process"),
+        ({"engine": "zero3", "gpus": 3, "settings": {"sequence_parallel": 2}}, "must divide"),
+        ({"optimizer": "lion"}, "adafactor"),
+    ],
+)
+def test_wrong_setups_are_refused(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        Setup(**wrong)
