@@ -52,7 +52,7 @@ CLUSTER_FIELDS: dict[str, Any] = {
     "memory_per_node": None,
     "gres": None,
     "time_limit": "24:00:00",
-    "save_before_end_seconds": 900,
+    "save_before_end_seconds": 3600,
     "sbatch": [],
 }
 _CHOICES = {"steps_are": ("cumulative", "each"), "optimizer": ("resume", "fresh"), "engine": ENGINES, "sp_mode": MODES}

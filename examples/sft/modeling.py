@@ -48,8 +48,8 @@ def load_model(
     path = args.model_name_or_path
     if is_config_only(path):
         path = _make_base_model(path, training_args, tokenizer)
-    trust = training_args.trust_remote_code
-    config = stage_config(args, AutoConfig.from_pretrained(path, trust_remote_code=trust), training_args.max_length)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=training_args.trust_remote_code)
+    config = stage_config(args, config, training_args.max_length)
     model = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=_dtype(args, training_args, deepspeed),
@@ -57,7 +57,7 @@ def load_model(
         quantization_config=_quantization(args),
         device_map=_device_map(args, training_args),
         use_safetensors=True,  # never a pickle, which could run code
-        trust_remote_code=trust,
+        trust_remote_code=training_args.trust_remote_code,
         **({} if config is None else {"config": config}),
     )
     prepare_model(model, config)

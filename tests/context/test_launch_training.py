@@ -167,7 +167,7 @@ def test_a_dry_run_prints_every_command_and_starts_nothing(tmp_path):
         lines = [line for line in (ran.stdout + ran.stderr).splitlines() if words in line]
         assert [name in line for name, line in zip(names, lines, strict=True)] == [True] * 3
     flags = [shlex.split(line) for line in lines]
-    assert all({"--nodes=2", "--signal=B:USR1@900", "--kill-on-invalid-dep=yes"} <= set(each) for each in flags)
+    assert all({"--nodes=2", "--signal=B:USR1@120", "--kill-on-invalid-dep=yes"} <= set(each) for each in flags)
     assert [any(flag.startswith("--dependency=afterok:") for flag in each) for each in flags] == [False, True, True]
     assert not checkpoints.exists()
     wrong = subprocess.run(["sh", SCRIPTS / "launch_training.sh", tmp_path], env=env, capture_output=True, text=True)
