@@ -71,14 +71,17 @@ def make_model(vocab_size: int, length: int, theta: float, seed: int) -> LlamaFo
 
 
 def repeating_batch(
-    batch: int, length: int, vocab_size: int, generator: torch.Generator
+    batch: int, length: int, vocab_size: int, numbers: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and labels, `(batch, length)`: random tokens, again and again. What can be learned is to look back and copy.
+    """Ids and labels, `(batch, length)`: random tokens, half of them `numbers`, again and again.
 
-    It is what a model needs to find a needle, and is learned here in seconds, where needles alone take minutes.
+    What can be learned is to look back and copy. It is what a model needs to find a needle, and is learned so in seconds, where
+    needles alone take minutes.
     """
     period = int(torch.randint(8, 33, (), generator=generator))
     once = torch.randint(1, vocab_size, (batch, period), generator=generator)
+    drawn = numbers[torch.randint(len(numbers), (batch, period), generator=generator)]
+    once = torch.where(torch.rand(batch, period, generator=generator) < 0.5, drawn, once)
     ids = once.repeat(1, length // period + 1)[:, :length].contiguous()
     ids[:, 0] = 0
     labels = ids.clone()

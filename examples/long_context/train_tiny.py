@@ -44,12 +44,12 @@ class TinyStage:
     learning_rate: float
 
 
-COPYING = TinyStage(64, 400, 32, 3e-3)
+COPYING = TinyStage(64, 700, 32, 3e-3)
 STAGES = (
     TinyStage(64, 150, 64, 2e-3),
-    TinyStage(256, 90, 32, 2e-3),
-    TinyStage(1024, 100, 8, 2e-3),
-    TinyStage(2048, 100, 4, 2e-3),
+    TinyStage(256, 100, 32, 2e-3),
+    TinyStage(1024, 120, 8, 2e-3),
+    TinyStage(2048, 120, 4, 1e-3),
 )
 
 
@@ -105,6 +105,7 @@ class Run:
         self.lengths = [int(length) for length in args.lengths.split(",")]
         self.is_main = world == 1 or dist.get_rank() == 0
         self.tokenizer = make_tokenizer()
+        self.numbers = torch.tensor(self.tokenizer.convert_tokens_to_ids([f"{n:02d}" for n in range(100)]))
         if self.is_main:
             self.output.mkdir(parents=True, exist_ok=True)
             write_text(self.output / "train.txt", 20_000, seed=args.seed + 1)
@@ -125,12 +126,11 @@ class Run:
         losses, start = [], time.monotonic()
         model.train()
         for step in range(stage.steps):
-            end = 0.5 if copies else 0.95  # the share of the learning rate that is gone at the end
-            rate = stage.learning_rate * min(1.0, (step + 1) / 10) * (1 - end * step / stage.steps)
+            rate = stage.learning_rate * min(1.0, (step + 1) / 10) * (1 - 0.95 * step / stage.steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             if copies:
-                ids, labels = repeating_batch(stage.batch, stage.length, len(self.tokenizer), generator)
+                ids, labels = repeating_batch(stage.batch, stage.length, len(self.tokenizer), self.numbers, generator)
             else:
                 ids, labels = self.needles(stage, step, generator)
             loss = engine(input_ids=ids, labels=labels, use_cache=False).loss

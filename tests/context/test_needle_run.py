@@ -15,7 +15,7 @@ from support import warm
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from ds_minis.context.needle_model import predict, prepare
-from ds_minis.context.needle_run import OtherRun, Ranks, load_done, read, run_needle
+from ds_minis.context.needle_run import OtherRun, Ranks, _of_all_groups, load_done, read, run_needle
 from ds_minis.context.needle_task import NeedleTest, WrongTask
 
 HERE = Path(__file__).parent
@@ -79,6 +79,16 @@ def test_the_head_runs_at_the_answer_alone_and_there_is_no_cache():
     assert rows == [(2, longest, 4096)] and caches == [None] and longest < 10
     tiny(torch.tensor([tests[0].prompt_ids]))
     assert rows[-1][1] == len(tests[0].prompt_ids)  # and is as it was
+
+
+def test_a_divided_pass_keeps_nothing_for_a_backward():
+    """It runs with gradients on, or its sequence would not be divided."""
+    tiny, kept = prepare(model(), length=400), []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
+        predict(tiny, [maker().make(300, 0.5, 0)], divided=True)
+        assert not kept
+        tiny(torch.tensor([[1, 2, 3]]))
+        assert kept
 
 
 def test_a_model_in_training_is_left_as_it_was():
@@ -181,3 +191,12 @@ def test_a_size_that_does_not_divide_the_processes_is_refused(monkeypatch):
     with pytest.raises(WrongTask, match="sequence_parallel: 1, 2, 4 is allowed with 4 processes, got 3"):
         Ranks.current(3)
     assert Ranks.current(2) == Ranks(2, 1, 2, False)
+
+
+def test_each_group_of_ranks_gives_one_result(monkeypatch):
+    def gather(values, mine):
+        values[:] = ["a", "a", "b", "b"]
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    assert _of_all_groups("b", Ranks(size=2, group=1, num_groups=2, is_main=False)) == ["a", "b"]
+    assert _of_all_groups("mine", Ranks()) == ["mine"]
