@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from ds_minis.context.needle_task import NeedleMaker, NeedleTask, NeedleTest, WrongTask
 from ds_minis.context.rope import change_rope, exact_rope, rope_theta_of
 from ds_minis.convert import NothingToTile, convert_to_mini_sequence
+from ds_minis.parallel.rows import only_rows
+from ds_minis.tiling.loss.forward_hooks import attached_chunking
 
 HAYSTACK = Path(__file__).parent / "data" / "haystack.txt"
 
@@ -50,7 +52,9 @@ def predict(model: nn.Module, tests: Sequence[NeedleTest], *, divided: bool = Fa
     longest = max(len(test.answer_ids) for test in tests)
     rows = torch.arange(ids.shape[1] - longest, ids.shape[1], device=ids.device)
     # A pass without gradients runs whole on each rank, as generation must. No weight wants one here: nothing is kept.
-    with _frozen(model), torch.set_grad_enabled(divided), rows_of_head(model, rows):
+    parallel = attached_chunking(model).parallel if divided else None
+    few = rows_of_head(model, rows) if parallel is None else only_rows(parallel, rows)
+    with _frozen(model), torch.set_grad_enabled(divided), few:
         logits_BAV = model(input_ids=ids, use_cache=False).logits
     predicted = logits_BAV.argmax(-1).tolist()
     outcomes = []

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ds_minis.parallel.collectives import gather, gather_sequence
 from ds_minis.parallel.cut import Cut
 from ds_minis.parallel.masks import Refused, Sequence, masks_of
+from ds_minis.parallel.rows import gather_rows
 from ds_minis.parallel.state import Parallel
 from ds_minis.tiling.modules.arguments import argument_names
 from ds_minis.tiling.modules.cache_rule import CACHE_NAMES
@@ -100,6 +101,8 @@ def _gathered(value: Any, cut: Cut, parallel: Parallel) -> Any:
     """An output with each tensor of this rank's tokens replaced by that of all."""
     if isinstance(value, Tensor):
         if value.dim() >= 2 and value.shape[1] == 2 * cut.part:
+            if parallel.rows is not None:
+                return gather_rows(value, parallel.rows, cut, parallel.group())
             return gather_sequence(value, cut, parallel.group())
         raise Refused(
             f"sequence_parallel: the decoder gives a tensor of shape {tuple(value.shape)} beside its hidden states, whose "

@@ -27,10 +27,12 @@ class Parallel:
         used: the modes that attention calls ran in, with the reason where it is not the one that was asked for.
         check_layer: see `ds_minis.parallel.layers.require_token_wise`.
         known_layers: kinds of layers that were found to be token-wise but for their attention.
+        rows: places of the whole sequence whose hidden states are wanted alone (`ds_minis.parallel.rows`); None for all.
     """
 
     UNREADABLE = "sequence parallelism has them for this rank's tokens only"
     loss_is_local = is_running = False
+    rows: torch.Tensor | None = None
 
     def __init__(self, settings: SequenceParallel, chunking: Chunking, check_layer: Callable[..., None]):
         self.settings, self.chunking, self.check_layer = settings, chunking, check_layer

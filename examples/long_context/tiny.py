@@ -75,8 +75,8 @@ def repeating_batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and labels, `(batch, length)`: random tokens, half of them `numbers`, again and again.
 
-    What can be learned is to look back and copy. It is what a model needs to find a needle, and is learned so in seconds, where
-    needles alone take minutes.
+    What can be learned is to look back and copy. It is what a model needs to find a needle, and is learned so in
+    seconds, where needles alone take minutes.
     """
     period = int(torch.randint(8, 33, (), generator=generator))
     once = torch.randint(1, vocab_size, (batch, period), generator=generator)
