@@ -1,4 +1,4 @@
-"""A pass that needs the hidden states of a few tokens only, as when a model is asked for one answer at the end of a long text.
+"""A pass that needs the hidden states of a few tokens only, as where a model is asked for one answer behind a long text.
 
 Without it the decoder's last hidden states are gathered whole, on each rank: 8.6 GB at 1M tokens of Llama-3-8B.
 
