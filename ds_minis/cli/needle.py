@@ -136,9 +136,11 @@ def task_of(args: argparse.Namespace) -> NeedleTask:
 
 def _run(args: argparse.Namespace, name: str, cells: list[tuple[int, float]], task: NeedleTask) -> int:
     import torch
+    import transformers
 
     from ds_minis.context import needle_model, needle_run
 
+    transformers.logging.disable_progress_bar()
     device = _start_processes()
     size = args.sequence_parallel or world_size() or 1
     ranks = needle_run.Ranks.current(size)
@@ -161,6 +163,9 @@ def _run(args: argparse.Namespace, name: str, cells: list[tuple[int, float]], ta
         _tell(
             f"{name}: {len(cells)} cells, {task.num_samples} tests each, up to {longest:,} tokens; results in {output}"
         )
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if positions and longest > positions:
+            _tell(f"the model's configuration has {positions:,} positions: longer tests go beyond them")
     results = needle_run.run_needle(
         model, maker, cells, about=about, output=output, ranks=ranks, batch_size=args.batch_size,
         decode=tokenizer.decode, progress=_progress,

@@ -220,7 +220,10 @@ def _adapter_of(name: str) -> Any:
         return None
     import peft
 
-    return peft.PeftConfig.from_pretrained(name)
+    adapter = peft.PeftConfig.from_pretrained(name)
+    if not adapter.base_model_name_or_path:
+        raise WrongTask(f"{name}: its adapter_config.json names no base model (base_model_name_or_path)")
+    return adapter
 
 
 def _has_tokenizer(name: str) -> bool:

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from tiny import make_model, make_tokenizer, repeating_batch, write_text
 from torch.nn.parallel import DistributedDataParallel
+from transformers.utils import logging
 
 from ds_minis import convert_to_mini_sequence
 from ds_minis.context import rope_theta_for
@@ -56,6 +57,7 @@ STAGES = (
 def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
     world = 1
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")

@@ -125,6 +125,18 @@ def test_another_base_of_rope_is_another_test(saved):
     assert needle_model.describe(changed, "tiny")["rope_theta"] == 1e7
 
 
+def test_lengths_beyond_the_configuration_are_said(saved, tmp_path, capsys):
+    argv = ["needle", str(saved), "--lengths", "513", "--depths", "1", "--num-samples", "1", "--output"]
+    assert main([*argv, str(tmp_path / "r.json")]) == 0
+    assert "the model's configuration has 512 positions" in capsys.readouterr().out
+
+
+def test_an_adapter_without_a_base_is_refused(tmp_path, capsys):
+    peft.LoraConfig(task_type="CAUSAL_LM").save_pretrained(tmp_path)
+    assert main(["needle", str(tmp_path), *SMALL]) == 2
+    assert "adapter_config.json names no base model" in capsys.readouterr().err
+
+
 def test_a_model_that_is_not_there_is_one_line(tmp_path, capsys):
     assert main(["needle", str(tmp_path / "none"), *SMALL]) == 2
     assert "no model could be loaded" in capsys.readouterr().err
