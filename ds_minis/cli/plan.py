@@ -115,13 +115,17 @@ def plan(args: argparse.Namespace, settings: dict[str, Any]):
     except CannotTrace as error:
         raise WrongArgument(f"{args.model}: {error}") from None
     if args.plot:
-        from ds_minis.planner.picture import draw
+        from ds_minis.planner.picture import NoPicture, draw
 
-        draw(result, args.plot)
+        try:
+            result.notes.append(f"drawn: {draw(result, args.plot)}")
+        except NoPicture as error:
+            raise WrongArgument(str(error)) from None
     if args.write:
         from ds_minis.planner.files import write_configuration
 
-        write_configuration(result, args.write, args.source)
+        written = write_configuration(result, args.write, args.source)
+        result.notes.append(f"written: {', '.join(map(str, written)) or 'nothing, as nothing of ds_minis fits'}")
     return result
 
 

@@ -1,19 +1,23 @@
-"""Bytes of a full training step at full depth, from steps of a few layers on meta tensors; and the length that fits."""
+"""Bytes of a full training step at full depth, from the planner (`ds_minis.planner`); and the length that fits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import stubs
 import torch
 from common import GIB, Shape, build
-from full_step import AdamWBytes, FullStep, with_lora
+from full_step import LORA_RANK, AdamWBytes, FullStep, with_lora
 from live_bytes import LiveBytes
 from search import Search
-from variants import OFFLOADED, Variant
+from variants import OFFLOADED, PLAIN, VARIANTS, Variant
 
-# The loss of all logits, whole, has nothing to do with the number of layers; nor have embeddings.
+from ds_minis.planner.planner import Planner
+from ds_minis.planner.setup import Setup
+
+# Of the peers, which the planner does not know: steps of few layers, carried on by a line.
 LAYERS = 2, 3
 FIRST_TOKENS = 32768, 131072
 
@@ -42,8 +46,22 @@ def step_bytes(shape: Shape, setting: str, variant: Variant, seq: int, layers: i
     return Bytes(live.peak, live.host_peak if variant in OFFLOADED.values() else 0)
 
 
+@lru_cache(maxsize=8)
+def _planner(model_type: str, fields: tuple) -> Planner:
+    return Planner(Shape(model_type, dict(fields), "").config())
+
+
 def at_full_depth(shape: Shape, setting: str, variant: Variant, seq: int) -> Bytes:
-    """A step's peak is a line in the number of layers: each adds its weights, moments and checkpoint. From two points."""
+    """A step's peak at full depth: the planner's, or for a peer's variant a line through two depths."""
+    if variant.settings is not None or variant is VARIANTS[PLAIN]:
+        setup = Setup(
+            train=setting,
+            lora_rank=LORA_RANK,
+            settings=variant.settings,
+            optimizer_in_backward=setting == "full",
+        )
+        found = _planner(shape.model_type, tuple(shape.kwargs.items())).estimate(setup, seq)
+        return Bytes(found.allocated, found.host)
     few, more = (step_bytes(shape, setting, variant, seq, layers) for layers in LAYERS)
     times = (shape.kwargs["num_hidden_layers"] - LAYERS[0]) / (LAYERS[1] - LAYERS[0])
     return Bytes(few.device + times * (more.device - few.device), few.host + times * (more.host - few.host))

@@ -1,0 +1,176 @@
+"""Reads what a plan needs from an accelerate YAML or a DeepSpeed JSON, and writes the configuration that a plan advises."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ds_minis.config_sources import SECTION, read_section
+
+_ALLOWED = "an accelerate YAML (with distributed_type) or a DeepSpeed JSON (with zero_optimization) is allowed"
+_ENGINES = {"NO": "single", "MULTI_GPU": "ddp", "MULTI_CPU": "ddp", "FSDP": "fsdp2", "DEEPSPEED": "zero0"}
+_OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "cpuadam": "adamw", "fusedadam": "adamw", "sgd": "sgd"}
+
+
+def load_mapping(path: str | Path) -> dict[str, Any]:
+    """The content of a YAML or JSON file, a mapping.
+
+    Raises:
+        ValueError: no such file, or it holds something else; the message names it, and the line of a syntax error.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no such file: {str(path)!r}")
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".json":
+            content = json.loads(text)
+        else:
+            import yaml
+
+            content = yaml.safe_load(text)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is no JSON: {error}") from None
+    except Exception as error:  # yaml's
+        raise ValueError(f"{str(path)!r} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r}: a mapping is allowed, got {type(content).__name__}")
+    return content
+
+
+def read_configuration(path: str | Path) -> dict[str, Any]:
+    """Fields of a `Setup` that a file states: engine, gpus, settings, offloading, accumulation, optimizer.
+
+    Raises:
+        ValueError: it is neither, or its mini-sequence settings are wrong.
+    """
+    content = load_mapping(path)
+    if "distributed_type" in content:
+        return _read_accelerate(content, Path(path))
+    if "zero_optimization" in content or any("batch_size" in key for key in content) or SECTION in content:
+        return _read_deepspeed(content, str(path))
+    raise ValueError(f"{str(path)!r}: {_ALLOWED}, got the keys {', '.join(map(str, content)) or 'of nothing'}")
+
+
+def _read_accelerate(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    kind = str(content["distributed_type"]).upper()
+    if kind not in _ENGINES:
+        raise ValueError(f"{str(path)!r}: distributed_type {', '.join(_ENGINES)} can be planned, got {kind!r}")
+    found: dict[str, Any] = {"engine": _ENGINES[kind]}
+    if isinstance(content.get("num_processes"), int):
+        found["gpus"] = content["num_processes"]
+    nested = content.get("deepspeed_config") or {}
+    if kind == "DEEPSPEED":
+        found |= _read_stage(nested, path)
+    offload = (content.get("fsdp_config") or {}).get("fsdp_offload_params")
+    if offload:
+        found["offload_param"] = True
+    return found | _settings(content, str(path), found.get("settings"))
+
+
+def _read_stage(nested: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    file = nested.get("deepspeed_config_file")
+    if file:
+        places = [Path(file), path.parent / file, path.parent.parent / file]
+        place = next((place for place in places if place.is_file()), None)
+        if place is None:
+            raise ValueError(f"{str(path)!r} names the DeepSpeed configuration {file!r}, which is not there")
+        return _read_deepspeed(load_mapping(place), str(place))
+    found: dict[str, Any] = {"engine": f"zero{nested.get('zero_stage', 2)}"}
+    if nested.get("offload_optimizer_device") in ("cpu", "nvme"):
+        found["offload_optimizer"] = True
+    if nested.get("offload_param_device") in ("cpu", "nvme"):
+        found["offload_param"] = True
+    if isinstance(nested.get("gradient_accumulation_steps"), int):
+        found["accumulation"] = nested["gradient_accumulation_steps"]
+    return found
+
+
+def _read_deepspeed(content: Mapping[str, Any], source: str) -> dict[str, Any]:
+    zero = content.get("zero_optimization") or {}
+    found: dict[str, Any] = {"engine": f"zero{zero.get('stage', 0)}"}
+    for name in ("offload_optimizer", "offload_param"):
+        if (zero.get(name) or {}).get("device") in ("cpu", "nvme"):
+            found[name] = True
+    if isinstance(zero.get("reduce_bucket_size"), int | float):
+        found["bucket"] = int(zero["reduce_bucket_size"])
+    if isinstance(content.get("gradient_accumulation_steps"), int):
+        found["accumulation"] = content["gradient_accumulation_steps"]
+    optimizer = str((content.get("optimizer") or {}).get("type", "")).lower()
+    if optimizer in _OPTIMIZERS:
+        found["optimizer"] = _OPTIMIZERS[optimizer]
+    return found | _settings(content, source, None)
+
+
+def _settings(content: Mapping[str, Any], source: str, other: dict[str, Any] | None) -> dict[str, Any]:
+    request = read_section(content, source)
+    own = request.config.to_dict(defaults=False) if request else None
+    return {"settings": own or other or {}}
+
+
+def write_configuration(plan: Any, folder: str | Path, source: str | None) -> list[Path]:
+    """Writes the advised configuration: an accelerate YAML, and for ZeRO the DeepSpeed JSON that it names.
+
+    Args:
+        plan: a `compare.Plan` with a best row; else nothing is written.
+        source: the file that the plan was read from; what it says beside the settings is kept.
+    """
+    row = plan.best or (plan.gpus_needed[1] if plan.gpus_needed else None)
+    if row is None or row.candidate.setup.settings is None:
+        return []
+    setup, folder = row.candidate.setup, Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    section = dict(setup.settings) or True
+    given = load_mapping(source) if source else {}
+    own_yaml = given if "distributed_type" in given else {}
+    own_json = {} if own_yaml else given
+    named = (own_yaml.get("deepspeed_config") or {}).get("deepspeed_config_file")
+    if named and Path(named).is_file():
+        own_json = load_mapping(named)
+    written = []
+    if setup.engine.startswith("zero"):
+        written.append(folder / "deepspeed.json")
+        content = {**_deepspeed(setup), **own_json, SECTION: section}
+        written[0].write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        accelerate = {"deepspeed_config_file": str(written[0]), "zero3_init_flag": setup.engine == "zero3"}
+        engine = {"distributed_type": "DEEPSPEED", "deepspeed_config": accelerate}
+        own_yaml = {key: value for key, value in own_yaml.items() if key not in (SECTION, "deepspeed_config")}
+    else:
+        engine = _accelerate(setup) | {SECTION: section}
+    content = {"compute_environment": "LOCAL_MACHINE", **engine, "num_processes": setup.gpus, **own_yaml}
+    content |= {key: engine[key] for key in (SECTION, "deepspeed_config") if key in engine}
+    import yaml
+
+    path = folder / "accelerate.yaml"
+    cards = f"{setup.gpus} x {plan.gpu_memory:g} GB"
+    header = f"# {row.candidate.name}: {row.estimate.tokens:,} tokens of {plan.model} on {cards}.\n"
+    launch = f"#   accelerate launch --config_file {path} train.py ...\n"
+    path.write_text(header + launch + yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return [path, *written]
+
+
+def _deepspeed(setup: Any) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": int(setup.engine[-1]), "overlap_comm": True, "contiguous_gradients": True}
+    zero["reduce_bucket_size"] = "auto"
+    if setup.engine == "zero3":
+        zero |= {"stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"}
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    for name in ("offload_optimizer", "offload_param"):
+        if getattr(setup, name):
+            zero[name] = {"device": "cpu", "pin_memory": True}
+    auto = "gradient_accumulation_steps", "gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu"
+    return {"zero_optimization": zero, "bf16": {"enabled": "auto"}, **dict.fromkeys(auto, "auto")}
+
+
+def _accelerate(setup: Any) -> dict[str, Any]:
+    if setup.engine == "fsdp2":
+        fsdp = {
+            "fsdp_version": 2,
+            "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "fsdp_reshard_after_forward": True,
+        }
+        fsdp |= {"fsdp_state_dict_type": "FULL_STATE_DICT"}
+        return {"distributed_type": "FSDP", "fsdp_config": fsdp}
+    return {"distributed_type": "MULTI_GPU" if setup.engine == "ddp" else "NO"}

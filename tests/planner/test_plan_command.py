@@ -1,0 +1,205 @@
+"""`ds-minis plan`: what it prints, its exit status, what it reads and writes. A small model: seconds in all."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from transformers import LlamaConfig
+
+from ds_minis.cli import main
+from ds_minis.planner.files import read_configuration
+from ds_minis.planner.models import MODELS, known_name
+
+SIZES = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    LlamaConfig(**SIZES, num_key_value_heads=4, vocab_size=32000).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def plan(capsys, *arguments: str) -> tuple[int, str]:
+    status = main(["plan", *arguments])
+    return status, capsys.readouterr().out
+
+
+def plan_json(capsys, *arguments: str) -> tuple[int, dict]:
+    status, out = plan(capsys, *arguments, "--json")
+    return status, json.loads(out)
+
+
+def test_the_longest_that_fits_of_each_way(model, capsys):
+    status, out = plan(capsys, model, "--gpu-memory", "12", "--gpus", "4", "--engine", "zero3", "--lora")
+    assert status == 0
+    for said in (
+        "plain + checkpointing",
+        "ds_minis, head_groups: auto, offload: cpu",
+        "Advice: with",
+        "counted",
+        "slack",
+    ):
+        assert said in out
+    _, data = plan_json(capsys, model, "--gpu-memory", "12", "--gpus", "4", "--engine", "zero3", "--lora")
+    rows = {row["name"]: row for row in data["rows"]}
+    assert rows["plain"]["longest"] < rows["plain + checkpointing"]["longest"] < rows["ds_minis"]["longest"]
+    assert rows[data["best"]]["longest"] == max(row["longest"] for row in data["rows"])
+    for row in data["rows"]:
+        on_device = sum(term["bytes"] for term in row["terms"] if not term["on_host"])
+        assert on_device == pytest.approx(row["device_bytes"])
+
+
+def test_three_statuses_for_a_length(model, capsys):
+    _, data = plan_json(capsys, model, "--gpu-memory", "12", "--seq", "64K")
+    smallest = min(row["device_bytes"] for row in data["rows"]) / 2**30 / 0.985
+    slack = max(row["slack_bytes"] for row in data["rows"]) / 2**30
+    for memory, status, verdict in (
+        (smallest + 2 * slack, 0, "fits"),
+        (smallest + 1e-3, 1, "uncertain"),
+        (smallest * 0.9, 2, "does not fit"),
+    ):
+        found, data = plan_json(capsys, model, "--gpu-memory", f"{memory:.6f}", "--seq", "64K")
+        assert (found, data["verdict"]) == (status, verdict)
+    _, data = plan_json(capsys, model, "--gpu-memory", "4", "--seq", "4M", "--host-memory", "1")
+    assert data["gpus_needed"] > 1 and f"they do on {data['gpus_needed']} with zero3" in data["advice"]
+
+
+def test_offload_says_what_the_host_needs(model, capsys):
+    _, out = plan(capsys, model, "--gpu-memory", "4", "--lora")
+    assert "`offload: cpu`" in out and "each process then needs" in out
+    _, data = plan_json(capsys, model, "--gpu-memory", "4", "--lora", "--host-memory", "1")
+    assert max(row.get("host_bytes", 0) for row in data["rows"] if row["verdict"] == "fits") <= 2**30
+
+
+def test_settings_of_the_user_hold_in_all_rows(model, capsys):
+    _, data = plan_json(capsys, model, "--gpu-memory", "8", "--set", "chunk_size=512", "--set", "keep_attention=true")
+    ours = [row for row in data["rows"] if row["settings"] is not None]
+    assert ours and all(row["settings"]["chunk_size"] == 512 and row["settings"]["keep_attention"] for row in ours)
+    assert not any("head_groups" in row["settings"] for row in ours)
+
+
+def test_a_tensor_of_more_than_2_to_the_31_elements_is_named(model, capsys):
+    _, out = plan(capsys, model, "--gpu-memory", "80", "--seq", "128K")
+    assert "lm_head has 4,194,304,000 elements at 131,072 tokens, more than 2^31" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gpus", "none"], "a whole number from 1"),
+        (["--seq", "long"], "such as 131072 or 128K"),
+        (["--engine", "zero9"], "one of single"),
+        (["--set", "scope=everything"], "scope"),
+        (["--set", "chunksize=3"], "chunk_size"),
+        (["--from", "nowhere.yaml"], "no such file"),
+        (["--lora", "--qlora"], "not allowed"),
+    ],
+)
+def test_wrong_arguments_end_with_64_and_one_line(model, arguments, said, capsys):
+    try:
+        status = main(["plan", model, *arguments])
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 64
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_model_that_is_not_there(capsys):
+    assert main(["plan", "./no-such-folder"]) == 64
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_reads_accelerates_and_deepspeeds_files(tmp_path):
+    zero = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 5e8}}
+    zero |= {"gradient_accumulation_steps": 4, "mini_sequence": {"offload": "cpu"}}
+    (tmp_path / "zero.json").write_text(json.dumps(zero))
+    expected = {"engine": "zero2", "offload_optimizer": True, "bucket": 500000000, "accumulation": 4}
+    expected |= {"settings": {"offload": "cpu"}}
+    assert read_configuration(tmp_path / "zero.json") == expected
+    content = {
+        "distributed_type": "DEEPSPEED",
+        "num_processes": 8,
+        "deepspeed_config": {"deepspeed_config_file": "zero.json"},
+    }
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(content))
+    assert read_configuration(tmp_path / "a.yaml") == {**expected, "gpus": 8}
+    fsdp = {
+        "distributed_type": "FSDP",
+        "num_processes": 2,
+        "fsdp_config": {"fsdp_offload_params": True},
+        "mini_sequence": True,
+    }
+    (tmp_path / "f.yaml").write_text(yaml.safe_dump(fsdp))
+    assert read_configuration(tmp_path / "f.yaml") == {
+        "engine": "fsdp2",
+        "gpus": 2,
+        "offload_param": True,
+        "settings": {},
+    }
+    for text, said in (
+        ("a: [", "no YAML"),
+        ("- 1", "a mapping"),
+        ("x: 1", "is allowed"),
+        ("distributed_type: TPU", "TPU"),
+    ):
+        (tmp_path / "w.yaml").write_text(text)
+        with pytest.raises(ValueError, match=said):
+            read_configuration(tmp_path / "w.yaml")
+
+
+def test_writes_what_it_advises_and_reads_it_back(model, capsys, tmp_path):
+    source = tmp_path / "own.yaml"
+    source.write_text(yaml.safe_dump({"distributed_type": "FSDP", "num_processes": 2, "mixed_precision": "bf16"}))
+    for arguments, engine in ((["--from", str(source)], "fsdp2"), (["--gpus", "2"], "zero3")):
+        folder = tmp_path / engine
+        plan(capsys, model, "--gpu-memory", "8", "--lora", *arguments, "--write", str(folder))
+        _, data = plan_json(capsys, model, "--gpu-memory", "8", "--lora", *arguments)
+        best = next(row for row in data["rows"] if row["name"] == data["best"])
+        found = read_configuration(folder / "accelerate.yaml")
+        assert (found["engine"], found["gpus"], found["settings"]) == (engine, 2, best["settings"])
+    assert yaml.safe_load((tmp_path / "fsdp2" / "accelerate.yaml").read_text())["mixed_precision"] == "bf16"
+
+
+def test_the_picture_has_titles_units_and_the_card(model, capsys, tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    shown = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pyplot, "close", shown.append)
+        plan(capsys, model, "--gpu-memory", "8", "--plot", str(tmp_path / "p.png"))
+    (figure,) = shown
+    assert (tmp_path / "p.png").stat().st_size > 10_000
+    assert "memory of a training step" in figure.get_suptitle()
+    for axes in figure.axes:
+        assert axes.get_xlabel().endswith("(1 K = 1,024)") and axes.get_title()
+    assert figure.axes[0].get_ylabel() == "memory of one GPU, GiB"
+    assert any("the card" in text.get_text() for text in figure.legends[0].get_texts())
+
+
+def test_traces_are_kept(model, capsys, monkeypatch):
+    plan(capsys, model, "--gpu-memory", "8")
+    monkeypatch.setattr("ds_minis.planner.planner.trace", None)
+    assert plan(capsys, model, "--gpu-memory", "9")[0] == 0
+
+
+def test_the_command_imports_nothing_heavy():
+    code = (
+        "import sys, ds_minis.cli; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'numpy', 'rich')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_known_models_by_their_short_names():
+    assert known_name("Llama-3.1-8B-Instruct") == "meta-llama/Llama-3.1-8B"
+    assert known_name("meta-llama/Meta-Llama-3-8B") == "meta-llama/Meta-Llama-3-8B"
+    assert known_name("somebody/Qwen3-8B") is None
+    assert len({name.lower() for name in MODELS}) == len(MODELS)
