@@ -19,13 +19,14 @@ SCRIPTS = ROOT / "scripts"
 SECONDS = 300  # for what takes a few, on a busy machine
 
 
-def make_configs(folder: Path, name: str) -> tuple[Path, Path]:
+def make_configs(folder: Path, name: str, **fields) -> tuple[Path, Path]:
     """Three stages of the shipped recipe for two nodes: the folder of their configurations, and that of their checkpoints."""
     recipe = yaml.safe_load((ROOT / "examples" / "long_context" / "cpu_2nodes.yaml").read_text())
     recipe |= {
-        "name": name, "checkpoints_path": str(folder / name), "sequence_length": [64, 80, 96], "train_steps": [1, 21, 22],
+        "name": name, "checkpoints_path": str(folder / name), "sequence_length": [64, 80, 96], "train_steps": [1, 13, 14],
         "rope_base_length": 32, "checkpoint_interval": 100, "timeout_seconds": 60,
     }  # fmt: skip
+    recipe |= fields
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
     configs = folder / f"configs_{name}"
     command = [warm.python(), SCRIPTS / "create_config.py", folder / f"{name}.yaml", "--output_dir", configs]
@@ -99,12 +100,12 @@ def launch_twin(configs: Path, **variables: str) -> subprocess.Popen:
 
 def test_the_twin_runs_the_stages_and_leaves_out_what_is_done(twin):
     of_steps, configs, checkpoints = twin
-    assert len(of_steps) == 22 and [path.name for path in sorted(checkpoints.glob("*.done"))] == [
+    assert len(of_steps) == 14 and [path.name for path in sorted(checkpoints.glob("*.done"))] == [
         f"stage_{i}.done" for i in range(3)
     ]
     thetas = [
         json.loads((checkpoints / f"checkpoint-{step}" / "config.json").read_text())["rope_parameters"]["rope_theta"]
-        for step in (1, 21, 22)
+        for step in (1, 13, 14)
     ]
     names = (configs / "stages").read_text().split()
     assert thetas == [
@@ -128,7 +129,7 @@ def test_slurm_runs_the_same_stages_on_two_nodes_stops_at_a_failure_and_goes_on_
         assert jobs.state(third)["Dependency"].startswith("afterok:")
 
         # A rank is killed in the second stage: its job ends on both nodes, and the third stage does not start.
-        wait_for(lambda: "step  3/21" in read_logs(checkpoints, second), "stage 1 does not train")
+        wait_for(lambda: "step  3/13" in read_logs(checkpoints, second), "stage 1 does not train")
         assert jobs.state(second)["NodeList"] == "node[1-2]"
         rank = next(process for process in ranks_of(configs / names[1]) if process.environ().get("RANK") == "1")
         rank.kill()
@@ -140,12 +141,12 @@ def test_slurm_runs_the_same_stages_on_two_nodes_stops_at_a_failure_and_goes_on_
 
         # Submitted again: not the first stage. A time limit's signal saves a checkpoint, and the job ends.
         second, third = jobs.submit(configs, tmp_path)
-        wait_for(lambda: "step  3/21" in read_logs(checkpoints, second), "stage 1 does not train")
+        wait_for(lambda: "step  3/13" in read_logs(checkpoints, second), "stage 1 does not train")
         jobs.run("scancel", "--batch", "--signal=USR1", second)
         assert jobs.finished(second)["ExitCode"] == "75:0", read_logs(checkpoints, second)
         assert "stopped after it saved a checkpoint" in read_logs(checkpoints, second)
         saved = {int(path.name.split("-")[1]) for path in checkpoints.glob("checkpoint-*")} - {1}
-        assert len(saved) == 1 and 3 <= saved.pop() < 21
+        assert len(saved) == 1 and 3 <= saved.pop() < 13
 
         second, third = jobs.submit(configs, tmp_path)
         assert jobs.finished(third)["ExitCode"] == "0:0", read_logs(checkpoints)
@@ -156,6 +157,23 @@ def test_slurm_runs_the_same_stages_on_two_nodes_stops_at_a_failure_and_goes_on_
 def read_logs(checkpoints: Path, job: str = "") -> str:
     logs = sorted((checkpoints / "logs").glob(f"*job_{job}*" if job else "*"))
     return "\n".join(path.read_text(errors="replace") for path in logs)
+
+
+def test_a_stage_on_more_ranks_continues_the_optimizer_under_fsdp_and_saves_on_a_signal(twin, tmp_path):
+    """As nanotron's do, the groups grow with the sequences; another engine, interrupted, gives the same losses."""
+    stages = {"sequence_length": [64, 80], "train_steps": [1, 13], "sp": [2, 4], "engine": "fsdp"}
+    cluster = {"nodes": [2, 4], "gpus_per_node": 1, "gres": "none"}
+    configs, checkpoints = make_configs(tmp_path, "grown", **stages, cluster=cluster)
+    run, log = launch_twin(configs), checkpoints / "logs" / "stage_1_node_0.log"
+    wait_for(lambda: log.exists() and "step  3/13" in log.read_text(), "stage 1 does not train")
+    run.send_signal(signal.SIGUSR1)
+    said = run.communicate(timeout=SECONDS)[0]
+    assert run.returncode == 75 and "start again to continue" in said, said
+    assert len(list(checkpoints.glob("checkpoint-*"))) == 2 and not (checkpoints / "save_and_stop").exists()
+    said = (run := launch_twin(configs)).communicate(timeout=SECONDS)[0]
+    assert run.returncode == 0 and "stage 0: was done before" in said, said
+    assert json.loads((checkpoints / "summary.json").read_text())["num_processes"] == 4
+    assert losses(checkpoints) == pytest.approx(twin[0][:13], abs=1e-4)
 
 
 def test_a_dry_run_prints_every_command_and_starts_nothing(tmp_path):
@@ -172,13 +190,3 @@ def test_a_dry_run_prints_every_command_and_starts_nothing(tmp_path):
     assert not checkpoints.exists()
     wrong = subprocess.run(["sh", SCRIPTS / "launch_training.sh", tmp_path], env=env, capture_output=True, text=True)
     assert wrong.returncode == 2 and "create_config.py" in wrong.stderr
-
-
-def test_the_twin_saves_a_checkpoint_and_stops_on_a_signal(tmp_path):
-    configs, checkpoints = make_configs(tmp_path, "signal")
-    run = launch_twin(configs)
-    log = checkpoints / "logs" / "stage_1_node_0.log"
-    wait_for(lambda: log.exists() and "step  3/21" in log.read_text(), "stage 1 does not train")
-    run.send_signal(signal.SIGUSR1)
-    assert run.wait(SECONDS) == 75 and "start again to continue" in run.stdout.read()
-    assert len(list(checkpoints.glob("checkpoint-*"))) == 2 and not (checkpoints / "save_and_stop").exists()

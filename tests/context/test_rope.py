@@ -164,8 +164,17 @@ def test_a_scaling_keeps_the_lengths_that_it_was_made_for():
     assert config.rope_parameters["rope_theta"] == 5e5 and config.max_position_embeddings == 8192
 
 
-@pytest.mark.parametrize(("kind", "interleaved"), [("stablelm", False), ("glm", True)])
-def test_partial_rotary_embeddings_keep_their_part(kind, interleaved):
+def test_a_scaling_that_is_derived_from_the_length_stays_that_of_the_old_length():
+    config = config_of(rope_type="yarn", factor=2.0, original_max_position_embeddings=2048)
+    config.rope_parameters["factor"] = None  # 8192 / 2048
+    assert with_rope(config, theta=THETA, length=LAST + 1).rope_parameters["factor"] == 4.0
+    config = config_of(**LLAMA3)
+    del config.rope_parameters["original_max_position_embeddings"]
+    assert with_rope(config, theta=THETA, length=LAST + 1).rope_parameters == SCALED["llama3"] | {"rope_theta": THETA}
+
+
+@pytest.mark.parametrize("kind", ["stablelm", "glm"])
+def test_partial_rotary_embeddings_keep_their_part(kind):
     config = config_of(kind, rope_type="default", partial_rotary_factor=0.5)
     model = exact_rope(model_of(with_rope(config, theta=THETA, length=LAST + 1)))
     expected = right("default", THETA, LAST, dim=16)[0]
