@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ds_minis.parallel.collectives import exchange, gather_ranks, gather_sequence
+from ds_minis.parallel.collectives import exchange, exchange_and_free, gather_ranks, gather_sequence
 from ds_minis.parallel.cut import Cut
 from ds_minis.parallel.gathered import gathered_attention
 from ds_minis.parallel.groups import Group
@@ -199,13 +199,12 @@ class _Call:
         q, k, v = self._request.tensors
         repeats = max(1, group.size // k.shape[1])
         k, v = (t.repeat_interleave(repeats, 1) if repeats > 1 else t for t in (k, v))
-        mine = []
-        for t in (q, k, v):
-            received = exchange(list(t.chunk(group.size, 1)), group)
-            mine.append(inner.in_order(received, 2))
+        mine = [inner.in_order(exchange(list(t.chunk(group.size, 1)), group), 2) for t in (q, k, v)]
+        del q, k, v
         with _kv_groups(self._request.module, mine[0].shape[1] // mine[1].shape[1]):
-            out = attend(*mine, cut)
-        return torch.cat(exchange(inner.by_rank(out, 1), group), 2)
+            of_ranks = inner.by_rank(attend(*mine, cut), 1)
+        del mine
+        return torch.cat(exchange_and_free(of_ranks, group), 2)
 
     def _whole(self, q: Tensor, k: Tensor, v: Tensor, cut: Cut) -> Tensor:
         """The model's own call for all tokens."""

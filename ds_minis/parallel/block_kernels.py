@@ -6,7 +6,9 @@ and keys. E: width of values. All tensors are (B, heads, tokens, width), of any 
 A kernel has two functions:
 
     forward(q, k, v, scale, band) -> out (B, N, Q, E), lse (B, N, Q)
-    backward(grad_out, q, k, v, out, lse, scale, band) -> grad_q, grad_k, grad_v
+    backward(grad_out, q, k, v, out, lse, scale, band, sums)
+
+`sums` are three tensors of the shapes of q, k and v, in the accumulation dtype, to which `backward` adds the gradients.
 
 `lse` is the natural logarithm of the sum of exp(scale * q @ k) over the keys that a query sees, in float32, or float64 for
 float64. Blocks of the same queries are merged by it, and `backward` is exact for one of them when it is given the merged
@@ -38,6 +40,7 @@ class Band(NamedTuple):
 
 
 ALL = Band()
+Sums = tuple[Tensor, Tensor, Tensor]  # of the gradients of q, k and v
 
 
 class Kernel(NamedTuple):
@@ -126,22 +129,21 @@ def _math_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, band: Band) -> 
 
 
 def _math_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, band: Band
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, band: Band, sums: Sums
+) -> None:
     dtype, (batch, heads, queries), kv_heads = accumulation_dtype(q.dtype), q.shape[:3], k.shape[1]
     k, v = k.to(dtype), v.to(dtype)
-    grad_q, grad_k, grad_v = torch.empty_like(q, dtype=dtype), torch.zeros_like(k), torch.zeros_like(v)
+    grad_q, grad_k, grad_v = sums
     for rows, keys, tile in _tiles(queries, k.shape[2], band, batch * heads):
         parts = (x[:, :, rows] for x in (q, out, grad_out, lse.unsqueeze(-1)))
-        q_tile, out_tile, grad_tile, sums = (_by_kv_head(x, kv_heads, dtype) for x in parts)
+        q_tile, out_tile, grad_tile, lse_tile = (_by_kv_head(x, kv_heads, dtype) for x in parts)
         k_tile, v_tile = k[:, :, keys], v[:, :, keys]
-        probabilities = _scores(q_tile, k_tile, rows.stop - rows.start, scale, tile).sub_(sums).exp_()
+        probabilities = _scores(q_tile, k_tile, rows.stop - rows.start, scale, tile).sub_(lse_tile).exp_()
         grad_v[:, :, keys] += probabilities.transpose(-1, -2) @ grad_tile
         delta = (grad_tile * out_tile).sum(-1, keepdim=True)
         grad_scores = (grad_tile @ v_tile.transpose(-1, -2)).sub_(delta).mul_(probabilities).mul_(scale)
-        grad_q[:, :, rows] = (grad_scores @ k_tile).view_as(grad_q[:, :, rows])
+        grad_q[:, :, rows] += (grad_scores @ k_tile).view_as(grad_q[:, :, rows])
         grad_k[:, :, keys] += grad_scores.transpose(-1, -2) @ q_tile
-    return grad_q, grad_k, grad_v
 
 
 def _widened(width: int, *tensors: Tensor) -> list[Tensor]:
@@ -182,24 +184,23 @@ def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, band: Band) -> t
 
 
 def _cpu_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, band: Band
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_q = torch.empty_like(q)
-    grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, band: Band, sums: Sums
+) -> None:
+    grad_q, grad_k, grad_v = sums
     group = q.shape[1] // k.shape[1]
     q, k, v, out, grad_out = _widened(max(q.shape[-1], v.shape[-1]), q, k, v, out, grad_out)
     for rows, keys, causal, mask in _cpu_calls(q, k, band):
         for head in range(group):
             # In memory (B, Q, heads), as forward gives it: older kernels read it so, whatever its strides say.
-            sums = lse[:, head::group, rows].transpose(1, 2).contiguous().transpose(1, 2)
+            lse_of_heads = lse[:, head::group, rows].transpose(1, 2).contiguous().transpose(1, 2)
             part_q, part_k, part_v = aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 grad_out[:, head::group, rows], q[:, head::group, rows], k[:, :, keys], v[:, :, keys],
-                out[:, head::group, rows], sums, 0.0, causal, attn_mask=mask, scale=scale,
+                out[:, head::group, rows], lse_of_heads, 0.0, causal, attn_mask=mask, scale=scale,
             )  # fmt: skip
-            grad_q[:, head::group, rows] = part_q[..., : grad_q.shape[-1]]
+            grad_q[:, head::group, rows] += part_q[..., : grad_q.shape[-1]]
             grad_k[:, :, keys] += part_k[..., : grad_k.shape[-1]]
             grad_v[:, :, keys] += part_v[..., : grad_v.shape[-1]]
-    return grad_q, grad_k, grad_v
+            del part_q, part_k, part_v  # not beside those of the next heads
 
 
 def _cuda_band(num_queries: int, num_keys: int, band: Band) -> dict:
@@ -234,9 +235,9 @@ def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, band: Band) -> 
 
 
 def _cuda_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, band: Band
-) -> tuple[Tensor, Tensor, Tensor]:
-    queries, keys, widths = q.shape[2], k.shape[2], (q.shape[-1], k.shape[-1], v.shape[-1])
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, band: Band, sums: Sums
+) -> None:
+    queries, keys = q.shape[2], k.shape[2]
     band_args = _cuda_band(queries, keys, band)
     is_causal = band_args.pop("is_causal")
     q, k, v, out, grad_out = _cuda_layout(q, k, v, out, grad_out)
@@ -246,7 +247,8 @@ def _cuda_backward(
         grad_out, q, k, v, out, lse.contiguous(), None, None, queries, keys, 0.0, is_causal, unused, unused,
         scale=scale, **band_args,
     )  # fmt: skip
-    return tuple(x[..., :width].transpose(1, 2) for x, width in zip(grads, widths, strict=True))
+    for total, grad in zip(sums, grads, strict=True):
+        total += grad[..., : total.shape[-1]].transpose(1, 2)
 
 
 MATH = Kernel("math", _math_forward, _math_backward)

@@ -88,6 +88,13 @@ def exchange(of_ranks: list[Tensor], group: Group) -> list[Tensor]:
     return list(_Exchange.apply(group, *of_ranks))
 
 
+def exchange_and_free(of_ranks: list[Tensor], group: Group) -> list[Tensor]:
+    """`exchange`, which empties the list: what is sent is not held beside what is made of the received."""
+    tensors = tuple(of_ranks)
+    of_ranks.clear()
+    return list(_Exchange.apply(group, *tensors))
+
+
 class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx, group: Group, *of_ranks: Tensor) -> tuple[Tensor, ...]:

@@ -199,8 +199,21 @@ def _append(blocks: list[Block], block: Block) -> None:
     blocks.append(block)
 
 
+def _in_memory_order(x: Tensor) -> Tensor:
+    """(B, K, T, D) as it is where its memory, or that of (B, T, K, D), has no gaps; else a copy."""
+    return x if _flat(x).is_contiguous() else x.contiguous()
+
+
+def _flat(x: Tensor) -> Tensor:
+    """The same memory, in its own order: what can be sent."""
+    return x if x.is_contiguous() else x.transpose(1, 2)
+
+
 class _Hop:
-    """Tensors on their way to the next rank of the ring, and those of the previous rank to this one."""
+    """Tensors on their way to the next rank of the ring, and those of the previous rank to this one.
+
+    Layers give keys whose memory is ordered by heads or by tokens; it is the same on all ranks, and what arrives has it too.
+    """
 
     def __init__(self, tensors: list[Tensor], group: dist.ProcessGroup | None, tag: int):
         rank, size = dist.get_rank(group), dist.get_world_size(group)
@@ -209,8 +222,8 @@ class _Hop:
         self.sent, self.received = tensors, [torch.empty_like(x) for x in tensors]  # both are in use until `wait`
         operations = []
         for number, (sent, received) in enumerate(zip(self.sent, self.received, strict=True), tag):
-            operations.append(dist.P2POp(dist.isend, sent, following, group, number))
-            operations.append(dist.P2POp(dist.irecv, received, previous, group, number))
+            operations.append(dist.P2POp(dist.isend, _flat(sent), following, group, number))
+            operations.append(dist.P2POp(dist.irecv, _flat(received), previous, group, number))
         with naming_ranks(self.peers):
             self.works = dist.batch_isend_irecv(operations)
 
@@ -232,7 +245,7 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, group, scale, plan):
         out, lse = no_keys_yet(q, v)
-        keys = [k.contiguous(), v.contiguous()]
+        keys = [_in_memory_order(x) for x in (k, v)]
         with torch.autocast(q.device.type, enabled=False):
             for step, blocks in enumerate(plan, 1):
                 arriving = _Hop(keys, group, KEYS) if step < len(plan) else None
@@ -250,7 +263,7 @@ class _RingAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         dtype = accumulation_dtype(q.dtype)
         grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
-        keys, grads, travelling = [k.contiguous(), v.contiguous()], [grad_k, grad_v], None
+        keys, grads, travelling = [_in_memory_order(x) for x in (k, v)], [grad_k, grad_v], None
         by_head = q, out.transpose(1, 2), grad_out.transpose(1, 2), lse
         with torch.autocast(q.device.type, enabled=False):
             for step, blocks in enumerate(ctx.plan, 1):
@@ -306,10 +319,8 @@ def attend_backward(
     for rows, own, other, band in blocks:
         q_block, out_block, grad_block, lse_block = (x[rows, :, own] for x in (q, out, grad_out, lse))
         k_block, v_block = k[rows, :, other], v[rows, :, other]
-        parts = kernel.backward(grad_block, q_block, k_block, v_block, out_block, lse_block, scale, band)
-        grad_q[rows, :, own] += parts[0]
-        grad_k[rows, :, other] += parts[1]
-        grad_v[rows, :, other] += parts[2]
+        sums = grad_q[rows, :, own], grad_k[rows, :, other], grad_v[rows, :, other]
+        kernel.backward(grad_block, q_block, k_block, v_block, out_block, lse_block, scale, band, sums)
 
 
 def _add_arrived(grads: list[Tensor], travelling: _Hop | None) -> None:

@@ -161,11 +161,39 @@ def loss_head(content: dict[str, Any]) -> Iterator[str]:
     yield from _unavailable({name: reason for name, reason in reasons.items() if reason}, "was not run")
 
 
+def sequence_parallel(content: dict[str, Any]) -> Iterator[str]:
+    arguments, results = content["arguments"], content["results"]
+    yield (
+        f"One sequence of {arguments['tokens']:,} tokens on 1, 2 and 4 gloo processes, float32, chunks of "
+        f"{arguments['chunk']:,} tokens. Live bytes of the busiest rank, above weights and their gradients, and what a rank "
+        "receives for a layer in a step.\n"
+    )
+    rows = [
+        [
+            row["mode"],
+            str(row["ranks"]),
+            str(row["layers"]),
+            f"{row['peak'] / MIB:.1f} MiB",
+            f"{row['of_one']:.2f}",
+            f"{row['received'] / MIB:.1f} MiB",
+        ]
+        for row in results["counted"]
+    ]
+    yield table(["mode", "ranks", "layers", "live bytes", "of one process", "received"], rows)
+    yield "By the formulas that these counts agree with, bfloat16, 16,384 tokens on each rank, a whole step:\n"
+    simulated = [
+        [row["model"], str(row["ranks"]), row["mode"], f"{row['received'] / GIB:.0f} GiB"]
+        for row in results["by_formula"]
+    ]
+    yield table(["model", "ranks", "mode", "received"], simulated)
+
+
 TITLES: dict[str, tuple[str, Callable[[dict], Iterator[str]]]] = {
     "transient_memory": ("Transient memory", transient_memory),
     "step_time": ("Time of a step", step_time),
     "max_context": ("Longest sequence", max_context),
     "loss_head": ("LM head and loss", loss_head),
+    "sequence_parallel": ("Sequence parallelism", sequence_parallel),
 }
 
 

@@ -1,12 +1,14 @@
 """What a rank holds and what it sends, with its sequences on 1, 2 or 4 processes, for each mode.
 
-python scripts/bench/sequence_parallel.py                                # some minutes on 2 CPU cores
+python scripts/bench/sequence_parallel.py                                # ten minutes on 2 CPU cores
 python scripts/bench/sequence_parallel.py --tokens 4096 --modes ring --json found.json
+python scripts/bench/sequence_parallel.py --json benchmarks/sequence_parallel_cpu.json
 
 A small Llama in float32, scope "layer", one sequence, forward and backward in gloo processes. Counted:
 
 - live bytes: the peak of all tensors above the weights and their gradients, on the busiest rank (what a kernel allocates
-  inside is not seen);
+  inside is not seen). With few layers these are mostly those of the one layer that is in its backward; with more, the layers'
+  inputs, of which a rank holds its share alone;
 - received bytes per layer and step, on one rank: exchanges of keys, values, queries, outputs and their gradients; a layer's
   attention runs forward, once more in backward, and backward.
 
@@ -28,20 +30,21 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from common import envelope, write
 from live_bytes import LiveBytes
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ds_minis import convert_to_mini_sequence
 
-HIDDEN, HEADS, KV_HEADS, LAYERS, VOCAB = 64, 8, 2, 2, 512  # four query heads for a KV head, as in Llama 3
+HIDDEN, HEADS, KV_HEADS, VOCAB = 64, 8, 2, 512  # four query heads for a KV head, as in Llama 3
 MODES = {"gather": "gather", "ulysses": "ulysses", "ring": "ring"}
 MODELS = {"Llama-3-8B": (32, 8, 128, 32), "Llama-3-70B": (64, 8, 128, 80)}  # heads, KV heads, width, layers
 
 
-def make_model() -> torch.nn.Module:
+def make_model(layers: int) -> torch.nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=3 * HIDDEN, num_hidden_layers=LAYERS,
+        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=3 * HIDDEN, num_hidden_layers=layers,
         num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, max_position_embeddings=2**20,
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
@@ -83,10 +86,10 @@ class Received:
         return counted
 
 
-def measure(mode: str, size: int, tokens: int) -> dict:
+def measure(mode: str, size: int, tokens: int, layers: int, chunk: int) -> dict:
     """Peak of live bytes and received bytes of a step, after one that verifies."""
-    model = make_model()
-    settings = {"chunk_size": 1024, "loss_chunk_size": 1024}
+    model = make_model(layers)
+    settings = {"chunk_size": chunk, "loss_chunk_size": chunk}
     convert_to_mini_sequence(
         model, settings | ({"sequence_parallel": {"size": size, "mode": mode}} if size > 1 else {})
     )
@@ -95,7 +98,13 @@ def measure(mode: str, size: int, tokens: int) -> dict:
     ids = torch.randint(VOCAB, (1, tokens), generator=torch.Generator().manual_seed(1))
     with Received() as received, LiveBytes(apart=[*model.parameters(), *(p.grad for p in model.parameters())]) as live:
         model(input_ids=ids, labels=ids).loss.backward()
-    return {"mode": mode, "ranks": size, "tokens": tokens, "peak": live.peak, "received": received.nbytes / LAYERS}
+    return {
+        "mode": mode if size > 1 else "none",
+        "ranks": size,
+        "layers": layers,
+        "peak": live.peak,
+        "received": received.nbytes / layers,
+    }
 
 
 def formula(
@@ -120,15 +129,15 @@ def formula(
     raise KeyError(mode)
 
 
-def run(rank: int, size: int, jobs: list[tuple[str, int]], folder: Path) -> None:
+def run(rank: int, size: int, jobs: list[tuple], folder: Path) -> None:
     store = dist.FileStore(str(folder / f"store-{size}"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(minutes=20))
-    found = [measure(mode, size, tokens) for mode, tokens in jobs]
+    found = [measure(mode, size, *sizes) for mode, *sizes in jobs]
     (folder / f"{size}-{rank}.json").write_text(json.dumps(found))
     dist.barrier()
 
 
-def in_processes(size: int, jobs: list[tuple[str, int]]) -> list[dict]:
+def in_processes(size: int, jobs: list[tuple]) -> list[dict]:
     """The jobs in `size` forked processes; of each the largest peak, and the mean of what was received."""
     with tempfile.TemporaryDirectory() as name:
         folder, children = Path(name), []
@@ -159,23 +168,30 @@ def in_processes(size: int, jobs: list[tuple[str, int]]) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 16])
+    parser.add_argument("--chunk", type=int, default=256, help="tokens of a chunk, of layers and of the loss")
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="e.g. benchmarks/sequence_parallel_cpu.json")
     args = parser.parse_args()
-    found = in_processes(1, [("gather", args.tokens)])
+    sizes = [(args.tokens, layers, args.chunk) for layers in args.layers]
+    alone = in_processes(1, [("gather", *more) for more in sizes])
+    found = list(alone)
     for size in (2, 4):
-        found += in_processes(size, [(mode, args.tokens) for mode in args.modes])
-    alone = found[0]["peak"]
+        found += in_processes(size, [(mode, *more) for mode in args.modes for more in sizes])
+    peaks = {row["layers"]: row["peak"] for row in alone}
+    print(f"Llama, hidden {HIDDEN}, {args.tokens:,} tokens, float32; torch {torch.__version__}, CPU, gloo")
     print(
-        f"Llama, hidden {HIDDEN}, {LAYERS} layers, {args.tokens:,} tokens, float32; torch {torch.__version__}, CPU, gloo"
+        f"{'mode':<9}{'ranks':>6}{'layers':>8}{'live bytes of a rank':>22}{'of one process':>16}{'received a layer':>18}"
     )
-    print(f"{'mode':<9}{'ranks':>6}{'live bytes of a rank':>22}{'of one process':>16}{'received a layer':>18}")
     for row in found:
-        mode = row["mode"] if row["ranks"] > 1 else "-"
-        row["of_one"] = row["peak"] / alone
-        print(f"{mode:<9}{row['ranks']:>6}{row['peak']:>22,}{row['of_one']:>15.3f}x{int(row['received']):>18,}")
+        row["of_one"] = row["peak"] / peaks[row["layers"]]
+        print(
+            f"{row['mode']:<9}{row['ranks']:>6}{row['layers']:>8}{row['peak']:>22,}{row['of_one']:>15.3f}x"
+            f"{int(row['received']):>18,}"
+        )
         if row["ranks"] > 1:
-            expected = formula(mode, row["ranks"], args.tokens / row["ranks"], HEADS, KV_HEADS, HIDDEN // HEADS, 4, 4)
+            tokens = args.tokens / row["ranks"]
+            expected = formula(row["mode"], row["ranks"], tokens, HEADS, KV_HEADS, HIDDEN // HEADS, 4, 4)
             if abs(row["received"] - expected) > 0.02 * expected:
                 print(f"  the formula says {expected:,.0f}")
     simulated = []
@@ -188,10 +204,8 @@ def main() -> None:
                 total = layers * formula(mode, size, 16384, heads, kv_heads, width, 2, 4)
                 simulated.append({"model": name, "ranks": size, "mode": mode, "received": total})
                 print(f"  {name:<12}{size:>4} ranks  {mode:<9}{total / 2**30:>10.1f}")
-    if args.json:
-        args.json.write_text(
-            json.dumps({"torch": torch.__version__, "counted": found, "simulated": simulated}, indent=1)
-        )
+    results = {"counted": found, "by_formula": simulated}
+    write(args.json, envelope("sequence_parallel", args, simulated=False, results=results))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from ds_minis.tiling.core.replay import graph_is_kept
 from ds_minis.tiling.modules.swap import Tiled, untiled_class, warn_once
 from ds_minis.tiling.passes.attention import AttentionRequest
+from ds_minis.tiling.passes.attention_graph import sources_of
 from ds_minis.tiling.passes.rematerialize import (
     Copy,
     Groups,
@@ -76,9 +77,7 @@ class KeptAttention:
         layout = (*request.way, *((t.shape[1], t.shape[3]) for t in qkv))
         packing = _Packing(qkv, self._arguments, weights, {} if plans is None else plans, layout)
         with torch.enable_grad():
-            # Not leaves: AccumulateGrad would keep queries, keys and values alive.
-            sources = _Source.apply(qkv[0].new_empty((), requires_grad=True), *qkv)
-            self._inputs = [get_gradient_edge(t) for t in sources]
+            sources, self._inputs = sources_of(qkv)
             with saved_tensors_hooks(packing, functools.partial(_unpack, self._now)):
                 out = attend(request, sources)
         del sources
@@ -214,18 +213,6 @@ class _Doubts:
     def are_justified(self) -> bool:
         self._arrived.synchronize()
         return not self._answer
-
-
-class _Source(torch.autograd.Function):
-    """Not leaves: AccumulateGrad would keep queries, keys and values alive."""
-
-    @staticmethod
-    def forward(ctx, token: Tensor, *qkv: Tensor):
-        return tuple(t.view_as(t) for t in qkv)
-
-    @staticmethod
-    def backward(ctx, *grads):  # never run: gradients are taken at its outputs
-        return None, *grads
 
 
 def _keep_fallback_reason(edge: GradientEdge, inputs: Sequence[GradientEdge]) -> str:

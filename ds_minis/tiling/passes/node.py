@@ -32,6 +32,7 @@ from ds_minis.tiling.core.tiled_op import TiledOp
 from ds_minis.tiling.memory.layer_inputs import LayerInput
 from ds_minis.tiling.modules.swap import Tiled, warn_once
 from ds_minis.tiling.passes.attention import AttentionRequest
+from ds_minis.tiling.passes.attention_graph import AttentionGraph
 from ds_minis.tiling.passes.head_groups import CutWeights, HeadGroups
 from ds_minis.tiling.passes.kept_attention import (
     Attend,
@@ -197,10 +198,11 @@ class LayerNode(TiledOp):
             if self._kept is not None:
                 _, qkv = self._passes.pre_attention(x)
                 with self._passes.attention_memory():
-                    edge, out = None, self._kept.output(qkv, kept)
+                    out = self._kept.output(qkv, kept)
                     grad_out = torch.empty_like(out)
             elif self._groups is None:
-                qkv, edge, out = self._attended_with_graph(x)
+                graph = self._attended_with_graph(x)
+                out = graph.take_out()
                 with self._passes.attention_memory():
                     grad_out = torch.empty_like(out)
             else:
@@ -214,8 +216,10 @@ class LayerNode(TiledOp):
                 del qkv, kept, grad_out
                 self._backward_of_pre_attention(x, grads, grad_x, sums, leaves)
             elif self._groups is None:
-                grads = self._backward_of_attention(qkv, edge, grad_out, sums, leaves)
-                del qkv, edge, grad_out
+                handed_over = [grad_out]
+                del grad_out
+                grads = self._backward_of_attention(graph, handed_over, sums, leaves)
+                del graph
                 self._backward_of_pre_attention(x, grads, grad_x, sums, leaves)
             else:
                 self._backward_by_groups(x, grad_out, grad_x, sums, leaves)
@@ -231,13 +235,10 @@ class LayerNode(TiledOp):
     def _pre_attention(self, x: Tensor) -> tuple[AttentionRequest, list[Tensor]]:
         return self._passes.pre_attention(x, self.seen)
 
-    def _attended_with_graph(self, x: Tensor, group: int = 0):
+    def _attended_with_graph(self, x: Tensor, group: int = 0) -> AttentionGraph:
         request, qkv = self._passes.pre_attention(x)
-        qkv = [t.requires_grad_() for t in qkv]
-        with torch.enable_grad(), self._passes.attending(group):
-            out = self._attend(request, qkv)
-        # An edge does not hold the output, which not every attention needs in its backward.
-        return qkv, torch.autograd.graph.get_gradient_edge(out), out.detach()
+        with self._passes.attending(group):
+            return AttentionGraph(functools.partial(self._attend, request), qkv)
 
     def _backward_of_post_attention(
         self,
@@ -264,16 +265,19 @@ class LayerNode(TiledOp):
         return [self._passes.post_attention(chunk, out_chunk, index)], [grad]
 
     def _backward_of_attention(
-        self, qkv: list[Tensor], edge, grad_out: Tensor, sums: GradientSums, leaves
+        self, graph: AttentionGraph, grad_out: list[Tensor], sums: GradientSums, leaves: Sequence[Tensor]
     ) -> list[Tensor | None]:
-        """Gradients of queries, keys and values; those of parameters that the attention uses are added to `sums`."""
+        """Gradients of queries, keys and values; those of parameters that the attention uses are added to `sums`.
+
+        `grad_out` is a list of one tensor, which is emptied.
+        """
         # All leaves: an attention function may read weights from its module, beside those among its arguments.
         own = [leaf for leaf in leaves if leaf.requires_grad]
         with self._passes.attention_memory():
-            grads = torch.autograd.grad(edge, [*qkv, *own], grad_out, allow_unused=True)
-        by_leaf = dict(zip(map(id, own), grads[3:], strict=True))
+            grads, of_own = graph.backward(grad_out, own)
+        by_leaf = dict(zip(map(id, own), of_own, strict=True))
         sums.add(by_leaf.get(id(leaf)) for leaf in leaves if leaf.requires_grad)
-        return list(grads[:3])
+        return grads
 
     def _backward_of_pre_attention(
         self,
@@ -307,9 +311,9 @@ class LayerNode(TiledOp):
         for group in range(self._groups.count):
             cut = CutWeights(leaves)
             with self._groups.cut(group, cut):
-                qkv, edge, _ = self._attended_with_graph(x, group)
-                part = self._groups.of_output(grad_out, group)
-                grads = self._backward_of_attention(qkv, edge, part, sums, leaves)
-                del qkv, edge, part
+                graph = self._attended_with_graph(x, group)
+                graph.take_out()
+                grads = self._backward_of_attention(graph, [self._groups.of_output(grad_out, group)], sums, leaves)
+                del graph
                 self._backward_of_pre_attention(x, grads, grad_x, sums, leaves, cut)
             cut.add_to(sums)
