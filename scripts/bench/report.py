@@ -188,11 +188,25 @@ def sequence_parallel(content: dict[str, Any]) -> Iterator[str]:
     yield table(["model", "ranks", "mode", "received"], simulated)
 
 
+def right_gradients(content: dict[str, Any]) -> Iterator[str]:
+    yield (
+        "Loss of the HF Trainer's step with one sequence on two processes, and its gradient by the weights, over "
+        "those of the same step in one process: 1 is right. Tiny models, SGD, float32.\n"
+    )
+    rows = []
+    for row in content["results"]:
+        failed = row.get("fails")
+        found = [failed, "-"] if failed else [f"{row['loss']:.5f}", f"{row['gradient']:.5f}"]
+        rows.append([row["case"], row["way"], row["stage"], *found])
+    yield table(["", "by", "engine", "loss / true", "gradient / true"], rows)
+
+
 TITLES: dict[str, tuple[str, Callable[[dict], Iterator[str]]]] = {
     "transient_memory": ("Transient memory", transient_memory),
     "step_time": ("Time of a step", step_time),
     "max_context": ("Longest sequence", max_context),
     "loss_head": ("LM head and loss", loss_head),
+    "right_gradients": ("Who is right", right_gradients),
     "sequence_parallel": ("Sequence parallelism", sequence_parallel),
 }
 
