@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from heads import LOSS_ONLY, H, LargestTensor, Model, Output, V, assert_same_loss, data
 from models import add_lora, assert_same_training, batch, build, twins
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
 
@@ -209,3 +210,33 @@ def test_hidden_states_are_let_go_of_before_the_decoders_backward(settings):
         output.loss.backward()
         handle.remove()
     assert alive == [1, 1]  # the one held here
+
+
+@pytest.mark.parametrize(
+    ("change", "tiled"),
+    [
+        (lambda head: prune.l1_unstructured(head, "weight", 0.4), False),
+        (nn.utils.weight_norm, False),
+        (nn.utils.spectral_norm, False),
+        (parametrizations.weight_norm, True),
+        (parametrizations.spectral_norm, False),  # power iterations in place at each call
+        (parametrizations.orthogonal, True),
+    ],
+    ids=["pruned", "weight_norm", "spectral_norm", "weight_norm (new)", "spectral_norm (new)", "orthogonal"],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_a_head_whose_weight_is_made_of_others(change, tiled):
+    """What makes the weight is no leaf, and is made anew at each step."""
+    models = []
+    for _ in range(2):
+        model = Model()
+        torch.manual_seed(1)
+        change(model.lm_head)
+        models.append(model)
+    model, reference = convert_to_mini_sequence(models[0], LOSS_ONLY), models[1]
+    optimizers = [torch.optim.SGD(m.parameters(), 0.3) for m in models]
+    for _ in range(3):
+        assert_same_loss(model, reference, data())
+        for optimizer in optimizers:
+            optimizer.step()
+    assert told(model).startswith("tiled" if tiled else "not tiled")
