@@ -19,4 +19,6 @@ census:          ## every architecture of transformers; writes docs/supported_mo
 
 docs:            ## what documentation is made of measurements
 	$(PYTHON) scripts/settings_table.py
+	$(PYTHON) scripts/messages.py
+	$(PYTHON) scripts/picture.py
 	$(PYTHON) scripts/bench/peak_memory.py

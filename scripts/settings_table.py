@@ -1,7 +1,7 @@
-"""Writes the table of settings into the README, from the documentation of `MiniSequenceConfig`'s fields.
+"""Writes the table of settings into docs/settings.md, from the documentation of `MiniSequenceConfig`'s fields.
 
-python scripts/settings_table.py            # rewrite README.md
-python scripts/settings_table.py --check    # fail if README.md is out of date
+python scripts/settings_table.py            # rewrite docs/settings.md
+python scripts/settings_table.py --check    # fail if it is out of date
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ds_minis import MiniSequenceConfig
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "settings.md"
 BLOCK = re.compile(r"(<!-- settings: [^\n]*-->\n).*?(<!-- end of settings -->)", re.DOTALL)
 
 
@@ -30,12 +30,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    old = README.read_text(encoding="utf-8")
+    old = PAGE.read_text(encoding="utf-8")
     new = BLOCK.sub(lambda block: block[1] + table() + block[2], old)
     if check and new != old:
-        sys.exit("README.md: the table of settings is out of date; run python scripts/settings_table.py")
+        sys.exit("docs/settings.md: the table of settings is out of date; run python scripts/settings_table.py")
     if not check:
-        README.write_text(new, encoding="utf-8")
+        PAGE.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

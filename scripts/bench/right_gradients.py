@@ -71,6 +71,7 @@ def train(case: str, way: str, stage: str, output: Path) -> None:
 
     `way` "true" runs in one process, without an engine.
     """
+    model = make_model(case)  # before transformers knows of ZeRO-3, under which it would get other weights
     more: dict[str, Any] = {"use_cpu": True}
     if way != "true":
         more = _with_deepspeed(way, STAGES[stage], output)
@@ -80,10 +81,8 @@ def train(case: str, way: str, stage: str, output: Path) -> None:
         str(output / "run"), per_device_train_batch_size=1, max_steps=1, learning_rate=RATE, optim="sgd", logging_steps=1,
         max_grad_norm=1e6, report_to="none", save_strategy="no", disable_tqdm=True, **more,
     )  # fmt: skip
-    model = make_model(case)
     model.config.use_cache = False  # with a cache, transformers takes no documents from positions
-    with gathered(model):
-        before = [weight.detach().clone() for weight in model.parameters()]
+    before = [weight.detach().clone() for weight in model.parameters()]
     trainer = Trainer(model, args, train_dataset=OneSequence(case))
     trainer.train()
     loss = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)

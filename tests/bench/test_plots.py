@@ -15,9 +15,9 @@ PICTURES = plots.pictures(FILES)
 def test_every_plot_is_there_and_embedded_and_no_other():
     there = {path.stem for path in report.RESULTS.glob("*.png")}
     page = (report.RESULTS / "README.md").read_text(encoding="utf-8")
-    readme = (report.RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    figures = (report.RESULTS.parent / "docs" / "memory_and_speed.md").read_text(encoding="utf-8")
     assert there == PICTURES.keys() == {name for name in there if f"]({name}.png)" in page}
-    assert all(f"](benchmarks/{name}.png)" in readme for name in ("transient_memory", "max_context_simulated"))
+    assert all(f"](../benchmarks/{name}.png)" in figures for name in ("transient_memory", "max_context_simulated"))
 
 
 @pytest.mark.parametrize("name", PICTURES)

@@ -12,9 +12,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ds_minis import mini_sequence_report
 from ds_minis.tiling.memory.offload import OffloadedTensor
+from ds_minis.tiling.memory.rematerialize import Copy, Layout, View, copy_of
 from ds_minis.tiling.passes import kept_attention
 from ds_minis.tiling.passes.kept_attention import KeptAttention
-from ds_minis.tiling.passes.rematerialize import Copy, Layout, View, copy_of
 
 LAYERS = SETTINGS["layer"]
 

@@ -1,5 +1,7 @@
 """What the documentation says exists, and is up to date."""
 
+import functools
+import os
 import re
 import subprocess
 import sys
@@ -17,8 +19,32 @@ PAGES = [
 ]
 
 
-def test_table_of_settings_is_up_to_date():
-    subprocess.run([sys.executable, ROOT / "scripts" / "settings_table.py", "--check"], check=True)
+@pytest.mark.parametrize("script", ["settings_table.py", "messages.py", "picture.py"])
+def test_what_is_made_by_a_script_is_up_to_date(script):
+    subprocess.run([sys.executable, ROOT / "scripts" / script, "--check"], check=True)
+
+
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.split()) <= 900
+    assert text.index("```sh") < 2600, "one screen to the first command"
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    """Links, anchors and the pages of the navigation; a link to nothing fails it."""
+    build = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path / "site"), "--config-file"]
+    run = functools.partial(
+        subprocess.run, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    built = run([*build, str(ROOT / "mkdocs.yml")])
+    assert built.returncode == 0, built.stderr
+    assert "WARNING" not in built.stderr
+    for page in ("index.html", "settings/index.html", "benchmarks/index.html", "CONTRIBUTING/index.html"):
+        assert (tmp_path / "site" / page).exists()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text("[nothing](nothing.md)\n")
+    (tmp_path / "mkdocs.yml").write_text("site_name: broken\nstrict: true\n")
+    assert run([*build, str(tmp_path / "mkdocs.yml")]).returncode != 0
 
 
 def test_the_matrix_has_all_cells_and_none_failed():
@@ -52,6 +78,6 @@ def test_files_that_are_named_exist(page):
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
     paths = re.findall(r"(?:sh|python) ((?:[\w.]+/)*[\w.]+\.(?:sh|py))", text)
     for link in links:
-        assert (page.parent / link).exists(), link
+        assert (page.parent / link.split("#")[0]).exists(), link
     for path in paths:
         assert (ROOT / path).exists() or (page.parent / path).exists(), path

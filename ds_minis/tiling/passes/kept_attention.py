@@ -15,10 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from ds_minis.tiling.core.replay import graph_is_kept
-from ds_minis.tiling.modules.swap import Tiled, untiled_class, warn_once
-from ds_minis.tiling.passes.attention import AttentionRequest
-from ds_minis.tiling.passes.attention_graph import sources_of
-from ds_minis.tiling.passes.rematerialize import (
+from ds_minis.tiling.memory.rematerialize import (
     Copy,
     Groups,
     Layout,
@@ -28,6 +25,9 @@ from ds_minis.tiling.passes.rematerialize import (
     ways_to_copy,
     whole_storage,
 )
+from ds_minis.tiling.modules.swap import Tiled, untiled_class, warn_once
+from ds_minis.tiling.passes.attention import AttentionRequest
+from ds_minis.tiling.passes.attention_graph import sources_of
 
 Attend = Callable[[AttentionRequest, Sequence[Tensor]], Tensor]
 
