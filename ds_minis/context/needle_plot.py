@@ -57,7 +57,7 @@ def title_of(results: dict[str, Any]) -> str:
     """What a heat-map is of: model, variant, RoPE's base."""
     name = Path(str(results.get("model", "a model"))).name
     theta = results.get("rope_theta")
-    return f"{name}: {results['task']['variant']}" + (f", RoPE theta {theta:,.4g}" if theta else "")
+    return f"{name}: {results['task']['variant']}" + (f", RoPE theta {theta:,.0f}" if theta else "")
 
 
 def accuracy_in_words(results: dict[str, Any]) -> str:

@@ -35,7 +35,7 @@ def drawn(monkeypatch):
 def test_a_heat_map_says_what_of_and_in_which_units(drawn, tmp_path):
     path = plot_heat_map(results(), tmp_path / "new" / "map.png")
     panel, bar = drawn[0].axes
-    assert panel.get_title() == "tiny: niah_single, RoPE theta 9.692e+04\n62.5% of 8 answers right"
+    assert panel.get_title() == "tiny: niah_single, RoPE theta 96,919\n62.5% of 8 answers right"
     assert panel.get_xlabel() == "context length (tokens)" and bar.get_ylabel() == "answers right (%)"
     assert panel.get_ylabel() == "depth of the needle (% of the text)"
     assert [t.get_text() for t in panel.get_xticklabels()] == ["64", "2,048"]
