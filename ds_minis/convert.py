@@ -34,6 +34,7 @@ from ds_minis.tiling.loss.forward_hooks import (
     loss_fallback_reason,
     loss_is_attached,
 )
+from ds_minis.tiling.loss.fused_outputs import is_answered
 from ds_minis.tiling.memory.layer_inputs import LayerInputStore
 from ds_minis.tiling.modules.cache_rule import attach_cache_rule, detach_cache_rule
 from ds_minis.tiling.modules.state import Chunking
@@ -204,6 +205,9 @@ def mini_sequence_report(model: nn.Module) -> ConversionReport | None:
     report = next((module.__dict__[_STATE] for module in model.modules() if _STATE in module.__dict__), None)
     if report is None:
         return None
+    chunking = next(filter(None, map(attached_chunking, model.modules())), None)
+    if chunking is not None:
+        report = dataclasses.replace(report, last_loss=chunking.last_loss())
     bypassed = next(filter(None, map(loss_fallback_reason, model.modules())), "")
     if bypassed:
         sizes = report.sizes and report.sizes.without_loss()
@@ -318,12 +322,17 @@ def _loss_in_words(model: nn.Module, config: MiniSequenceConfig, loss_models: li
         return "not tiled (return_logits asks for all logits)"
     head = type(loss_models[-1].get_output_embeddings()).__name__
     replaced = next(filter(None, map(replaced_by, loss_models)), "")
+    if any(map(is_answered, loss_models)):
+        return f"tiled, LM head {head}; calls with fused_lm_head=True (TRL's trainers) are answered from it"
     if replaced:
         return (
             f"tiled where the model's own forward computes it, LM head {head}; {replaced} replaced that forward, and may "
             "compute the loss itself, with the LM head's weight"
         )
-    return f"tiled, LM head {head}; with labels, the output has no `logits` (return_logits brings them back)"
+    return (
+        f"tiled, LM head {head}; with labels, the output has no `logits` (return_logits brings them back); without, they are "
+        "computed as far as a loss reads them"
+    )
 
 
 def _nothing_to_tile(model: nn.Module, candidates: list[Candidate], config: MiniSequenceConfig, source: str) -> str:

@@ -26,6 +26,7 @@ class ConversionReport:
         loss: what became of the LM head and the loss, in words.
         sizes: of the chunks; None where nothing is tiled.
         parallel: how sequences are divided among ranks, in words; empty if they are not.
+        last_loss: what read the logits of the last forward pass in training, in words; empty if nothing did.
         last_step: how many chunks the last forward pass in training had, in words; empty before the first.
     """
 
@@ -39,6 +40,7 @@ class ConversionReport:
     unkept: Sequence[tuple[str, str]] = ()
     sizes: Sizes | None = None
     last_step: str = ""
+    last_loss: str = ""
     parallel: str = ""
 
     def __str__(self) -> str:
@@ -59,4 +61,5 @@ class ConversionReport:
             lines.append(f"  not tiled: {count} x {name} ({reason})")
         lines.append(f"  loss: {self.loss}")
         lines += [f"  sequence parallelism: {self.parallel}"] if self.parallel else []
-        return "\n".join([*lines, f"  the last step: {self.last_step}"] if self.last_step else lines)
+        lines += [f"  the last step: {self.last_step}"] if self.last_step else []
+        return "\n".join([*lines, f"  the loss of the last step: {self.last_loss}"] if self.last_loss else lines)

@@ -89,8 +89,8 @@ def tiled_calls(monkeypatch) -> list[tuple[str, int]]:
         return counted
 
     monkeypatch.setattr("ds_minis.tiling.modules.tiled_module.tile_rows", count(tiled_op.tile_rows))
-    monkeypatch.setattr("ds_minis.tiling.loss.chunked_head.tile_rows", count(tiled_op.tile_rows))
-    monkeypatch.setattr("ds_minis.tiling.loss.chunked_head.sum_rows", count(tiled_sum.sum_rows))
+    monkeypatch.setattr("ds_minis.tiling.heads.chunked_head.tile_rows", count(tiled_op.tile_rows))
+    monkeypatch.setattr("ds_minis.tiling.heads.chunked_head.sum_rows", count(tiled_sum.sum_rows))
     return calls
 
 

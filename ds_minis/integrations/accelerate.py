@@ -25,7 +25,7 @@ from ds_minis.integrations.accelerate_replicas import Replicas
 from ds_minis.integrations.autoload import register
 from ds_minis.ranks import is_main_process
 from ds_minis.tiling.layer.tiled_layer import TiledLayer
-from ds_minis.tiling.loss.deferred import materialized
+from ds_minis.tiling.logits.deferred import materialized
 from ds_minis.tiling.modules.swap import Tiled
 from ds_minis.tiling.modules.tiled_module import require_weights
 

@@ -16,7 +16,7 @@ from ds_minis.convert import convert, convert_to_mini_sequence, revert_mini_sequ
 from ds_minis.integrations.loading import look_before_loading
 from ds_minis.replicas import group_size, sampler_arguments
 from ds_minis.tiling.core.tiled_op import tile_rows
-from ds_minis.tiling.loss.deferred import DeferredLogits
+from ds_minis.tiling.logits.deferred import DeferredLogits
 from ds_minis.tiling.modules.swap import Tiled
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_minis import convert_to_mini_sequence
-from ds_minis.tiling.loss import cross_entropy
+from ds_minis.tiling.kernels import cross_entropy
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 

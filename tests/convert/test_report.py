@@ -1,6 +1,6 @@
 """What the report at conversion says of chunk sizes and of what they save, and what it leaves out."""
 
-import dataclasses
+import types
 
 import pytest
 import torch
@@ -67,29 +67,38 @@ def test_what_is_said_to_be_saved_is_what_a_step_does_not_hold():
     assert sizes.logit_bytes == (128 - 8) * 131 * 4 and sizes.activation_bytes == (128 - 16) * 2 * 48 * 4
 
 
-def test_a_loss_of_somebody_else_saves_nothing_here():
+def test_what_the_loss_of_somebody_else_did_at_the_last_step():
     model = convert_to_mini_sequence(build("llama"), CHUNKS)
-    report = mini_sequence_report(model)
-    assert report.sizes.logit_bytes > 0
     inputs = batch(23)
     del inputs["labels"]
-    model(**inputs).logits.float().sum().backward()
-    now = mini_sequence_report(model)
-    assert now.loss.startswith("not tiled") and now.sizes == dataclasses.replace(
-        report.sizes, logit_bytes=0, loss_tokens=0
-    )
-    assert "logits" not in str(now.sizes)
+    for loss, said in (
+        (lambda x: x.float().sum(), "by chunks (sum)"),
+        (lambda x: x.logsumexp(-1).sum() + x.sort(-1).values.sum(), "by chunks (logsumexp) and from all logits (sort)"),
+    ):
+        loss(model(**inputs).logits).backward()
+        report = mini_sequence_report(model)
+        assert report.last_loss == said and f"the loss of the last step: {said}" in str(report)
+    model(**inputs)
+    assert mini_sequence_report(model).last_loss == ""
 
 
 def test_a_forward_that_may_compute_the_loss_itself():
-    """TRL's trainers put theirs on the instance before the model is converted, and may or may not use it."""
+    """Somebody may put theirs on the instance before the model is converted, and may or may not use it."""
+    model = build("llama")
+    own = model.forward
+    model.forward = types.MethodType(lambda self, *args, **kwargs: own(*args, **kwargs), model)
+    report = mini_sequence_report(convert_to_mini_sequence(model, CHUNKS))
+    assert f"{__name__} replaced that forward, and may compute the loss itself" in report.loss
+    assert report.loss.startswith("tiled where the model's own forward computes it") and report.sizes.logit_bytes == 0
+    assert "logits" not in model(**batch(23))  # the model's own
+
+
+def test_the_forward_of_trl_is_answered():
     utils = pytest.importorskip("trl.trainer.utils")
     model = build("llama")
     utils.add_fused_lm_head(model)
     report = mini_sequence_report(convert_to_mini_sequence(model, CHUNKS))
-    assert "trl.trainer.utils replaced that forward, and may compute the loss itself" in report.loss
-    assert report.loss.startswith("tiled where the model's own forward computes it") and report.sizes.logit_bytes == 0
-    assert "logits" not in model(**batch(23))  # the model's own
+    assert "calls with fused_lm_head=True (TRL's trainers) are answered" in report.loss and report.sizes.logit_bytes > 0
 
 
 def test_a_forward_that_calls_the_models_own_is_no_other_loss():

@@ -9,7 +9,7 @@ from models import CHUNKS, assert_same_training, batch, build, checkpointed, los
 
 from ds_minis import convert_to_mini_sequence
 from ds_minis.tiling.core import grad_accum
-from ds_minis.tiling.loss import cross_entropy
+from ds_minis.tiling.kernels import cross_entropy
 
 pytestmark = pytest.mark.gpu
 

@@ -1,14 +1,14 @@
 """Runs LM head and cross entropy over chunks, without changing the model's forward or loss function.
 
 While a model runs forward with labels, its output-embedding module returns deferred logits. The model's operations on them,
-up to `cross_entropy`, then run chunk by chunk. Outside of such a forward nothing changes: the module's class, its hooks and
-its results are the model's own.
+up to `cross_entropy`, then run chunk by chunk. In training without labels the model's output has deferred logits, for a loss
+that somebody else computes (`deferral.py` says in which passes). Outside of such a forward nothing changes: the module's
+class, its hooks and its results are the model's own.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from ds_minis.tiling.core.exclusive import is_called_in, several_threads
 from ds_minis.tiling.core.out_of_memory import note_outside
-from ds_minis.tiling.loss.chunked_head import HEAD, ChunkedHead
-from ds_minis.tiling.loss.deferred import defer
+from ds_minis.tiling.heads.chunked_head import HEAD, ChunkedHead
+from ds_minis.tiling.logits.deferred import defer
+from ds_minis.tiling.loss.deferral import fallback_reason_without_labels, gather_of, is_deferred_without_labels
+from ds_minis.tiling.loss.fused_outputs import FusedCall, recognized
 from ds_minis.tiling.loss.output_logits import wanted_logits, without_deferred
 from ds_minis.tiling.modules.arguments import argument, takes
 from ds_minis.tiling.modules.compiling import outside_of_graphs
@@ -38,10 +40,6 @@ BYPASSED = (
     "forward was given labels and did not call the LM head. A trainer with a fused LM head of its own, such as TRL's "
     "SFTTrainer, computes the loss itself; ds_minis steps aside"
 )
-WITHOUT_LABELS = (
-    "forward was given no labels, so it gives all logits. Whoever trains on them (label smoothing, `compute_loss_func`, a "
-    "trainer's own loss) computes the loss itself; give the model its labels where you can"
-)
 
 
 class _Pass(contextlib.ExitStack):
@@ -54,11 +52,13 @@ class _Pass(contextlib.ExitStack):
         tiled: whether an inner pass has deferred logits.
         with_labels: whether it got labels.
         only_logits: whether it has neither labels nor gradients.
+        call: a call of TRL's, which is answered here.
     """
 
     head: ChunkedHead | None = None
     is_own = tiled = with_labels = only_logits = False
     reason = ""
+    call: FusedCall | None = None
 
 
 class BeginForward:
@@ -74,23 +74,33 @@ class BeginForward:
         self._head_name = ""
 
     @outside_of_graphs
-    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        with_labels = argument(model, "labels", args, kwargs) is not None
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        with_labels = any(argument(model, name, args, kwargs) is not None for name in ("labels", "shift_labels"))
         config, begun = self.chunking.config, _Pass()
         begun.with_labels, begun.only_logits = with_labels, not with_labels and not torch.is_grad_enabled()
         _require_one_thread(model, begun)
         thread = threading.get_ident()
         begun.callback(_forget, model, thread)
         begun.callback(self.chunking.passes.remove, begun)
-        if with_labels:
-            self._begin(model, begun)
-        elif not torch.is_grad_enabled() and not config.tile_inference and not _draws_in_training(model):
+        if begun.only_logits and not config.tile_inference and not _draws_in_training(model):
             self.chunking.suspend(1)
             begun.callback(self.chunking.suspend, -1)
+        self._begin(model, begun, args, kwargs)
         self.chunking.passes.append(begun)
         model.__dict__.setdefault(_BEGUN, {})[thread] = begun
+        return self._asked_for_logits(model, begun, args, kwargs)
 
-    def _begin(self, model: nn.Module, begun: _Pass) -> None:
+    def _asked_for_logits(self, model: nn.Module, begun: _Pass, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """The arguments with which TRL's forward runs the model's own, where this pass answers its call."""
+        call = recognized(model, kwargs) if begun.head is not None else None
+        if isinstance(call, str):
+            begun.head.reason = call
+        if not isinstance(call, FusedCall) or not begun.head.runs_in(call.in_float32):
+            return None
+        begun.call = call
+        return args, call.arguments_without(kwargs)
+
+    def _begin(self, model: nn.Module, begun: _Pass, args: tuple, kwargs: dict) -> None:
         module, config, wanted = (self._owner or model).get_output_embeddings(), self.chunking.config, wanted_logits()
         if (
             module is None
@@ -101,12 +111,20 @@ class BeginForward:
             return
         begun.head = module.__dict__.get(HEAD)  # set already if an outer model got labels too
         if begun.head is not None:
+            begun.head.without_labels &= not begun.with_labels
+            return
+        if not begun.with_labels and not is_deferred_without_labels(model, module, self.chunking, args, kwargs):
             return
         around = self._around(model, module)
         begun.reason = _deferral_fallback_reason(module, around[1:])
+        if not begun.with_labels:
+            begun.reason = begun.reason or fallback_reason_without_labels(module, around)
         if not begun.reason:
             unreadable = self._parallel_part() or _sharded(module, around)
             begun.head, begun.is_own = ChunkedHead(module, self.chunking, unreadable, defer), True
+            begun.head.without_labels, begun.head.gather = not begun.with_labels, gather_of(module, around)
+            if torch.is_grad_enabled():
+                self.chunking.readers.clear()
             begun.enter_context(begun.head.deferring())
             begun.head.scope = begun
             begun.callback(setattr, begun.head, "scope", None)
@@ -215,10 +233,15 @@ class EndForward:
             return output
         head = begun.head
         if head is None:
-            self._without_head(model, begun, argument(model, "labels", args, kwargs) is not None, output)
+            if begun.reason and not begun.tiled:
+                self._tell(model, begun.reason)
             return output
+        if begun.call is not None:
+            output = begun.call.answered(model, output)
+            head.note_reader("fused_lm_head")
         if not head.deferred:
-            self._tell(model, head.reason or BYPASSED)
+            if begun.with_labels or head.reason:
+                self._tell(model, head.reason or BYPASSED)
             return output
         for around in self._chunking.passes:
             around.tiled = True
@@ -228,20 +251,11 @@ class EndForward:
         if wanted is not None:
             # accelerate's autocast ends before these hooks run. It stores the model's own forward under this name.
             output = wanted.applied_to(output, wrapped="_original_forward" in model.__dict__)
-        output = without_deferred(output, head)
+        if begun.with_labels:
+            output = without_deferred(output, head)
         if begun.is_own:
             head.finish()
         return output
-
-    def _without_head(self, model: nn.Module, begun: _Pass, has_labels: bool, output: Any) -> None:
-        if begun.reason and not begun.tiled:
-            self._tell(model, begun.reason)
-        inside = any(around.head is not None for around in self._chunking.passes)  # inside of a pass with labels
-        if has_labels or inside or not model.training or not self._chunking.config.loss:
-            return
-        logits = output.get("logits") if isinstance(output, dict) else None
-        if isinstance(logits, Tensor) and logits.requires_grad and math.prod(logits.shape[:-1]) > 1:
-            self._tell(model, WITHOUT_LABELS)
 
     def _tell(self, model: nn.Module, reason: str) -> None:
         """Warns once per reason, also if a wrapper of the model has the same; sets it for the report in training."""

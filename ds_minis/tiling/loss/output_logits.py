@@ -15,8 +15,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from ds_minis.tiling.core.replay import AutocastState
-from ds_minis.tiling.loss.chunked_head import ChunkedHead
-from ds_minis.tiling.loss.deferred import DeferredLogits, materialized
+from ds_minis.tiling.heads.chunked_head import ChunkedHead
+from ds_minis.tiling.logits.deferred import DeferredLogits, materialized
 
 
 class WantedLogits:
@@ -46,8 +46,7 @@ class WantedLogits:
         if self.transform is None or looked_at != {"logits"}:
             output["logits"] = logits.materialize()
         else:
-            with logits.mode():  # in another mode the transform would compute all logits
-                output["logits"] = materialized(self.transform(logits.float() if wrapped or autocast else logits))
+            output["logits"] = materialized(self.transform(logits.float() if wrapped or autocast else logits))
             self.transformed = True
         return output
 

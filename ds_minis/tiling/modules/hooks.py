@@ -48,6 +48,11 @@ def engine_forward_hook(module: nn.Module) -> str:
     return next((place.partition(".")[0] for place in places if place.startswith(_SHARDING)), "")
 
 
+def is_engines(hook: Callable) -> bool:
+    """Whether a hook belongs to an engine."""
+    return not _foreign([hook])
+
+
 def _captures_nothing(hook: Callable) -> bool:
     """Whether it is one of transformers' hooks that capture router outputs or attentions, and none are requested now."""
     if getattr(hook, "__module__", None) != "transformers.utils.output_capturing":

@@ -40,18 +40,20 @@ class Chunking:
         unkept: kind of call whose attention cannot be kept -> (class name of the layer, reason); see
             `ds_minis.tiling.passes.kept_attention`.
         kept_plans: which tensors an attention saves are copies (`ds_minis.tiling.passes.kept_attention`).
-        heads: analyses of LM heads (`ds_minis.tiling.loss.chunked_head`).
+        heads: analyses of LM heads (`ds_minis.tiling.heads.chunked_head`).
         bypassed: why the loss of the last forward pass in training could not be tiled; empty if it was.
         warnings: the warnings given about the model.
         memory: what earlier calls of its modules have shown.
         passes: for each forward pass in progress, what its end must undo (`ds_minis.tiling.loss.forward_hooks`).
         parallel: what shares the model's sequences with other ranks (`ds_minis.parallel`); None without.
+        readers: what read the logits of the last forward pass with gradients -> whether all logits were computed for it.
         last_calls: "layer" or "module" -> (tokens, tokens in a chunk, whether it ran untiled) of the last call in training.
     """
 
     config: MiniSequenceConfig
     hidden_size: int
     _suspensions: int = field(default=0, repr=False, compare=False)
+    _thread: int | None = field(default=None, repr=False, compare=False)
     layer_inputs: Any = field(default=None, repr=False, compare=False)
     dead_values: dict[tuple, Any] = field(default_factory=dict, repr=False, compare=False)
     unkept: dict[tuple, tuple[str, str]] = field(default_factory=dict, repr=False, compare=False)
@@ -62,6 +64,7 @@ class Chunking:
     memory: Memory = field(default_factory=Memory, repr=False, compare=False)
     passes: list[contextlib.ExitStack] = field(default_factory=list, repr=False, compare=False)
     parallel: Any = field(default=None, repr=False, compare=False)
+    readers: dict[str, bool] = field(default_factory=dict, repr=False, compare=False)
     last_calls: dict[str, tuple[int, int, bool]] = field(default_factory=dict, repr=False, compare=False)
 
     @contextlib.contextmanager
@@ -101,6 +104,23 @@ class Chunking:
         """Records a call with gradients for the report; not in a compiled graph."""
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.last_calls[role] = num_tokens, chunk_tokens, as_it_is
+
+    def is_in_one_thread(self) -> bool:
+        """Whether all calls of this have come from one thread."""
+        here = threading.get_ident()
+        self._thread = here if self._thread in (None, here) else -1
+        return self._thread == here
+
+    def note_reader(self, operation: str, in_full: bool) -> None:
+        """Records for the report what read the logits."""
+        self.readers[operation] = in_full
+
+    def last_loss(self) -> str:
+        """Describes what read the logits of the last forward pass with gradients; empty if nothing did."""
+        in_full = [name for name, whole in self.readers.items() if whole]
+        chunked = [name for name, whole in self.readers.items() if not whole]
+        parts = [f"by chunks ({', '.join(chunked)})"] if chunked else []
+        return " and ".join([*parts, f"from all logits ({', '.join(in_full)})"] if in_full else parts)
 
     def last_step(self) -> str:
         """Describes the chunks of the last forward pass in training: of its layers, or else of the modules in them."""

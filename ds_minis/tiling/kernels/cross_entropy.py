@@ -73,7 +73,7 @@ class _Torch:
         """
         losses_C = logits_CV.new_empty(logits_CV.shape[0], dtype=torch.float32)
         normalizers_2C = losses_C.new_empty(2, losses_C.shape[0])
-        for start, stop in _blocks(logits_CV):
+        for start, stop in blocks_of_rows(logits_CV):
             logits_BV, target_B = logits_CV[start:stop], target_C[start:stop]
             ignored_B = target_B == ignore_index
             # Minus the target's logit; 0 where ignored. Raises torch's own error for a target out of range.
@@ -101,7 +101,7 @@ class _Torch:
     ) -> Tensor:
         """The gradient of the logits, given the gradient of the losses."""
         gradients_CV = torch.empty_like(logits_CV)
-        for start, stop in _blocks(logits_CV):
+        for start, stop in blocks_of_rows(logits_CV):
             target_B, logits_BV = target_C[start:stop], logits_CV[start:stop]
             ignored_B = target_B == ignore_index
             factor_B = grad_C[start:stop].float().masked_fill(ignored_B, 0.0)[:, None]
@@ -112,7 +112,8 @@ class _Torch:
         return gradients_CV
 
 
-def _blocks(logits_CV: Tensor) -> list[tuple[int, int]]:
+def blocks_of_rows(logits_CV: Tensor) -> list[tuple[int, int]]:
+    """Bounds of blocks of rows whose float32 temporaries are small."""
     num_rows, vocab_size = logits_CV.shape
     elements = _BLOCK_ELEMENTS.get(logits_CV.device.type, _DEVICE_BLOCK_ELEMENTS)
     rows = max(1, elements // max(1, vocab_size))
@@ -134,7 +135,7 @@ def kernel() -> tuple[ModuleType | None, str]:
     Triton compiles at the first launch and a machine may lack a compiler, so this launches the kernel once.
     """
     try:
-        from ds_minis.tiling.loss import cross_entropy_kernel
+        from ds_minis.tiling.kernels import cross_entropy_kernel
 
         logits = torch.zeros(1, 2, device="cuda")
         cross_entropy_kernel.losses(logits, torch.zeros(1, dtype=torch.long, device="cuda"), -100, None)

@@ -1,0 +1,1 @@
+"""LM heads, run over chunks of hidden states."""

@@ -1,0 +1,1 @@
+"""Logits that are computed only as far as they are needed."""
