@@ -37,7 +37,8 @@ class Case:
         accumulation: micro batches per step.
         forwards: forward passes before a backward, which is that of their mean loss.
         loss: who computes it: "model", "weight" (from hidden states and the LM head's weight, without calling the head, as
-            TRL and Liger do), or "module" (a submodule of the model).
+            Liger does), "module" (a submodule of the model), or "logits" (who called the model without labels: two
+            functions of its logits).
         uneven: sequences of rank 0 that fit into one chunk, and long ones on rank 1.
         clip: the norm that gradients are clipped to; 0 for none.
         dropout: its probability, in the MLPs or (with `lora`) in the adapters.
@@ -108,7 +109,17 @@ def micro_batch(case: Case, rank: int, step: int, micro: int) -> dict:
 def micro_loss(case: Case, model, rank: int, step: int, micro: int) -> torch.Tensor:
     """The loss of one micro batch, or the mean of that of several."""
     several = [micro_batch(case, rank, step, micro + case.accumulation * i) for i in range(case.forwards)]
+    if case.loss == "logits":
+        return sum(loss_of_logits(model, **inputs) for inputs in several) / case.forwards
     return sum(model(**inputs).loss for inputs in several) / case.forwards
+
+
+def loss_of_logits(model, labels, **inputs) -> torch.Tensor:
+    """A loss of somebody's own, of the logits of a model that is given no labels: two functions of one tensor."""
+    logits = model(**inputs).logits[:, :-1]
+    per_token = logits.float().log_softmax(-1).gather(-1, labels[:, 1:, None].clamp(min=0))[..., 0]
+    mask = (labels[:, 1:] != -100).float()
+    return -(per_token * mask).sum() / mask.sum().clamp(min=1) + 1e-2 * (logits.logsumexp(-1) * mask).square().mean()
 
 
 class SubmoduleLoss(torch.nn.Module):

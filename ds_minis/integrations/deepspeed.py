@@ -168,12 +168,16 @@ def attach_zero3(parameter_offload) -> None:
             # A loss that is a submodule: a tensor that passes the end of its backward is a tensor in full.
             if "post_bwd_fn" in module.__dict__ and next(module.parameters(), None) is None:
                 module.post_bwd_fn = _PassesDeferred(module.post_bwd_fn)
+            if (
+                "pre_bwd_fn" in module.__dict__
+            ):  # the head, which has the weights that their backward needs, is called later
+                module.pre_bwd_fn = _PassesDeferred(module.pre_bwd_fn)
 
     offload.setup_zero_stage3_hooks = setup_around_tiled_modules
 
 
 class _PassesDeferred:
-    """DeepSpeed's Function at the inputs of a module without weights: nothing is to be freed when backward comes there."""
+    """DeepSpeed's Function at the borders of a module whose backward, at deferred logits, has nothing to gather or free."""
 
     def __init__(self, function: type[torch.autograd.Function]):
         self._function = function

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -82,7 +83,7 @@ class ChunkedHead:
         self.module, self.sharded = module, sharded
         self._in_float32, self._backward_begun = False, False
         self._thread, self._with_grad = threading.get_ident(), torch.is_grad_enabled()
-        self._hooks: dict[int, Callable] = {}
+        self._hooks: OrderedDict[int, Callable] = OrderedDict()  # a dict has no weak references, which the handles take
         self._then = {name: param.requires_grad for name, param in module.named_parameters()}
         self._own_call = type(module).__call__
         # Only a plain linear layer is known not to save its result. The loss may overwrite logits, but not views.

@@ -213,7 +213,9 @@ def _trained(expression: Expression) -> list[Tensor]:
     """The tensors that an expression has gradients for: leaves, and weights of heads."""
     modules = dict.fromkeys(own.head.module for own in expression.node.heads() if own.grad)
     leaves = [leaf for leaf in expression.leaves.values() if leaf.requires_grad]
-    return leaves + [t for module in modules for t in ParameterSlots(module).tensors]
+    weights = [t for module in modules for t in ParameterSlots(module).tensors]
+    # ZeRO-3's have no shape here: autograd would remember that.
+    return leaves + [weight for weight in weights if not hasattr(weight, "ds_shape")]
 
 
 class _Represented(torch.autograd.Function):
@@ -240,6 +242,11 @@ class _Represented(torch.autograd.Function):
             raise RuntimeError("an autograd.Function was given logits that were written to in place: give it a clone")
         for own in expression.node.heads():
             own.head.require_readable()
+            if any(hasattr(weight, "ds_shape") for weight in own.head.module.parameters()):
+                raise RuntimeError(
+                    "an autograd.Function (a fused cross entropy?) was given deferred logits whose LM head ZeRO-3 holds in "
+                    'parts. Set "loss": false in the mini-sequence configuration'
+                )
         leaves = {key: leaf.detach().requires_grad_(leaf.requires_grad) for key, leaf in expression.leaves.items()}
         copy = Expression(expression.node, leaves, expression.sample_0V, True)
         with contextlib.ExitStack() as stack:
