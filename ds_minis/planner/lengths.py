@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-# What a size may be a multiple of. The order is that of the columns of a trace.
-SYMBOLS = "one", "tokens", "chunk", "rest", "loss_chunk", "loss_rest", "tokens_squared"
+# What a size may be a multiple of. The order is that of the columns of a trace. "attention": not a size, but 1 while the
+# attention is run, for what it takes beside the traced tensors.
+SYMBOLS = "one", "tokens", "chunk", "rest", "loss_chunk", "loss_rest", "tokens_squared", "attention"
 _FIRST_CHUNK, _FIRST_LOSS_CHUNK = 3001, 3301
 
 
@@ -25,7 +26,7 @@ class Lengths:
 
     @property
     def values(self) -> list[int]:
-        """In the order of `SYMBOLS`."""
+        """In the order of `SYMBOLS`, but for the last."""
         return [1, self.tokens, self.chunk, self.rest, self.loss_chunk, self.loss_rest, self.tokens**2]
 
     def factor(self, nbytes: int, shape: Iterable[int]) -> tuple[int, float]:

@@ -13,7 +13,7 @@ from ds_minis.planner.engines import Counts, Held, Term
 from ds_minis.planner.profile import Peak, Profile, cache_key, read_cached, write_cached
 from ds_minis.planner.sequence import terms_of_sequence_parallel
 from ds_minis.planner.setup import GIB, Setup
-from ds_minis.planner.trace import Way, shortened, trace
+from ds_minis.planner.trace import CannotTrace, Way, shortened, trace
 from ds_minis.tiling.memory.host_memory import block_layout
 from ds_minis.tiling.modules.state import Chunking
 
@@ -118,6 +118,11 @@ class Planner:
         settings = setup.settings
         if settings is not None:
             settings = {name: settings[name] for name in _IN_TRACE if name in settings}
+            patterns = [p for name in ("include", "exclude") for p in settings.get(name, ())]
+            if any(character.isdigit() for pattern in patterns for character in pattern):
+                raise CannotTrace(
+                    f"include and exclude name single layers ({patterns}): layers must be alike to be planned"
+                )
         lora = setup.train != "full"
         return Way(
             settings,
@@ -133,8 +138,9 @@ class Planner:
     def lengths(self, setup: Setup, tokens: int, profile: Profile) -> list[float]:
         """The lengths of a step on one device, in the order of `lengths.SYMBOLS`."""
         rows = max(1, math.ceil(setup.batch * tokens / setup.sequence_parallel))
+        exchanged = sum(term.nbytes for term in terms_of_sequence_parallel(setup, self.text, rows))
         if setup.settings is None:
-            return [1, rows, rows, 0, rows, 0, rows * rows / setup.batch]
+            return [1, rows, rows, 0, rows, 0, rows * rows / setup.batch, exchanged]
         settings = {k: v for k, v in setup.settings.items() if k != "sequence_parallel"}
         config = MiniSequenceConfig.from_value(settings, source="plan")
         chunking = Chunking(config, self.text.hidden_size)
@@ -142,7 +148,7 @@ class Planner:
         loss = chunking.loss_rows(rows * self.text.hidden_size * setup.itemsize, self.text.vocab_size * setup.itemsize)
         chunk, loss = min(chunk, rows), min(loss, rows)
         rests = [rows - (math.ceil(rows / size) - 1) * size for size in (chunk, loss)]
-        return [1, rows, chunk, rests[0], loss, rests[1], rows * rows / setup.batch]
+        return [1, rows, chunk, rests[0], loss, rests[1], rows * rows / setup.batch, exchanged]
 
     def estimate(self, setup: Setup, tokens: int) -> Estimate:
         """Memory of a step with sequences of so many tokens."""
@@ -174,7 +180,9 @@ class Planner:
         self, setup: Setup, held: Held, peak: Peak, profile: Profile, lengths: list[float]
     ) -> tuple[list[Term], float]:
         terms = list(held.terms)
-        transient = peak.activations - peak.layer_inputs
+        parallel = terms_of_sequence_parallel(setup, self.text, lengths[1]) if peak.in_attention else []
+        exchanged = sum(term.nbytes for term in parallel)
+        transient = peak.activations - peak.layer_inputs - exchanged
         name = "loss stage" if peak.where == "loss" else "transient working set"
         what = "what a layer leaves for backward, times the layers"
         terms.append(Term("layer inputs", "layer inputs", peak.layer_inputs, True, what))
@@ -183,8 +191,7 @@ class Planner:
         )
         if peak.gradients:
             terms.append(Term("gradients at the peak", "gradients", peak.gradients, True, held.why_gradients))
-        parallel = terms_of_sequence_parallel(setup, self.text, lengths[1])
-        return [*terms, *parallel], peak.activations + peak.gradients + sum(term.nbytes for term in parallel)
+        return [*terms, *parallel], peak.activations + peak.gradients
 
     def _host_terms(self, setup: Setup, lengths: list[float]) -> list[Term]:
         if not (setup.settings or {}).get("offload"):

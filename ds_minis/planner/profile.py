@@ -14,7 +14,8 @@ import numpy as np
 from ds_minis.planner.lengths import SYMBOLS
 
 GRADIENTS, OF_LAYER = len(SYMBOLS), len(SYMBOLS) + 1
-FORMAT = 1  # of the files in the cache
+_ATTENTION = SYMBOLS.index("attention")
+FORMAT = 2  # of the files in the cache
 # Layers whose inputs are on the device while copies to and from the host are in flight (`tiling.memory.offload`): two in
 # forward, beside those that a trace of two layers has; in backward the running layer's and the one before it.
 IN_FLIGHT = {"forward": 4, "loss": 1, "backward": 2}
@@ -29,12 +30,14 @@ class Peak:
         gradients: of parameters, that exist by then, in a loop that holds them until the step's end.
         layer_inputs: of the activations, what a further layer adds at this moment, times the layers.
         where: "forward", "loss" or "backward".
+        in_attention: whether the attention is being run.
     """
 
     activations: float
     gradients: float
     layer_inputs: float
     where: str
+    in_attention: bool = False
 
 
 class Profile:
@@ -78,18 +81,19 @@ class Profile:
             parts = []
             for events in (few, more):
                 activations = events[:, : len(SYMBOLS)] @ weights
-                held = gradients(events[:, GRADIENTS], events[:, OF_LAYER])
-                at = int(np.argmax(activations + held))
-                parts.append((activations[at], held[at]))
-            (a, g), (a2, g2) = parts
+                at = int(np.argmax(activations + gradients(events[:, GRADIENTS], events[:, OF_LAYER])))
+                parts.append((activations[at], events[at, _ATTENTION], *events[at, GRADIENTS:]))
+            (a, attends, sofar, layer), (a2, _, sofar2, layer2) = parts
             layers = IN_FLIGHT[where] if offloaded else self.depths[2]
             each = (a2 - a) / (self.depths[1] - self.depths[0])
             activations = a + (layers - self.depths[0]) * each
-            held = g + self._times * (g2 - g)
+            # An engine's rule need be no line: it is asked for what there is at full depth.
+            sofar += self._times * (sofar2 - sofar)
+            held = float(gradients(np.array([sofar]), np.array([max(layer, layer2)]))[0])
             if activations + held > best:
                 best = activations + held
                 inputs = max(0.0, each) * layers
-                result = Peak(activations, held, min(inputs, activations), where)
+                result = Peak(activations, held, min(inputs, activations), where, bool(attends))
         return result
 
     def to_data(self) -> dict[str, Any]:

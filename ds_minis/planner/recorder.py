@@ -18,6 +18,7 @@ _aten = torch.ops.aten
 _MATMULS = {_aten.mm: (0, 1), _aten.bmm: (0, 1), _aten.addmm: (1, 2), _aten.baddbmm: (1, 2)}
 # Columns of an event beside those of SYMBOLS: bytes of gradients so far, and of those since the last layer's attention.
 GRADIENTS, OF_LAYER = len(SYMBOLS), len(SYMBOLS) + 1
+_ATTENTION = SYMBOLS.index("attention")
 
 
 class Recorder(TorchDispatchMode):
@@ -70,6 +71,8 @@ class Recorder(TorchDispatchMode):
         for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.is_meta:
                 self.hold(tensor, str(packet))
+        if packet in FLOPS:
+            self._now[_ATTENTION] = 0.0
         return out
 
     def hold(self, tensor: Tensor, made_by: str) -> None:
@@ -114,6 +117,8 @@ class Recorder(TorchDispatchMode):
         if what == "backward":
             self._gradients_at_layer, self._now[OF_LAYER] = self._now[GRADIENTS], 0.0
         self._end_segment((what, layer, call))
+        self._now[_ATTENTION] = 1.0
+        self._events.append(list(self._now))
 
     def _end_segment(self, mark: tuple) -> None:
         self.segments.append((self._mark, mark, [*self._events, list(self._now)]))

@@ -7,6 +7,7 @@ from transformers import LlamaConfig
 
 from ds_minis.planner.planner import FITS, TOO_LARGE, UNCERTAIN, Planner
 from ds_minis.planner.setup import GIB, Setup
+from ds_minis.planner.trace import CannotTrace
 
 SIZES = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8}
 CONFIG = LlamaConfig(**SIZES, num_key_value_heads=4, vocab_size=32000)
@@ -132,3 +133,29 @@ def test_all_terms_say_what_they_are(planner):
 def test_wrong_setups_are_refused(wrong, said):
     with pytest.raises(ValueError, match=said):
         Setup(**wrong)
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
+def test_shards_hold_whole_gradients_of_few_layers_only(engine):
+    """However deep the model: an engine's rule for gradients is applied to what there is at full depth."""
+    sizes = dict(SIZES, num_key_value_heads=4, vocab_size=32000)
+    whole = []
+    for depth in (12, 48):
+        estimate = Planner(LlamaConfig(**sizes | {"num_hidden_layers": depth})).estimate(
+            Setup(engine=engine, gpus=8), 2048
+        )
+        whole.append(sum(term.nbytes for term in estimate.terms if term.name == "gradients at the peak"))
+    assert whole[1] == pytest.approx(whole[0], rel=0.01)
+
+
+def test_what_the_attention_exchanges_counts_where_the_attention_runs(planner):
+    """Plain checkpointing peaks in the MLP, where no keys of other ranks are held; a tiled layer at the attention."""
+    ring = {"sequence_parallel": {"size": 4, "mode": "ring"}}
+    for settings, holds in (({"scope": "mlp", "chunk_size": 500000, **ring}, False), (ring, True)):
+        terms = planner.estimate(Setup(engine="ddp", gpus=4, train="lora", settings=settings), 524288).terms
+        assert any("sequence parallelism" in term.name for term in terms) == holds
+
+
+def test_patterns_for_single_layers_are_refused(planner):
+    with pytest.raises(CannotTrace, match="single layers"):
+        planner.estimate(Setup(settings={"exclude": ["*.layers.0.*"]}), 1024)
