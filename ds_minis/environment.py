@@ -3,6 +3,8 @@
 DS_MINIS_AUTOLOAD   "0", "false" or "off": `import torch` attaches nothing
 DS_MINIS_CONFIG     settings, as JSON (a launcher hands them to its ranks in it); DS_MINIS_CONFIG_SOURCE where they came from
 DS_MINIS_RUN        set where `python -m ds_minis.run` started this process
+TORCH_DEVICE_BACKEND_AUTOLOAD  torch's: "0" and it calls no entry point
+DEEPSPEED_TIMEOUT   DeepSpeed's, minutes for its process groups
 XDG_CACHE_HOME      where caches of programs are; ~/.cache if it is not set
 RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE  the launcher's
 """
@@ -73,3 +75,13 @@ def mark_run() -> None:
 def cache_home() -> str:
     """The user's folder for caches (`XDG_CACHE_HOME`)."""
     return os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+
+
+def torch_autoload_enabled() -> bool:
+    """Whether torch calls entry points at its import (`TORCH_DEVICE_BACKEND_AUTOLOAD` is not "0")."""
+    return os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") != "0"
+
+
+def deepspeed_timeout() -> str:
+    """Minutes until DeepSpeed's process groups give up (`DEEPSPEED_TIMEOUT`), an empty string for its default."""
+    return os.environ.get("DEEPSPEED_TIMEOUT", "")

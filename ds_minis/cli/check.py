@@ -23,14 +23,22 @@ from ds_minis.config import AUTO
 DESCRIPTION = """Says what would be tiled in a model at its full size, what not and why, and trains a tiny random instance
 of it for one step, plain and converted, to see whether loss and gradients are the same. Loads the configuration only,
 never weights. Exit status: 0 exact, 1 not exact, 2 a wrong argument, 3 the check failed (one line)."""
-
+EXAMPLES = """examples:
+  ds-minis check Qwen/Qwen3-8B
+  ds-minis check ./my-model --set scope=tokens --json"""
 
 _ALLOWED = "allowed: a hub id, a folder with a config.json or an adapter, or a configuration as a JSON file"
 
 
 def add_check(commands) -> argparse.ArgumentParser:
     """Adds the command to the subparsers of `ds-minis`."""
-    parser = commands.add_parser("check", help="is this model exact, and what is tiled?", description=DESCRIPTION)
+    parser = commands.add_parser(
+        "check",
+        help="is this model exact, and what is tiled?",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("model", help=_ALLOWED.removeprefix("allowed: "))
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a mini-sequence setting, such as scope=tokens"

@@ -1,4 +1,4 @@
-"""`ds-minis`: what ds_minis can do without a training script. `ds-minis check MODEL` is the first of its commands."""
+"""`ds-minis`: what ds_minis can do without a training script. `ds-minis COMMAND --help` has examples of each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import argparse
 import sys
 
 from ds_minis import __version__
+from ds_minis.cli.bench import add_bench
 from ds_minis.cli.check import add_check
+from ds_minis.cli.config import add_config
+from ds_minis.cli.env import add_env
 from ds_minis.cli.needle import add_needle, add_needle_plot
 from ds_minis.cli.plan import add_plan
 
@@ -22,7 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"ds-minis {__version__}")
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(title="commands", metavar="command", dest="command", required=True)
-    for command in (add_plan(commands), add_check(commands), add_needle(commands), add_needle_plot(commands)):
+    add = add_plan, add_check, add_env, add_config, add_bench, add_needle, add_needle_plot
+    for command in (one(commands) for one in add):
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     try:

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from ds_minis.cli.plan_output import as_data, as_text
-from ds_minis.cli.wrong_argument import WrongArgument, settings_of_pairs
+from ds_minis.cli.wrong_argument import WRONG, WrongArgument, settings_of_pairs
 
 DESCRIPTION = """Prints the longest sequence that fits on a GPU for plain training, for checkpointing and for ds_minis in each
 setting worth having, with the memory of each part; or, with --seq, whether a length fits. A step of a few layers of the model
@@ -22,7 +22,7 @@ EXAMPLES = """examples:
 
 exit status: 0 fits, 1 uncertain (fits only without the listed slack), 2 does not fit, 64 a wrong argument,
 3 the command failed"""
-FITS, UNCERTAIN, TOO_LARGE, WRONG = 0, 1, 2, 64
+FITS, UNCERTAIN, TOO_LARGE = 0, 1, 2
 
 
 class _Parser(argparse.ArgumentParser):

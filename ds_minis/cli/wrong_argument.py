@@ -7,6 +7,8 @@ from typing import Any
 
 from ds_minis.config import MiniSequenceConfig
 
+WRONG = 64  # exit status of a wrong argument, where 2 is an answer
+
 
 class WrongArgument(ValueError):
     """What the user named is not there or not allowed; the message says what is."""
