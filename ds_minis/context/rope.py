@@ -61,9 +61,6 @@ def change_rope(model: PreTrainedModel, *, theta: float, length: int) -> PreTrai
         fresh = _plain_class(module)(module.config)
         for key, buffer in fresh.named_buffers():
             module.register_buffer(key, buffer.to(getattr(module, key).device, torch.float32), persistent=False)
-        for key, value in vars(fresh).items():
-            if key.endswith("attention_scaling"):
-                setattr(module, key, value)
         module.__dict__.pop(_EXACT, None)
     return exact_rope(model)
 
@@ -199,13 +196,8 @@ def _new_exact(base: type[nn.Module]) -> nn.Module:
 
 def _float64_copy(module: nn.Module) -> nn.Module:
     """A rotary embedding of the same class and configuration, whose frequencies were computed in float64."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)  # of what divides integers
-    try:
-        with torch.device("cpu"), _Float64():
-            return _plain_class(module)(module.config)
-    finally:
-        torch.set_default_dtype(default)
+    with torch.device("cpu"), _Float64():
+        return _plain_class(module)(module.config)
 
 
 def _require_rotary(model: nn.Module) -> list[tuple[str, nn.Module]]:

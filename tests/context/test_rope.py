@@ -208,6 +208,22 @@ def test_copies_are_exact_too(duplicate):
     check_rope(model.bfloat16(), LAST + 1)
 
 
+class CastsByMethod(type(rotary_of(model_of(config_of(rope_type="default"))))):
+    """Rotary embeddings that ask for float32 in another way than transformers' own do."""
+
+    @torch.no_grad()
+    def forward(self, x, position_ids):
+        angles = torch.cat([position_ids[..., None].float() * self.inv_freq.float()] * 2, dim=-1)
+        return angles.cos().type_as(x), angles.sin().type_as(x)
+
+
+def test_whatever_way_a_models_code_asks_for_float32_it_gets_float64():
+    model = model_of(with_rope(config_of(rope_type="default"), theta=THETA, length=LAST + 1))
+    rotary_of(model).__class__ = CastsByMethod
+    exact_rope(model)
+    assert np.abs(of_model(model, LAST)[0] - np.tile(right("default", THETA, LAST)[0], 2)).max() < 1e-5
+
+
 def test_short_sequences_train_as_without_it_and_mini_sequences_are_exact_with_it():
     """Loss and every gradient: plain RoPE, exact RoPE, and exact RoPE in mini-sequences."""
     ids = torch.randint(3, 64, (2, 37), generator=torch.Generator().manual_seed(1))
