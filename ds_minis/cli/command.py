@@ -21,14 +21,7 @@ def main(argv: list[str] | None = None) -> int:
 
     0: all is well, 1: it is not, 2: a wrong argument, 3: the command itself failed (one line; `--debug` shows where).
     """
-    parser = argparse.ArgumentParser(prog="ds-minis", description=__doc__)
-    parser.add_argument("--version", action="version", version=f"ds-minis {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
-    commands = parser.add_subparsers(title="commands", metavar="command", dest="command", required=True)
-    add = add_plan, add_check, add_env, add_config, add_bench, add_needle, add_needle_plot
-    for command in (one(commands) for one in add):
-        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -39,6 +32,18 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"ds-minis {args.command}: {in_one_line(error)} (--debug shows where)", file=sys.stderr)
         return FAILED
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(prog="ds-minis", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"ds-minis {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    commands = parser.add_subparsers(title="commands", metavar="command", dest="command", required=True)
+    add = add_plan, add_check, add_env, add_config, add_bench, add_needle, add_needle_plot
+    for command in (one(commands) for one in add):
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return parser
 
 
 def in_one_line(error: BaseException) -> str:
