@@ -37,8 +37,8 @@ from ds_minis.tiling.modules.state import Chunking
 
 _BEGUN = "_mini_sequence_armed"
 BYPASSED = (
-    "forward was given labels and did not call the LM head. A trainer with a fused LM head of its own, such as TRL's "
-    "SFTTrainer, computes the loss itself; ds_minis steps aside"
+    "forward was given labels and did not call the LM head. A fused LM head of somebody's own (Liger's) computes the loss "
+    "itself; ds_minis steps aside"
 )
 
 
