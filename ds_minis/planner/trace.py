@@ -97,6 +97,11 @@ def trace(config: Any, way: Way) -> dict[str, Any]:
         CannotTrace: the step needs values, or nothing in the model can be tiled.
     """
     model = build(config, way)
+    if not getattr(config.get_text_config(decoder=True), "num_attention_heads", None):
+        raise CannotTrace(
+            f"{type(model).__name__} has no attention heads: without its kernels a state-space layer runs token by token, "
+            "which cannot be traced"
+        )
     parameters = count_parameters(model)
     lengths = lengths_for(p.numel() for p in model.parameters())
     if way.settings is not None:
