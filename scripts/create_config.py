@@ -165,7 +165,8 @@ def train_arguments(recipe: Recipe, planned: PlannedStage) -> dict[str, Any]:
         "ddp_timeout": fields["timeout_seconds"],
     }
     if decays:
-        arguments["lr_scheduler_kwargs"] = {"min_lr": floor}
+        # As a part of the rate: `min_lr` is looked up in the optimizer, and DeepSpeed's has no such field.
+        arguments["lr_scheduler_kwargs"] = {"min_lr_rate": floor / settings["learning_rate"]}
     return arguments | fields["training_arguments"]
 
 

@@ -4,6 +4,7 @@ first loss that is looked at, and an end that can be asked for from outside (a j
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
@@ -44,7 +45,8 @@ def prepare_model(model: PreTrainedModel, changed: PreTrainedConfig | None) -> P
 
 def callbacks(args: ModelArguments, length: int | None, *, pretrained: bool) -> list[TrainerCallback]:
     """What watches a stage's training. `pretrained`: whether the model began with trained weights."""
-    changed = [] if args.rope_theta is None else [CheckRope(length), FirstLoss(pretrained)]
+    before = _last_loss(Path(args.model_name_or_path) / "trainer_state.json")
+    changed = [] if args.rope_theta is None else [CheckRope(length), FirstLoss(pretrained, before)]
     return changed + ([] if args.stop_file is None else [StopFile(Path(args.stop_file))])
 
 
@@ -65,6 +67,15 @@ def _number(text: str) -> float:
         raise ValueError(f"--rope_theta: a number or auto is allowed, got {text!r}") from None
 
 
+def _last_loss(file: Path) -> float | None:
+    """The last loss of the run that saved a model in this file's folder, if one did."""
+    return _last_logged(json.loads(file.read_text(encoding="utf-8"))["log_history"]) if file.is_file() else None
+
+
+def _last_logged(history: list[dict[str, Any]]) -> float | None:
+    return next((entry["loss"] for entry in reversed(history) if "loss" in entry), None)
+
+
 class CheckRope(TrainerCallback):
     """Stops before the first step if a cast of the engine's has reached the angles."""
 
@@ -78,18 +89,17 @@ class CheckRope(TrainerCallback):
 class FirstLoss(TrainerCallback):
     """One line, if the first loss is far above that of short sequences.
 
-    That is the last one of the stage before, where this run continues one; else ln(V) stands for a loss that nothing was
-    learned for, as only trained weights are expected to be below it.
+    That is the last one of the stage before, where this run continues one, or took its weights. Else ln(V) stands for a loss
+    that nothing was learned for, as only trained weights are expected to be below it.
     """
 
-    def __init__(self, pretrained: bool):
-        self.pretrained = pretrained
-        self.before: float | None = None
+    def __init__(self, pretrained: bool, before: float | None):
+        self.pretrained, self.before = pretrained, before
         self.looked = False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        self.before = losses[-1] if losses else None
+        continued = _last_logged(state.log_history)
+        self.before = self.before if continued is None else continued
 
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, model=None, **kwargs):
         if self.looked or "loss" not in (logs or {}):
@@ -114,8 +124,9 @@ def far_above(loss: float, before: float | None, config: PreTrainedConfig, pretr
         than = "that of a trained model"
     near = f" ({untrained:.2f}, ln {text.vocab_size}, is that of an untrained model)"
     return (
-        f"the first loss, {loss:.2f}, is far above {than}{near}: do the weights belong to this configuration, and was RoPE's "
-        f"base (now {rope_theta_of(config):g}) raised at once by more than a stage? See docs/long_context.md"
+        f"the first loss, {loss:.2f}, is far above {than}{near}: was a RoPE override ignored, or its base (now "
+        f"{rope_theta_of(config):g}) raised by more than a stage at once, or do the weights not belong to this "
+        "configuration? See docs/long_context.md"
     )
 
 

@@ -99,7 +99,7 @@ def test_the_arguments_are_ones_that_train_py_takes(create_config, tmp_path, mon
     parsed = [arguments.parse_arguments([str(tmp_path / stage.folder / "train.yaml")]) for stage in recipe.stages]
     model, _, training = parsed[1]
     assert (model.rope_theta, training.max_length, training.packing) == ("80000000.0", 131072, True)
-    assert training.lr_scheduler_kwargs == {"min_lr": 1e-4} and training.max_steps == 10
+    assert training.lr_scheduler_kwargs == {"min_lr_rate": pytest.approx(0.1)} and training.max_steps == 10
 
 
 def test_resume_continues_in_one_folder_and_fresh_takes_the_weights_alone(create_config):

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import json
 import math
 import sys
 from types import SimpleNamespace
@@ -22,7 +23,9 @@ def long_context(monkeypatch):
 
 
 def arguments(**given):
-    return SimpleNamespace(**{"rope_theta": None, "rope_base_length": None, "stop_file": None} | given)
+    return SimpleNamespace(
+        **{"rope_theta": None, "rope_base_length": None, "stop_file": None, "model_name_or_path": "some/model"} | given
+    )
 
 
 def config_of(**parameters):
@@ -108,8 +111,22 @@ def test_a_first_loss_far_above_is_said_in_one_line(long_context, monkeypatch, n
     assert len(lines) == bool(words) and "\n" not in "".join(lines)
     if words:
         assert (
-            words in lines[0] and "4.16, ln 64, is that of an untrained model" in lines[0] and "RoPE's base" in lines[0]
+            words in lines[0]
+            and "4.16, ln 64, is that of an untrained model" in lines[0]
+            and "was a RoPE override ignored" in lines[0]
         )
+
+
+def test_the_loss_before_is_that_of_the_run_whose_weights_were_taken(long_context, tmp_path):
+    (tmp_path / "trainer_state.json").write_text(
+        json.dumps({"log_history": [{"loss": 3.0}, {"loss": 1.5}, {"eval_loss": 1}]})
+    )
+    args = arguments(rope_theta="5e6", model_name_or_path=str(tmp_path))
+    watch = next(c for c in long_context.callbacks(args, 64, pretrained=True) if hasattr(c, "looked"))
+    watch.on_train_begin(None, TrainerState(), None)
+    assert watch.before == 1.5
+    watch.on_train_begin(None, TrainerState(log_history=[{"loss": 1.2}]), None)
+    assert watch.before == 1.2
 
 
 def test_a_file_that_appears_saves_and_stops_and_is_removed(long_context, tmp_path):
