@@ -15,6 +15,9 @@ import yaml
 from transformers import HfArgumentParser
 from trl import SFTConfig
 
+from ds_minis import MiniSequenceConfig
+from ds_minis.config_sources import requested_by_environment
+
 CHAT_TEMPLATES = ("none", "chatml", "zephyr")
 
 
@@ -154,7 +157,8 @@ def check_head(model_args: ModelArguments) -> None:
     """Refuses what would train an LM head in PEFT's `modules_to_save` wrongly, without a word from the engine.
 
     TRL's fused LM head reads the head's weight without calling the head. Under FSDP2 the gradient of such a head is then that
-    of one process. FSDP1 makes it a unit of its own, whose weight is in shards when any loss reads it.
+    of one process, unless ds_minis, where it tiles the loss, answers TRL's calls from the head itself. FSDP1 makes the head a
+    unit of its own, whose weight is in shards when any loss reads it.
 
     Raises:
         ValueError: with what to do instead.
@@ -166,11 +170,21 @@ def check_head(model_args: ModelArguments) -> None:
         raise ValueError(
             "--lora_modules_to_save lm_head does not work under FSDP1: use FSDP2 (accelerate_configs/fsdp.yaml)"
         )
-    if not model_args.mini_sequence_loss:
+    if not model_args.mini_sequence_loss and not tiles_loss(model_args):
         raise ValueError(
-            "--lora_modules_to_save lm_head under FSDP2: TRL's fused LM head would give it one process's gradient. Add "
-            "--mini_sequence_loss True (the model's own loss, tiled by ds_minis), or train adapters alone"
+            "--lora_modules_to_save lm_head under FSDP2: TRL's fused LM head would give it one process's gradient. Turn "
+            "mini-sequences on, with their loss (--mini_sequence true, or a section in the engine's configuration), or train "
+            "adapters alone"
         )
+
+
+def tiles_loss(model_args: ModelArguments) -> bool:
+    """Whether mini-sequences are asked for, here or in the engine's configuration, and tile the loss."""
+    asked, request = model_args.mini_sequence_settings(), requested_by_environment()
+    if asked is None and request is None:
+        return False
+    config = request.config if asked is None else MiniSequenceConfig.from_value(asked, source="--mini_sequence")
+    return config.enabled and config.loss and not config.return_logits
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, SFTConfig]:

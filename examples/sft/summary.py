@@ -72,5 +72,5 @@ def _tiled_in_words(report: ConversionReport | None, model_loss: bool) -> list[s
     loss = report.loss
     if not model_loss and loss.startswith("not tiled"):
         loss = "TRL's fused LM head, in chunks of its own (MINI_SEQUENCE_LOSS=True: the model's own, tiled by ds_minis)"
-    lines = str(dataclasses.replace(report, loss=loss, sizes=None)).splitlines()
+    lines = str(dataclasses.replace(report, loss=loss, sizes=None, last_loss="")).splitlines()
     return ["what was tiled", *lines[1:]]

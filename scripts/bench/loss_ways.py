@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ds_minis import convert_to_mini_sequence
 from ds_minis.tiling.kernels import cross_entropy
+from ds_minis.tiling.kernels.token_statistics import token_statistics
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -58,7 +59,8 @@ class _Head(nn.Module):
         return self.lm_head
 
     def forward(self, hidden_states: Tensor, labels: Tensor | None = None) -> Tensor:
-        return F.cross_entropy(self.lm_head(hidden_states).float(), labels)
+        logits = self.lm_head(hidden_states).float()
+        return logits if labels is None else F.cross_entropy(logits, labels)
 
 
 def _ours(kernel: bool) -> Callable[[Problem], Loss]:
@@ -79,6 +81,35 @@ def _ours(kernel: bool) -> Callable[[Problem], Loss]:
         return loss
 
     return make
+
+
+def _ours_per_token(log_probs_of: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Problem], Loss]:
+    """A loss of log-probabilities, of a model without labels: of TRL's trainers, and of a loop of one's own."""
+
+    def make(problem: Problem) -> Loss:
+        models: dict[int, nn.Module] = {}
+
+        def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+            if id(weight) not in models:
+                with contextlib.redirect_stdout(None):
+                    models[id(weight)] = convert_to_mini_sequence(_Head(weight))
+            mask = labels != -100
+            log_probs = log_probs_of(models[id(weight)](hidden), labels.clamp(min=0))
+            return -(log_probs * mask).sum() / mask.sum().clamp(min=1)
+
+        return loss
+
+    return make
+
+
+def _as_sft(logits: Tensor, labels: Tensor) -> Tensor:
+    """As a call with `fused_lm_head=True` is answered for TRL's SFTTrainer, which logs entropy and accuracy."""
+    return logits.by_chunks(lambda x, y: token_statistics(x, y, 1.0, ("log_probs", "entropy", "is_top1")), labels)[:, 0]
+
+
+def _as_dpo(logits: Tensor, labels: Tensor) -> Tensor:
+    """As it is answered for TRL's DPOTrainer."""
+    return logits.by_chunks(lambda x, y: token_statistics(x, y, 1.0, ("log_probs",)), labels)[:, 0]
 
 
 def _torch_chunked(policy: str) -> Callable[[Problem], Loss]:
@@ -170,6 +201,9 @@ WAYS: dict[str, Callable[[Problem], Loss]] = {
     "plain": plain,
     "ds_minis, torch path": _ours(kernel=False),
     "ds_minis, kernel": _ours(kernel=True),
+    "ds_minis, for TRL's SFT": _ours_per_token(_as_sft),
+    "ds_minis, for TRL's DPO": _ours_per_token(_as_dpo),
+    "ds_minis, log_softmax and gather": _ours_per_token(lambda x, y: x.log_softmax(-1).gather(-1, y[:, None])[:, 0]),
     "torch linear_cross_entropy, auto": _torch_chunked("auto"),
     "torch linear_cross_entropy, accurate": _torch_chunked("accurate"),
     "TRL fused LM head": trl_fused_head,

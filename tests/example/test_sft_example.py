@@ -60,7 +60,7 @@ def test_default_run_trains_with_the_engine_and_mini_sequences(default_run):
         str(folder),
     ):
         assert line in printed, line
-    assert "loss: TRL's fused LM head, in chunks of its own" in printed and "not tiled" not in printed
+    assert "loss: tiled, LM head Linear; calls with fused_lm_head=True" in printed and "not tiled" not in printed
     assert "Warning" not in printed and len(printed.splitlines()) + 20 - len(losses) <= 40  # of the default's 20 steps
 
 
@@ -216,7 +216,12 @@ def test_engines_that_would_train_the_head_wrongly_are_refused(arguments, monkey
     with pytest.raises(ValueError, match=words):
         arguments.check_head(arguments.ModelArguments(model_name_or_path="m", **model_args))
     if "FSDP1" not in words:
-        right = model_args | {"mini_sequence_loss": True}
-        arguments.check_head(arguments.ModelArguments(model_name_or_path="m", **right))
+        for settings in ({"mini_sequence_loss": True}, {"mini_sequence": "true"}):
+            arguments.check_head(arguments.ModelArguments(model_name_or_path="m", **model_args, **settings))
+        with pytest.raises(ValueError, match=words):
+            untiled = model_args | {"mini_sequence": '{"loss": false}'}
+            arguments.check_head(arguments.ModelArguments(model_name_or_path="m", **untiled))
+        monkeypatch.setenv("DS_MINIS_CONFIG", "true")  # as accelerate hands the section of its YAML to the ranks
+        arguments.check_head(arguments.ModelArguments(model_name_or_path="m", **model_args))
     adapters = model_args | {"use_peft_lora": True, "lora_modules_to_save": None}
     arguments.check_head(arguments.ModelArguments(model_name_or_path="m", **adapters))
