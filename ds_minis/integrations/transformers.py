@@ -11,6 +11,7 @@ from transformers.trainer_callback import TrainerCallback
 from ds_minis.config import MiniSequenceConfig
 from ds_minis.config_sources import Request, reconcile, requested_by_environment
 from ds_minis.convert import convert, mini_sequence_report
+from ds_minis.integrations.trainer_metrics import StepMetrics, attach_metrics
 from ds_minis.tiling.loss.output_logits import returning_logits
 from ds_minis.tiling.modules.cache_rule import CACHE_NAMES
 
@@ -20,7 +21,11 @@ _SOURCE = "MiniSequenceCallback"
 class MiniSequenceCallback(TrainerCallback):
     """Turns mini-sequences on in a `Trainer` (TRL's included): `Trainer(..., callbacks=[MiniSequenceCallback()])`.
 
-    The model is converted at the end of the trainer's construction, before an engine wraps it.
+    The model is converted at the end of the trainer's construction, before an engine wraps it. Logs get the peak of memory,
+    tokens per second and, on known GPUs, MFU (`ds_minis.integrations.trainer_metrics`).
+
+    Attributes:
+        mini_sequence_metrics: of the run in progress.
 
     Args:
         config: a `MiniSequenceConfig`, a mapping of its fields, True or None (all defaults), or False (off).
@@ -35,6 +40,10 @@ class MiniSequenceCallback(TrainerCallback):
         self.config = MiniSequenceConfig.from_arguments(config, settings, source=_SOURCE)
         request = Request(self.config, _SOURCE)
         reconcile(requested_by_environment(request), request)
+        self.mini_sequence_metrics: StepMetrics | None = None
+        from transformers import Trainer  # not above: this file is imported by the attaching of transformers.trainer
+
+        attach_metrics(Trainer)
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         convert(model, self.config, source=_SOURCE)
@@ -46,6 +55,10 @@ class MiniSequenceCallback(TrainerCallback):
                 "trainer (`model_init`), or the callback was added after the trainer was made. Pass the callback in the "
                 "trainer's `callbacks`, and with `model_init` call convert_to_mini_sequence in it"
             )
+        self.mini_sequence_metrics = StepMetrics(model, state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.mini_sequence_metrics = None  # or it would hold the model
 
 
 def attach_trainer(trainer_module) -> None:
