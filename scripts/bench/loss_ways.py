@@ -104,12 +104,17 @@ def _ours_per_token(log_probs_of: Callable[[Tensor, Tensor], Tensor]) -> Callabl
 
 def _as_sft(logits: Tensor, labels: Tensor) -> Tensor:
     """As a call with `fused_lm_head=True` is answered for TRL's SFTTrainer, which logs entropy and accuracy."""
-    return logits.by_chunks(lambda x, y: token_statistics(x, y, 1.0, ("log_probs", "entropy", "is_top1")), labels)[:, 0]
+    return _statistics(logits, labels, ("log_probs", "entropy", "is_top1"))
 
 
 def _as_dpo(logits: Tensor, labels: Tensor) -> Tensor:
     """As it is answered for TRL's DPOTrainer."""
-    return logits.by_chunks(lambda x, y: token_statistics(x, y, 1.0, ("log_probs",)), labels)[:, 0]
+    return _statistics(logits, labels, ("log_probs",))
+
+
+def _statistics(logits: Tensor, labels: Tensor, names: tuple[str, ...]) -> Tensor:
+    rows = logits.derived(logits.expression().before_upcast())
+    return rows.by_chunks(lambda x_CV, y_C: token_statistics(x_CV, y_C, 1.0, names), labels)[:, 0]
 
 
 def _torch_chunked(policy: str) -> Callable[[Problem], Loss]:

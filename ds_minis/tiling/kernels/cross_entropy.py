@@ -40,8 +40,12 @@ def token_losses(logits_CV: Tensor, target_C: Tensor, ignore_index: int, expecte
         expected: the gradient that every one of these losses is sure to receive, once, before any other use of the graph.
             The logits may then be overwritten.
     """
-    fresh = logits_CV.grad_fn is not None and logits_CV.grad_fn.name() in _FRESH
-    return _TokenLosses.apply(logits_CV, target_C, ignore_index, expected if fresh else None)
+    return _TokenLosses.apply(logits_CV, target_C, ignore_index, expected if is_fresh(logits_CV) else None)
+
+
+def is_fresh(logits_CV: Tensor) -> bool:
+    """Whether the operation that made the logits has not saved them, and they share no memory with another tensor."""
+    return logits_CV.grad_fn is not None and logits_CV.grad_fn.name() in _FRESH
 
 
 class _TokenLosses(torch.autograd.Function):

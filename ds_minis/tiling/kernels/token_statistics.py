@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_minis.tiling.kernels.cross_entropy import blocks_of_rows
+from ds_minis.tiling.core.replay import graph_is_kept
+from ds_minis.tiling.kernels.cross_entropy import blocks_of_rows, is_fresh
 
 LOG_PROB, ENTROPY = "log_probs", "entropy"
 NAMES = (LOG_PROB, ENTROPY, "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -42,7 +43,7 @@ class _Statistics(torch.autograd.Function):
             result_CN[start:stop] = torch.stack(values, -1)
             kept_3C[: len(kept), start:stop] = torch.stack(kept)
         ctx.save_for_backward(logits_CV, target_C, kept_3C)
-        ctx.temperature, ctx.names = temperature, names
+        ctx.temperature, ctx.names, ctx.is_ours = temperature, names, is_fresh(logits_CV)
         return result_CN
 
     @staticmethod
@@ -54,7 +55,8 @@ class _Statistics(torch.autograd.Function):
         if of_entropy is not None:
             # Mostly it is only logged. Elsewhere than on a CPU, to look would wait for the device.
             of_entropy = None if of_entropy.device.type == "cpu" and not of_entropy.any() else of_entropy[:, None]
-        result_CV = torch.empty_like(logits_CV)
+        # A chunk's logits, which nothing else has saved, are overwritten by their gradient: one buffer of their size.
+        result_CV = logits_CV if ctx.is_ours and not graph_is_kept() else torch.empty_like(logits_CV)
         for start, stop in blocks_of_rows(logits_CV):
             greatest_B, log_sum_B, entropy_B = kept_3C[:, start:stop, None]
             z_BV = logits_CV[start:stop].to(kept_3C.dtype, copy=True)
