@@ -168,6 +168,7 @@ def in_processes(size: int, jobs: list[tuple]) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--ranks", type=int, nargs="+", choices=(2, 4), default=[2, 4])
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 16])
     parser.add_argument("--chunk", type=int, default=256, help="tokens of a chunk, of layers and of the loss")
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
@@ -176,7 +177,7 @@ def main() -> None:
     sizes = [(args.tokens, layers, args.chunk) for layers in args.layers]
     alone = in_processes(1, [("gather", *more) for more in sizes])
     found = list(alone)
-    for size in (2, 4):
+    for size in args.ranks:
         found += in_processes(size, [(mode, *more) for mode in args.modes for more in sizes])
     peaks = {row["layers"]: row["peak"] for row in alone}
     print(f"Llama, hidden {HIDDEN}, {args.tokens:,} tokens, float32; torch {torch.__version__}, CPU, gloo")
