@@ -10,12 +10,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SCOPES = ("mlp", "tokens", "layer")
+KEEPS = ("input", "attention", "all", "auto")
 AUTO = "auto"
 # Settings that are no more -> what to set instead.
 REMOVED = {
     "checkpoint_every": (
         "it was removed in November 2026, before 0.1.0, as FSDP and ZeRO-3 could not have it; set "
         '"offload": "cpu" to keep the inputs of layers off the device'
+    ),
+    "keep_attention": (
+        'it became a value of "keep" in November 2026, before 0.1.0; set "keep": "attention" in the place of true, and '
+        '"keep": "input" in the place of false'
     ),
 }
 
@@ -132,12 +137,18 @@ class MiniSequenceConfig:
         '"cpu": keep the inputs of tiled layers in (pinned) host memory from forward to backward, copied while the device '
         "computes. How much that takes is said before the first step.",
     )
-    keep_attention: bool = _setting(
-        False,
-        "bool",
-        "Keep each layer's attention output from forward to backward too, so that backward does not run the attention "
-        "forward again: less time, the longer the sequence the more, for about as much memory again as the layers' inputs "
-        "take (host memory, with `offload`).",
+    keep: str = _setting(
+        AUTO,
+        "keep",
+        'What a tiled layer keeps from forward to backward. "input": its input alone; backward runs the rest again. '
+        '"attention": the attention\'s output too, so that backward does not run the attention again, for about as much '
+        'memory again as the inputs take (host memory, with `offload`). "all": as without checkpointing, so that nothing is '
+        'computed twice. "auto": at each call as much as fits into `memory_budget`; without one, "input".',
+    )
+    memory_budget: float | None = _setting(
+        None,
+        "budget",
+        'GiB in each process for what `keep: "auto"` keeps beyond the layers\' inputs, and for computing with it.',
     )
     sequence_parallel: SequenceParallel = _setting(  # noqa: RUF009 (frozen)
         _ALONE,
@@ -192,15 +203,33 @@ class MiniSequenceConfig:
                 "a chunk: give one of the two"
             )
         defaults = {spec.name: spec.default for spec in dataclasses.fields(self)}
-        for name in ("head_groups", "offload", "keep_attention"):
+        for name in ("head_groups", "offload", "keep", "memory_budget"):
             if self.scope != "layer" and getattr(self, name) != defaults[name]:
                 raise ValueError(
                     f'{name}={getattr(self, name)!r} is for whole layers: it needs scope "layer", not {self.scope!r}'
                 )
-        if self.keep_attention and self.head_groups != 1:
+        self._require_keep()
+
+    def _require_keep(self) -> None:
+        if self.keep in ("attention", "all") and self.head_groups != 1:
             raise ValueError(
-                f"keep_attention=True takes memory to save time, and head_groups={self.head_groups!r} takes time to save "
-                "memory: give one of the two (with keep_attention, head_groups must be 1)"
+                f"keep={self.keep!r} takes memory to save time, and head_groups={self.head_groups!r} takes time to save "
+                f"memory: give one of the two (with keep={self.keep!r}, head_groups must be 1)"
+            )
+        if self.keep == "all" and self.offload is not None:
+            raise ValueError(
+                f"keep='all' holds all of a layer on the device, and offload={self.offload!r} keeps its input off it: give "
+                'one of the two (offload goes with keep "input", "attention" and "auto")'
+            )
+        if self.memory_budget is not None and self.keep != AUTO:
+            raise ValueError(
+                f'memory_budget={self.memory_budget!r} is for keep "auto", not {self.keep!r}: give one of the two'
+            )
+        name, value = ("keep", "all") if self.keep == "all" else ("memory_budget", self.memory_budget)
+        if value is not None and self.sequence_parallel.size > 1:
+            raise ValueError(
+                f"{name}={value!r} does not go with sequence_parallel={self.sequence_parallel.to_value()!r}, whose ranks "
+                'must run the same attentions in backward: set keep "input" or "attention", without memory_budget'
             )
 
     @classmethod
@@ -258,6 +287,10 @@ def _is_size(value: Any) -> bool:
     return value == AUTO if isinstance(value, str) else _is_int(value) and value >= 1
 
 
+def _is_budget(value: Any) -> bool:
+    return value is None or ((_is_int(value) or isinstance(value, float)) and 0 < value < float("inf"))
+
+
 def _is_patterns(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(pattern, str) and pattern for pattern in value)
 
@@ -268,6 +301,11 @@ _RULES = {
     "size": ('a whole number of tokens from 1 or "auto"', _is_size),
     "count": ("a whole number from 1", lambda value: value is None or (_is_int(value) and value >= 1)),
     "groups": ('a whole number of groups from 1 or "auto"', _is_size),
+    "keep": (" or ".join(f'"{keep}"' for keep in KEEPS), lambda value: value in KEEPS),
+    "budget": (
+        "a number of GiB above 0 or null",
+        _is_budget,
+    ),
     "offload": ('"cpu" or null', lambda value: value is None or value == "cpu"),
     "patterns": ("a list of name patterns", _is_patterns),
     "parallel": (
@@ -285,6 +323,7 @@ _WORDS = {
     "size": {AUTO: AUTO},
     "groups": {AUTO: AUTO},
     "offload": {"cpu": "cpu", "none": None, "false": None},
+    "keep": {keep: keep for keep in KEEPS},
 }
 
 

@@ -222,11 +222,13 @@ def _with_analyses(report: ConversionReport, model: nn.Module) -> ConversionRepo
     one_call = {m.mini_sequence_name: one_call_fallback_reason(m) for m in modules if one_call_fallback_reason(m)}
     unkept = [pair for m in modules for pair in m.mini_sequence_chunking.unkept.values()]
     last_step = next(filter(None, (m.mini_sequence_chunking.last_step() for m in modules)), "")
+    budgets = (m.mini_sequence_chunking.layer_inputs.budget for m in modules if m.mini_sequence_chunking.layer_inputs)
+    last_kept = next(filter(None, (budget.in_words() for budget in budgets)), "")
     parallel = next((m.mini_sequence_chunking.parallel for m in modules), None)
     if parallel is not None:
         report = dataclasses.replace(report, parallel=parallel.in_words())
-    if last_step:
-        report = dataclasses.replace(report, last_step=last_step)
+    if last_step or last_kept:
+        report = dataclasses.replace(report, last_step=last_step, last_kept=last_kept)
     if one_call or unkept:
         report = dataclasses.replace(report, one_call=one_call, unkept=tuple(dict.fromkeys(unkept)))
     if not wrong:

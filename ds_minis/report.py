@@ -22,11 +22,12 @@ class ConversionReport:
         untiled: qualified name -> (class name, reason), of every other part of the decoder stack.
         one_call: qualified name -> reason, of every such layer that attends to all heads at once in spite of `head_groups`.
         unkept: (class name, reason) of every kind of tiled layer that computes its attention again in backward in spite of
-            `keep_attention`, as the first step found out.
+            `keep: "attention"`, as the first step found out.
         loss: what became of the LM head and the loss, in words.
         sizes: of the chunks; None where nothing is tiled.
         parallel: how sequences are divided among ranks, in words; empty if they are not.
         last_loss: what read the logits of the last forward pass in training, in words; empty if nothing did.
+        last_kept: what the layers kept in the last forward pass in training, in words; empty if their inputs alone.
         last_step: how many chunks the last forward pass in training had, in words; empty before the first.
     """
 
@@ -41,6 +42,7 @@ class ConversionReport:
     sizes: Sizes | None = None
     last_step: str = ""
     last_loss: str = ""
+    last_kept: str = ""
     parallel: str = ""
 
     def __str__(self) -> str:
@@ -62,4 +64,5 @@ class ConversionReport:
         lines.append(f"  loss: {self.loss}")
         lines += [f"  sequence parallelism: {self.parallel}"] if self.parallel else []
         lines += [f"  the last step: {self.last_step}"] if self.last_step else []
+        lines += [f"  kept in the last step: {self.last_kept}"] if self.last_kept else []
         return "\n".join([*lines, f"  the loss of the last step: {self.last_loss}"] if self.last_loss else lines)

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import CausalLMOutput
 STEPS, RANKS, NUM_LAYERS = 4, 2, 2
 LEARNING_RATE = 0.2
 CHUNKS = ({"chunk_size": 24, "loss_chunk_size": 20}, {"chunk_size": 16, "loss_chunk_size": 12})  # of rank 0, of rank 1
+MIXED_BUDGET = 0.0004  # GiB: some calls of layers keep everything, some their attention's output, some nothing
 COPIES = 8  # of each sequence where dropout is on: more masks in a step, less noise in its mean
 
 
@@ -43,7 +44,8 @@ class Case:
         clip: the norm that gradients are clipped to; 0 for none.
         dropout: its probability, in the MLPs or (with `lora`) in the adapters.
         head_groups, offload_inputs: `head_groups` and `offload` ("cpu" or "") of the tiled layers.
-        keep: `keep_attention`, with torch's attention; the others' eager one saves too much to be kept.
+        keep: `keep`, with torch's attention if it is given; the others' eager one saves too much for "attention".
+            "mixed": "all" on one rank, and on the other what fits into a small budget.
         seeds: train that often, with other random numbers each time.
         replicas: how many batches a step has, each in processes of its own.
         sequence_parallel: processes that share the sequences of a replica; from 2 on with torch's attention, and without an
@@ -73,7 +75,7 @@ class Case:
     dropout: float = 0.0
     head_groups: int | str = 1
     offload_inputs: str = ""
-    keep: bool = False
+    keep: str = ""
     seeds: int = 0
     replicas: int = RANKS
     sequence_parallel: int = 1
@@ -145,7 +147,10 @@ def mini_sequence(case: Case, rank: int) -> dict:
     if case.sequence_parallel > 1:
         chunks = {key: size // case.sequence_parallel for key, size in chunks.items()}
         settings["sequence_parallel"] = {"size": case.sequence_parallel, "mode": case.mode}
-    return {"scope": case.scope, "keep_attention": case.keep, **chunks, **settings}
+    keep = {"keep": case.keep} if case.keep else {}
+    if case.keep == "mixed":  # other decisions on each rank
+        keep = {"keep": "all"} if rank else {"memory_budget": MIXED_BUDGET}
+    return {"scope": case.scope, **keep, **chunks, **settings}
 
 
 def make_model(case: Case, seed: int | None = None):

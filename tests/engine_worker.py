@@ -25,7 +25,9 @@ from ds_minis.tiling.layer.tiled_layer import TiledLayer
 from ds_minis.tiling.loss.forward_hooks import loss_fallback_reason
 from ds_minis.tiling.modules.tiled_module import TiledModule
 from ds_minis.tiling.passes.kept_attention import KeptAttention
+from ds_minis.tiling.passes.layer_graph import LayerGraph
 
+kept_layers: list[LayerGraph] = []  # each that was run backward
 kept_attentions: list[KeptAttention] = []  # each that was run backward
 COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=100)  # of ranks that wait for each other: an error, not a hang
 
@@ -237,6 +239,8 @@ def main() -> None:
     deepspeed.init_distributed(dist_backend="gloo", timeout=COLLECTIVE_TIMEOUT)
     backward = KeptAttention.backward
     KeptAttention.backward = lambda self, *args: kept_attentions.append(self) or backward(self, *args)
+    all_backward = LayerGraph.backward
+    LayerGraph.backward = lambda self, *args: kept_layers.append(self) or all_backward(self, *args)
     for case in cases:
         if not run(case, output):
             break
@@ -250,16 +254,18 @@ def run(case: Case, output: Path) -> bool:
     results, rank = {}, dist.get_rank()
     for kind in case.kinds:
         error = None
-        kept_attentions.clear()
+        kept_attentions.clear(), kept_layers.clear()
         try:
             results[kind] = train(case, converted=kind == "converted") | {"kept_attentions": len(kept_attentions)}
         except Exception as e:
             error = f"{type(e).__name__}: {e}"
             (output / f"{case.name}.rank{rank}.error").write_text(f"{kind}: {error}", encoding="utf-8")
-        errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
+        outcomes = [None] * dist.get_world_size()
+        dist.all_gather_object(outcomes, (error, len(kept_layers)))
+        errors, kept = zip(*outcomes, strict=True)
         if any(errors):
             results[kind] = {"error": next(filter(None, errors)), "ranks_with_error": sum(map(bool, errors))}
+        results[kind]["kept_layers"] = kept  # by rank
         results[kind]["processes"] = dist.get_world_size()
     if rank == 0:
         torch.save(results, output / "unfinished")

@@ -1,4 +1,4 @@
-"""Models with `keep_attention`, and an attention that is watched."""
+"""Models with `keep: "attention"`, and an attention that is watched."""
 
 import weakref
 
@@ -37,7 +37,7 @@ class Attention:
 def converted(settings, family="llama", attention="sdpa", **sizes):
     """A checkpointed model that keeps its attention, and one as it is."""
     model, reference = (checkpointed(m) for m in twins(family, attention=attention, **(sizes or WIDE)))
-    return convert_to_mini_sequence(model, CHUNKS | {"keep_attention": True} | settings), reference
+    return convert_to_mini_sequence(model, CHUNKS | {"keep": "attention"} | settings), reference
 
 
 def unmasked(length, **kwargs):

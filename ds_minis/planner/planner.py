@@ -24,7 +24,7 @@ ALLOCATOR_SLACK = 0.05
 # Of a card's nominal memory, what a process may have (an "80 GB" H100: 79.1 GiB of 80).
 USABLE = 0.985
 FITS, UNCERTAIN, TOO_LARGE = "fits", "uncertain", "does not fit"
-_IN_TRACE = "head_groups", "keep_attention", "scope", "loss", "include", "exclude"
+_IN_TRACE = "head_groups", "keep", "scope", "loss", "include", "exclude"
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class Planner:
             return []
         text, rows = self.text, lengths[1]
         sizes = [rows * text.hidden_size * setup.itemsize]
-        if setup.settings.get("keep_attention"):
+        if setup.settings.get("keep") == "attention":
             heads = text.num_attention_heads
             width = getattr(text, "head_dim", None) or text.hidden_size // heads
             sizes += [rows * heads * width * setup.itemsize, rows * heads * 4]

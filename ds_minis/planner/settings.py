@@ -50,7 +50,7 @@ def candidates(base: Setup) -> Iterator[Candidate]:
         widths = [1, *([base.gpus] if base.gpus > 1 else [])]
     for width in widths:
         for name, settings, costs in rows:
-            if own.get("keep_attention") and "head_groups" in settings:
+            if own.get("keep") in ("attention", "all") and "head_groups" in settings:
                 continue
             parallel = {} if width == 1 else {"sequence_parallel": width}
             named = name if width == 1 else f"{name}, sequence_parallel: {_words(width)}"

@@ -201,7 +201,7 @@ VARIANTS = {
     "mini-s": Variant("mini-s MLP loop (stand-in)", _minis),
 }
 KEPT = {
-    "layer-keep": ours('ds_minis, scope "layer", attention kept', scope="layer", keep_attention=True),
+    "layer-keep": ours('ds_minis, scope "layer", attention kept', scope="layer", keep="attention"),
 }
 OFFLOADED = {
     "plain-offload": Variant("plain checkpointing in torch's save_on_cpu", _plain, around=_save_on_cpu),
@@ -209,7 +209,7 @@ OFFLOADED = {
     "plain-offload-trl": Variant("plain checkpointing, TRL's offloading", _offloaded_by_trl, around=_trls_offloading),
     "layer-offload": ours('ds_minis, scope "layer", checkpoints offloaded', scope="layer", offload="cpu"),
     "layer-keep-offload": ours(
-        'ds_minis, scope "layer", attention kept, both offloaded', scope="layer", keep_attention=True, offload="cpu"
+        'ds_minis, scope "layer", attention kept, both offloaded', scope="layer", keep="attention", offload="cpu"
     ),
     "layer-groups-offload": ours(
         'ds_minis, scope "layer", head groups, checkpoints offloaded', scope="layer", head_groups="auto", offload="cpu"

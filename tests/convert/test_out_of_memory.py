@@ -97,7 +97,7 @@ def note(model, inputs) -> str:
         ({}, ['"head_groups": "auto"', "all heads at once", '"offload": "cpu"', "sequence parallelism"], []),
         ({"head_groups": 2}, ['"head_groups": "auto"', "now 2 groups"], []),
         ({"head_groups": "auto", "offload": "cpu"}, ["shorter sequences"], ["head_groups", "offload"]),
-        ({"keep_attention": True}, ['"keep_attention": false'], ["head_groups"]),
+        ({"keep": "attention"}, ['"keep": "input"'], ["head_groups"]),
     ],
     ids=["defaults", "two groups", "all that there is", "kept"],
 )

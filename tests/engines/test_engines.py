@@ -31,10 +31,21 @@ SETTINGS = {
     "head groups, FSDP1": Case(engine="fsdp1", head_groups="auto", offload_inputs="cpu"),
     "head groups, flat FSDP1": Case(engine="fsdp1_flat", head_groups=2),
     "head groups and host memory, DDP": Case(engine="ddp", head_groups="auto", offload_inputs="cpu", uneven=True),
-    "attention kept in host memory, ZeRO-3": Case(zero_stage=3, keep=True, offload_inputs="cpu", uneven=True),
-    "attention kept in host memory, FSDP2, LoRA": Case(engine="fsdp2", lora=True, keep=True, offload_inputs="cpu"),
-    "attention kept, FSDP1": Case(engine="fsdp1", keep=True, uneven=True),
-    "attention kept, DDP, reentrant": Case(engine="ddp", keep=True, reentrant=True),
+    "attention kept in host memory, ZeRO-3": Case(zero_stage=3, keep="attention", offload_inputs="cpu", uneven=True),
+    "attention kept in host memory, FSDP2, LoRA": Case(
+        engine="fsdp2", lora=True, keep="attention", offload_inputs="cpu"
+    ),
+    "attention kept, FSDP1": Case(engine="fsdp1", keep="attention", uneven=True),
+    "all kept, ZeRO-2": Case(zero_stage=2, keep="mixed", uneven=True),
+    "all kept, ZeRO-3": Case(zero_stage=3, keep="mixed", uneven=True),
+    "all kept, ZeRO-3, LoRA": Case(zero_stage=3, keep="mixed", lora=True),
+    "all kept, FSDP2": Case(engine="fsdp2", keep="mixed", uneven=True),
+    "all kept, FSDP2, LoRA": Case(engine="fsdp2", keep="mixed", lora=True),
+    "all kept, FSDP1": Case(engine="fsdp1", keep="mixed"),
+    "all kept, FSDP1, flat": Case(engine="fsdp1_flat", keep="mixed"),
+    "all kept, DDP, QLoRA": Case(engine="ddp", keep="mixed", quantized=True, lora=True),
+    "all kept, DDP, MoE": Case("mixtral without router outputs", engine="ddp", keep="mixed"),
+    "attention kept, DDP, reentrant": Case(engine="ddp", keep="attention", reentrant=True),
 }
 PEFT_POLICY = Case(engine="fsdp1_peft", lora=True)
 CASES = {
@@ -84,10 +95,17 @@ def test_the_unconverted_models_parameters_or_its_refusal(results, name):
     assert judgement.kind == ("refused" if name in REFUSED else "exact"), judgement.text
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.keep])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.keep == "attention"])
 def test_attentions_are_kept_in_every_step(results, name):
     case = CASES[name]
     assert results[case.name]["converted"]["kept_attentions"] == NUM_LAYERS * STEPS * case.accumulation
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.keep == "mixed"])
+def test_one_rank_keeps_more_layers_than_the_other(results, name):
+    case = CASES[name]
+    first, last = results[case.name]["converted"]["kept_layers"]
+    assert first < last == NUM_LAYERS * STEPS * case.accumulation
 
 
 def test_every_row_and_every_column_is_tested():

@@ -31,8 +31,8 @@ def test_loss_and_gradients(family):
     [
         {"head_groups": "auto"},
         {"offload": "cpu"},
-        {"keep_attention": True},
-        {"keep_attention": True, "offload": "cpu"},
+        {"keep": "attention"},
+        {"keep": "attention", "offload": "cpu"},
         {"head_groups": 2, "offload": "cpu"},
     ],
 )
@@ -50,7 +50,7 @@ def test_an_attention_that_is_kept_runs_once(padding, settings, monkeypatch):
     """With the kernels that run in bfloat16: what they save beside their output must be known for what it is."""
     sizes = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 512, "head_dim": 64}
     model, reference = (checkpointed(m.cuda().bfloat16()) for m in twins("llama", attention="sdpa", **sizes))
-    convert_to_mini_sequence(model, {"chunk_size": 50, "keep_attention": True} | settings)
+    convert_to_mini_sequence(model, {"chunk_size": 50, "keep": "attention"} | settings)
     calls, sdpa = [], F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or sdpa(*a, **k))
     for length in (200, 128):

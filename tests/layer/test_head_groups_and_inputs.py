@@ -244,7 +244,7 @@ def _with_a_mask_for_each_head(count):
     assert (reference(**inputs).loss - reference(**plain).loss).abs() > 1e-4
 
 
-@pytest.mark.parametrize("settings", [{"head_groups": 2}, {"offload": "cpu"}, {"keep_attention": True}])
+@pytest.mark.parametrize("settings", [{"head_groups": 2}, {"offload": "cpu"}, {"keep": "attention"}])
 def test_other_scopes_refuse_them(settings):
     with pytest.raises(ValueError, match='is for whole layers: it needs scope "layer", not'):
         convert_to_mini_sequence(build("llama"), {"scope": "tokens", **settings})

@@ -1,4 +1,4 @@
-"""`keep_attention`: an attention is run once in a step, nothing but its output is kept, and gradients stay the same."""
+"""`keep: "attention"`: an attention is run once in a step, nothing but its output is kept, and gradients stay the same."""
 
 import copy
 import gc
@@ -106,7 +106,7 @@ def test_backward_twice(settings):
 def test_adapters_and_two_losses_at_once(settings, reentrant):
     model = add_lora(build("llama", attention="sdpa", **WIDE))
     reference = copy.deepcopy(model)
-    convert_to_mini_sequence(model, CHUNKS | {"keep_attention": True} | SETTINGS[settings])
+    convert_to_mini_sequence(model, CHUNKS | {"keep": "attention"} | SETTINGS[settings])
     runs = []
     for m in (model, reference):
         checkpointed(m, use_reentrant=reentrant).train()
@@ -184,7 +184,7 @@ def test_each_class_of_layers_is_asked_once_and_named(settings, monkeypatch):
     model, reference = (checkpointed(m) for m in twins("llama", num_hidden_layers=4))
     for m in (model, reference):
         m.model.layers[3].__class__ = type("Other", (type(m.model.layers[3]),), {})
-    convert_to_mini_sequence(model, CHUNKS | SETTINGS[settings] | {"keep_attention": True, "exclude": ["layers.0.*"]})
+    convert_to_mini_sequence(model, CHUNKS | SETTINGS[settings] | {"keep": "attention", "exclude": ["layers.0.*"]})
     made, init = [], KeptAttention.__init__
     monkeypatch.setattr(KeptAttention, "__init__", lambda self, *args: made.append(self) or init(self, *args))
     for _ in range(2):
@@ -229,11 +229,11 @@ def test_host_memory_holds_outputs_too(caplog, monkeypatch):
     assert len(lines) == 1 and "2 layer inputs of (2, 32, 64) and attention outputs" in lines[0]
     monkeypatch.setattr(layer_inputs, "available_host_bytes", lambda: 1000)
     model, _ = converted({"offload": "cpu"})
-    with pytest.raises(ValueError, match='for 2 layer inputs .* and attention outputs, .*turn "keep_attention" off'):
+    with pytest.raises(ValueError, match='for 2 layer inputs .* and attention outputs, .*set "keep": "input"'):
         model(**unmasked(32))
 
 
 @pytest.mark.parametrize("other", [{"head_groups": 2}, {"head_groups": "auto"}])
 def test_settings_that_save_memory_for_time_are_refused_beside_it(other):
-    with pytest.raises(ValueError, match=f"keep_attention=True takes memory to save time, and {next(iter(other))}="):
-        MiniSequenceConfig(keep_attention=True, **other)
+    with pytest.raises(ValueError, match=f"keep='attention' takes memory to save time, and {next(iter(other))}="):
+        MiniSequenceConfig(keep="attention", **other)

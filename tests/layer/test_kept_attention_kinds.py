@@ -1,4 +1,4 @@
-"""What reviews of `keep_attention` found, and what attentions of another kind than transformers' own may do."""
+"""What reviews of `keep: "attention"` found, and what attentions of another kind than transformers' own may do."""
 
 import gc
 import weakref
@@ -61,8 +61,8 @@ def test_random_numbers_of_an_attention_in_a_tiled_layer(attention):
     """They come from a seed of their own: whether its output is kept makes no difference."""
     attention.run = _scaled_by_chance
     runs = []
-    for keep in (True, False):
-        model, _ = converted({"keep_attention": keep}, attention=attention.name)
+    for keep in ("attention", "input"):
+        model, _ = converted({"keep": keep}, attention=attention.name)
         loss_and_grads(model, unmasked(23))
         torch.manual_seed(7)
         attention.calls = 0
@@ -127,7 +127,7 @@ def test_backward_twice_through_the_reentrant_kind_of_checkpointing():
         m.enable_input_require_grads()
     _, grads = loss_and_grads(reference, unmasked(23))
     loss = model(**unmasked(23)).loss
-    for keep in (True, False):
+    for keep in ("attention", "input"):
         model.zero_grad()
         loss.backward(retain_graph=keep)
         assert_same_tensors({name: p.grad for name, p in model.named_parameters()}, grads)
@@ -139,16 +139,16 @@ def whole_layers(model) -> set[str]:
     return {reason for name, reason in report.untiled.values() if name == "LlamaDecoderLayer"}
 
 
-@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("keep", ["attention", "input"])
 def test_an_attention_that_writes_into_its_queries(attention, keep):
     sdpa = attention.run
     attention.run = lambda module, query, *args, **kwargs: sdpa(module, query.mul_(2), *args, **kwargs)
-    model, reference = converted({"keep_attention": keep}, attention=attention.name)
+    model, reference = converted({"keep": keep}, attention=attention.name)
     two_steps(model, reference, unmasked(23))
     assert whole_layers(model) == {"its attention function writes to its queries, keys or values"}
 
 
-@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("keep", ["attention", "input"])
 def test_an_attention_that_is_checkpointed_by_itself(attention, keep):
     sdpa = attention.run
 
@@ -157,7 +157,7 @@ def test_an_attention_that_is_checkpointed_by_itself(attention, keep):
         return torch.utils.checkpoint.checkpoint(run, query, key, value, use_reentrant=True), None
 
     attention.run = checkpointing
-    model, reference = converted({"keep_attention": keep}, attention=attention.name)
+    model, reference = converted({"keep": keep}, attention=attention.name)
     two_steps(model, reference, unmasked(23))
     (reason,) = whole_layers(model)
     assert reason.startswith("its attention's backward fails where it is run apart from the layer's (RuntimeError")

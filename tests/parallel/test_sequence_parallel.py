@@ -64,7 +64,7 @@ CASES = [
     case("groups of heads in a ring", "ring", 2, settings={"head_groups": 2}),
     case("layer inputs in host memory", "ring", 2, settings={"offload": "cpu"}),
     *(
-        case(f"{mode}: attention is kept", mode, 2, settings={"keep_attention": True})
+        case(f"{mode}: attention is kept", mode, 2, settings={"keep": "attention"})
         for mode in ("gather", "ulysses", "ring")
     ),
     case("adapters", "auto", 2, lora=True),

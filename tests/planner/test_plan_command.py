@@ -82,9 +82,9 @@ def test_offload_says_what_the_host_needs(model, capsys):
 
 
 def test_settings_of_the_user_hold_in_all_rows(model, capsys):
-    _, data = plan_json(capsys, model, "--gpu-memory", "8", "--set", "chunk_size=512", "--set", "keep_attention=true")
+    _, data = plan_json(capsys, model, "--gpu-memory", "8", "--set", "chunk_size=512", "--set", "keep=attention")
     ours = [row for row in data["rows"] if row["settings"] is not None]
-    assert ours and all(row["settings"]["chunk_size"] == 512 and row["settings"]["keep_attention"] for row in ours)
+    assert ours and all(row["settings"]["chunk_size"] == 512 and row["settings"]["keep"] == "attention" for row in ours)
     assert not any("head_groups" in row["settings"] for row in ours)
 
 

@@ -88,7 +88,7 @@ def test_planned_bytes_are_those_of_a_real_step(name):
 
 
 def test_kept_attention_with_torchs_own_attention():
-    setup = Setup(dtype="float32", settings={"keep_attention": True})
+    setup = Setup(dtype="float32", settings={"keep": "attention"})
     assert planned(CONFIG, setup, 2200) == pytest.approx(real(CONFIG, setup, 2200, "sdpa"), rel=0.03)
 
 

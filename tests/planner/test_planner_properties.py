@@ -66,7 +66,7 @@ def test_stages_of_zero_never_need_more_than_the_one_before(planner):
 
 
 def test_memory_grows_with_the_length_and_the_batch(planner):
-    for settings in (None, {}, {"head_groups": "auto"}, {"offload": "cpu"}, {"keep_attention": True}):
+    for settings in (None, {}, {"head_groups": "auto"}, {"offload": "cpu"}, {"keep": "attention"}):
         found = [device(planner, tokens, settings=settings) for tokens in LENGTHS]
         assert found == sorted(found)
         assert device(planner, 8192, settings=settings, batch=2) >= found[1]
@@ -77,7 +77,7 @@ def test_what_saves_memory_saves_memory(planner):
         return device(planner, 262144, settings=settings)
 
     assert at(scope="layer") < at(scope="tokens") < at(scope="mlp") < device(planner, 262144, settings=None)
-    assert at(head_groups="auto") <= at() < at(keep_attention=True)
+    assert at(head_groups="auto") <= at() < at(keep="attention")
     assert at(offload="cpu") < at()
     optimizers = [device(planner, 1024, optimizer=name) for name in ("adamw", "adamw_8bit", "sgd")]
     assert optimizers == sorted(optimizers, reverse=True)

@@ -76,8 +76,8 @@ def in_a_chunk(config: MiniSequenceConfig, setting: str, chunk_rows: int, num_ro
 def in_attention(config: MiniSequenceConfig, layer: str, num_tokens: int) -> OutOfMemoryNote:
     """The note for a tiled layer's attention: its queries, keys and values exist for all tokens at once."""
     ways = []
-    if config.keep_attention:
-        ways.append('"keep_attention": false (it is computed twice, and not kept)')
+    if config.keep == "attention":
+        ways.append('"keep": "input" (it is computed twice, and not kept)')
     elif config.head_groups != AUTO:
         now = "all heads at once" if config.head_groups == 1 else f"{config.head_groups} groups"
         ways.append(f'"head_groups": "auto" (one KV head at a time; now {now})')

@@ -75,6 +75,11 @@ class ParameterSlots:
         """Equal for modules of the same structure that train the same parameters."""
         return tuple((name, index) for _, name, index in self._slots)
 
+    @property
+    def places(self) -> dict[int, tuple[nn.Module, str]]:
+        """For each index, a submodule that holds the tensor, and its name there."""
+        return {index: (part, name) for part, name, index in self._slots}
+
     def leave_out(self, idle: Iterable[int]) -> None:
         """Removes the tensors at these indices, which the call does not use."""
         idle = set(idle)

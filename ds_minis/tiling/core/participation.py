@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,12 @@ class Walk:
                 self._waiting.pop(id(node.variable), None)
             todo += [following for following, _ in node.next_functions]
         return tuple(t.detach() for t in tensors)
+
+    def reached(self, indices: Iterable[int]) -> None:
+        """Notes tensors that a graph of another kind reaches, by their indices."""
+        waiting = {index: key for key, index in self._waiting.items()}
+        for index in indices:
+            self._waiting.pop(waiting.get(index), None)
 
     def idle(self) -> tuple[int, ...]:
         """The indices of the leaves that no graph has reached."""

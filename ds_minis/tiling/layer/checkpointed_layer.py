@@ -12,15 +12,20 @@ _CHECKPOINT = "_gradient_checkpointing_func"
 class ItsOwnCheckpointing:
     """Mixin for a decoder layer's class, before `Tiled`: moves activation checkpointing into the layer's forward."""
 
+    @property
+    def is_checkpointed(self) -> bool:
+        """Whether activation checkpointing is enabled for it in training."""
+        return _CHECKPOINT in self.__dict__ and self.gradient_checkpointing
+
     def _as_it_is(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any], gated: bool = False) -> Any:
         """Runs the class's own forward, checkpointed if that is enabled.
 
         `gated`: one node returns all parameters' gradients. It then uses non-reentrant checkpointing, which keeps the node's
         place in the graph.
         """
-        checkpoint = self.__dict__.get(_CHECKPOINT)
-        if checkpoint is None or not (self.gradient_checkpointing and self.training):
+        if not (self.is_checkpointed and self.training):
             return forward(*args, **kwargs)
+        checkpoint = self.__dict__[_CHECKPOINT]
         if gated and isinstance(checkpoint, functools.partial) and checkpoint.keywords.get("use_reentrant"):
             checkpoint = functools.partial(checkpoint, use_reentrant=False)
         return checkpoint(functools.partial(forward, **kwargs), *args)

@@ -12,18 +12,22 @@ from torch import Tensor, nn
 
 from ds_minis.config import AUTO
 from ds_minis.ranks import has_other_ranks
+from ds_minis.tiling.core.params import ParameterSlots
 from ds_minis.tiling.core.replay import AutocastState, has_values, random_states, set_random_states
 from ds_minis.tiling.core.tiled_op import run_call
 from ds_minis.tiling.layer.analysis import analyze_layer
 from ds_minis.tiling.layer.checkpointed_layer import ItsOwnCheckpointing
 from ds_minis.tiling.layer.layer_analysis import LayerAnalysis, analyze_again, attributes_read_by_layer
 from ds_minis.tiling.layer.probe import a_few_tokens
+from ds_minis.tiling.memory.keep_budget import ALL, ATTENTION, INPUT
+from ds_minis.tiling.memory.layer_inputs import LayerInput
 from ds_minis.tiling.modules.compiling import compiled_inside, outside_of_graphs
 from ds_minis.tiling.modules.gate import run_whole
 from ds_minis.tiling.modules.state import experts_per_choice
 from ds_minis.tiling.modules.swap import Tiled, own_forward, warn_once
 from ds_minis.tiling.modules.tiled_module import engine_inside, passing_state, require_weights
 from ds_minis.tiling.passes.attention import attention_unwrapped
+from ds_minis.tiling.passes.kept_layer import KeptLayer
 from ds_minis.tiling.passes.layer_args import LayerArgs
 from ds_minis.tiling.passes.layer_passes import DifferentSettings, LayerPasses, NoAttention
 from ds_minis.tiling.passes.node import LayerNode
@@ -45,7 +49,7 @@ class TiledLayer(ItsOwnCheckpointing, Tiled):
             return self._as_it_is(forward, args, kwargs)
         call = LayerArgs(args, kwargs)
         chunk = 0 if call.reason else _chunk_tokens(self, call)
-        if not call.reason and _runs_whole(self, call, chunk):
+        if not call.reason and _runs_whole(self, call, chunk) and not _keeps_what_is_checkpointed(self):
             num_tokens = call.hidden.shape[:2].numel()
             chunking.note("layer", num_tokens, chunk * call.hidden.shape[0], as_it_is=True)
             return self._as_it_is(forward, args, kwargs)
@@ -72,7 +76,11 @@ class TiledLayer(ItsOwnCheckpointing, Tiled):
     def mini_sequence_state(self) -> str:
         """With the settings that are for whole layers, and what was found out about `head_groups`."""
         settings, reason = self.mini_sequence_chunking.config.to_dict(defaults=False), one_call_fallback_reason(self)
-        own = [f"{name}={settings[name]}" for name in ("head_groups", "offload", "keep_attention") if name in settings]
+        own = [
+            f"{name}={settings[name]}"
+            for name in ("head_groups", "offload", "keep", "memory_budget")
+            if name in settings
+        ]
         own += [f"attention in one call: {reason}"] if reason else []
         return ", ".join([super().mini_sequence_state(), *own])
 
@@ -196,6 +204,13 @@ def _runs_whole(layer: TiledLayer, call: LayerArgs, chunk: int) -> bool:
     return call.hidden.shape[1] <= chunk and not (trains and has_other_ranks())
 
 
+def _keeps_what_is_checkpointed(layer: TiledLayer) -> bool:
+    """Whether the layer would be checkpointed if it ran untiled, where it may keep everything."""
+    store = layer.mini_sequence_chunking.layer_inputs
+    may_keep = store is not None and store.budget.may_keep_all and torch.is_grad_enabled()
+    return may_keep and layer.training and layer.is_checkpointed
+
+
 def _chunk_tokens(layer: TiledLayer, call: LayerArgs) -> int:
     """Tokens per sequence in a chunk; at least two, since models treat a single one as a generation step."""
     batch, num_tokens, width = call.hidden.shape
@@ -224,13 +239,31 @@ def _forward_by_tokens(
     chunking, x = layer.mini_sequence_chunking, call.hidden
     bounds = _bounds(x.shape[1], chunk)
     chunking.note("layer", x.shape[:2].numel(), chunk * x.shape[0])
-    layer_input = None
+    store, level, layer_input = chunking.layer_inputs, INPUT, None
     if torch.is_grad_enabled():
-        layer_input = None if chunking.layer_inputs is None else chunking.layer_inputs.new_input()
+        if store is not None:
+            level = store.budget.level(layer, x, store.num_layers)
+            layer_input = store.new_input(level)
         call.until_backward()
-    passes = LayerPasses(layer, forward, call, bounds, chunking, analysis.settings, shorten=True)
-    node = LayerNode(layer, passes, analysis.dead_values, analysis.groups, layer_input, chunking.config.keep_attention)
-    y = run_call(node, [x])
-    if node.one_call:
-        _attend_in_one_call(layer, analysis, node.one_call)
+    nodes: list[LayerNode] = []
+
+    def by_chunks(slots: ParameterSlots | None = None, layer_input: LayerInput | None = layer_input) -> LayerNode:
+        passes = LayerPasses(layer, forward, call, bounds, chunking, analysis.settings, shorten=True)
+        keep, reserve = level == ATTENTION, None
+        if keep and store.budget.budget is not None:
+            reserve = functools.partial(store.budget.reserve_attention, layer, x)
+        nodes.append(
+            LayerNode(
+                layer, passes, analysis.dead_values, analysis.groups, layer_input, keep, slots=slots, reserve=reserve
+            )
+        )
+        return nodes[-1]
+
+    if level == ALL:
+        call.hidden = None
+        y = run_call(KeptLayer(layer, forward, call, store.budget, by_chunks, layer_input), [x])
+    else:
+        y = run_call(by_chunks(), [x])
+    if nodes and nodes[0].one_call:
+        _attend_in_one_call(layer, analysis, nodes[0].one_call)
     return y

@@ -13,6 +13,7 @@ from ds_minis.ranks import num_local_ranks
 from ds_minis.tiling.core.replay import graph_is_kept, has_values
 from ds_minis.tiling.core.warn import Warnings
 from ds_minis.tiling.memory.host_memory import available_host_bytes, host_bytes_needed
+from ds_minis.tiling.memory.keep_budget import INPUT, KeepBudget
 from ds_minis.tiling.memory.offload import HostStore
 
 
@@ -35,21 +36,23 @@ class LayerInputStore:
     Attributes:
         num_layers: number of layers that are tiled as a whole.
         host: the inputs in host memory; None without `offload`.
+        budget: decides what each call of a layer keeps.
     """
 
     def __init__(self, config: MiniSequenceConfig, warnings: Warnings, num_layers: int = 0):
         self.num_layers = num_layers
         self.host = HostStore() if config.offload else None
+        self.budget = KeepBudget(config, warnings)
         self._config, self._warnings = config, warnings
         self._stated = 0
 
     def __reduce__(self):
         return LayerInputStore, (self._config, self._warnings, self.num_layers)
 
-    def new_input(self) -> LayerInput | None:
-        """Storage for the input of one call of a layer; None leaves it to autograd."""
+    def new_input(self, level: str = INPUT) -> LayerInput | None:
+        """Storage for the input of one call of a layer, which keeps that much; None leaves it to autograd."""
         if self.host is None:
-            return InMemory() if self._config.keep_attention else None
+            return InMemory() if level != INPUT else None
         self._tell_outside()
         return _InHostMemory(self.host, self._state_need)
 
@@ -71,7 +74,7 @@ class LayerInputStore:
         held = self.host.host_bytes_allocated
         what = f"{layers} layer inputs of {tuple(x.shape)}" + (" and attention outputs" if len(tensors) > 1 else "")
         if available is not None and ranks * (need - held) > available:
-            way_out = 'turn "keep_attention" off' if len(tensors) > 1 else "start fewer processes on it"
+            way_out = 'set "keep": "input"' if len(tensors) > 1 else "start fewer processes on it"
             raise ValueError(
                 f'"offload": "cpu" needs {need / 2**30:.1f} GiB of host memory in each of {ranks} processes, for {what}, and '
                 f"{available / 2**30:.1f} GiB are available on this machine: {way_out}, or train on shorter sequences"

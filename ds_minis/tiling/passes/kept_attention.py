@@ -114,7 +114,7 @@ class KeptAttention:
         if self._doubts is not None and self._doubts.are_justified():
             raise RuntimeError(
                 "what an attention saves for its backward was a copy of its arguments in an earlier call, and is none in "
-                'this one: set "keep_attention": false in the mini-sequence configuration'
+                'this one: set "keep": "input" in the mini-sequence configuration'
             )
         return self._out.of(self._groups(qkv, tensors))
 

@@ -6,7 +6,7 @@ Backward recomputes `pre_attention` and the attention. Then it goes back: `post_
 `pre_attention` by chunks.
 
 With `head_groups`, queries, keys, values and their gradients exist for one group at a time. `pre_attention` and the attention
-run group by group, and once more in backward than without groups. With `keep_attention`, the attention's output stays until
+run group by group, and once more in backward than without groups. With `keep` "attention", the attention's output stays until
 backward beside the layer's input, and backward does not recompute the attention.
 
 Shapes: B batch, S tokens, H hidden size, N heads of D.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from ds_minis.tiling.core.grad_accum import GradientSums
 from ds_minis.tiling.core.linear import chunk_forwards
 from ds_minis.tiling.core.out_of_memory import is_out_of_memory
 from ds_minis.tiling.core.params import ParameterSlots, Untrained
-from ds_minis.tiling.core.replay import patched_forwards
+from ds_minis.tiling.core.replay import graph_is_kept, patched_forwards
 from ds_minis.tiling.core.reuse import can_overwrite
 from ds_minis.tiling.core.tiled_op import TiledOp
 from ds_minis.tiling.memory.layer_inputs import LayerInput
@@ -51,6 +51,7 @@ class LayerNode(TiledOp):
         groups: groups of heads; None for one call of the attention.
         layer_input: stores the layer's input until backward; None leaves that to autograd.
         keep: store the attention's output there too, if possible.
+        reserve: counts what that keeps until its result is dropped; None if it is too much. None: anything may be kept.
         attend: replaces the attention while the layer is analyzed.
         compared: gradients are only compared, so they need no sums in float32, which may take twice the weights' memory.
         slots: the module's tensors; None finds them now. bitsandbytes replaces a weight in the first forward under FSDP1.
@@ -73,6 +74,7 @@ class LayerNode(TiledOp):
         attend: Attend = attend_once,
         compared: bool = False,
         slots: ParameterSlots | None = None,
+        reserve: Callable[[int], object | None] | None = None,
     ):
         self.module, self.slots = module, slots or ParameterSlots(module)
         self.constants, self.way = passes.constants, passes.way
@@ -80,7 +82,7 @@ class LayerNode(TiledOp):
         self._untrained = Untrained(module, self.slots, self.memory.copies)
         self._passes, self._dead_values, self._groups = passes, dead_values, groups
         self.layer_input, self._keep, self._attend = layer_input, keep, attend
-        self._compared = compared
+        self._compared, self._reserve, self._reserved = compared, reserve, None
         self._plans = module.mini_sequence_chunking.kept_plans
         self._kept: KeptAttention | None = None
 
@@ -106,18 +108,23 @@ class LayerNode(TiledOp):
                 out = self._attend(request, qkv)
             else:
                 kept = KeptAttention(self._attend_with_graph, request, qkv, self._plans)
-                out, tensors = kept.result, [] if kept.reason else kept.tensors
+                out, fits = kept.result, not kept.reason and self._may_keep(kept.tensors)
+                tensors = kept.tensors if fits else []
                 kept.free()
                 if kept.reason:
                     recompute_attention(self.module, kept.reason, request.way)
-                else:
-                    self._kept = kept
+                self._kept = kept if fits else None
+                del kept
         del request, qkv
         (out,) = self.seen(out)
         with self._passes.layer_memory():
             self.layer_input.keep(x, *tensors)
         del tensors
         return self._post_attention_all(x, out)
+
+    def _may_keep(self, tensors: Sequence[Tensor]) -> bool:
+        self._reserved = self._reserve and self._reserve(sum(t.nbytes for t in tensors))
+        return self._reserve is None or self._reserved is not None
 
     def _attend_with_graph(self, request: AttentionRequest, qkv: Sequence[Tensor]) -> Tensor:
         out = self._attend(request, qkv)
@@ -225,6 +232,7 @@ class LayerNode(TiledOp):
                 self._backward_by_groups(x, grad_out, grad_x, sums, leaves)
         if self.layer_input is not None:
             self.layer_input.release()
+        self._reserved = self._reserved if graph_is_kept() else None
         return [grad_x, *sums.result()]
 
     @contextlib.contextmanager
