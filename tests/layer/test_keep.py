@@ -23,8 +23,8 @@ from torch.utils.flop_counter import flop_registry
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
 from ds_minis.config import MiniSequenceConfig
+from ds_minis.tiling.kept import kept_layer
 from ds_minis.tiling.memory import keep_budget
-from ds_minis.tiling.passes import kept_layer
 
 SOME = {"memory_budget": 0.0006}
 KEEPS = {
@@ -227,7 +227,7 @@ def test_an_operation_that_holds_a_weight_by_itself(monkeypatch):
         def backward(ctx, grad):
             return grad @ ctx.weight.t(), None
 
-    monkeypatch.setattr("ds_minis.tiling.passes.layer_graph.has_other_ranks", lambda: True)
+    monkeypatch.setattr("ds_minis.tiling.kept.layer_graph.has_other_ranks", lambda: True)
     model, reference = twins("llama", attention="sdpa")
     for m in (model, reference):
         for layer in m.model.layers:

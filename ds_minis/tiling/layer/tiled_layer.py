@@ -15,6 +15,7 @@ from ds_minis.ranks import has_other_ranks
 from ds_minis.tiling.core.params import ParameterSlots
 from ds_minis.tiling.core.replay import AutocastState, has_values, random_states, set_random_states
 from ds_minis.tiling.core.tiled_op import run_call
+from ds_minis.tiling.kept.kept_layer import KeptLayer
 from ds_minis.tiling.layer.analysis import analyze_layer
 from ds_minis.tiling.layer.checkpointed_layer import ItsOwnCheckpointing
 from ds_minis.tiling.layer.layer_analysis import LayerAnalysis, analyze_again, attributes_read_by_layer
@@ -27,7 +28,6 @@ from ds_minis.tiling.modules.state import experts_per_choice
 from ds_minis.tiling.modules.swap import Tiled, own_forward, warn_once
 from ds_minis.tiling.modules.tiled_module import engine_inside, passing_state, require_weights
 from ds_minis.tiling.passes.attention import attention_unwrapped
-from ds_minis.tiling.passes.kept_layer import KeptLayer
 from ds_minis.tiling.passes.layer_args import LayerArgs
 from ds_minis.tiling.passes.layer_passes import DifferentSettings, LayerPasses, NoAttention
 from ds_minis.tiling.passes.node import LayerNode

@@ -12,11 +12,11 @@ from ds_minis.tiling.core.out_of_memory import is_out_of_memory
 from ds_minis.tiling.core.params import ParameterSlots, Untrained, constants_of
 from ds_minis.tiling.core.replay import has_values, random_states, set_random_states
 from ds_minis.tiling.core.tiled_op import TiledOp
+from ds_minis.tiling.kept.layer_graph import LayerGraph, TooLarge
 from ds_minis.tiling.memory.keep_budget import ALL, KeepBudget, Reservation
 from ds_minis.tiling.memory.layer_inputs import LayerInput
 from ds_minis.tiling.modules.swap import Tiled, untiled_class, warn_once
 from ds_minis.tiling.passes.layer_args import LayerArgs
-from ds_minis.tiling.passes.layer_graph import LayerGraph, TooLarge
 from ds_minis.tiling.passes.node import LayerNode
 
 

@@ -1,0 +1,1 @@
+"""Decoder layers that keep everything that their backward reads."""
