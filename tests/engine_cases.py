@@ -149,7 +149,7 @@ def mini_sequence(case: Case, rank: int) -> dict:
         settings["sequence_parallel"] = {"size": case.sequence_parallel, "mode": case.mode}
     keep = {"keep": case.keep} if case.keep else {}
     if case.keep == "mixed":  # other decisions on each rank
-        keep = {"keep": "all"} if rank else {"memory_budget": MIXED_BUDGET}
+        keep = {"memory_budget": MIXED_BUDGET} if rank else {"keep": "all"}
     return {"scope": case.scope, **keep, **chunks, **settings}
 
 

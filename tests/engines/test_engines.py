@@ -105,7 +105,8 @@ def test_attentions_are_kept_in_every_step(results, name):
 def test_one_rank_keeps_more_layers_than_the_other(results, name):
     case = CASES[name]
     first, last = results[case.name]["converted"]["kept_layers"]
-    assert first < last == NUM_LAYERS * STEPS * case.accumulation
+    # bitsandbytes holds weights by itself, which an engine might free: refused on several processes.
+    assert last < first == NUM_LAYERS * STEPS * case.accumulation or (case.quantized and first == last == 0)
 
 
 def test_every_row_and_every_column_is_tested():

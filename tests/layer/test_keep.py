@@ -15,6 +15,7 @@ from models import (
     build,
     checkpointed,
     loss_and_grads,
+    quantized,
     twins,
     with_dropout,
 )
@@ -90,6 +91,15 @@ def test_adapters_two_losses_at_once_and_accumulation(keep, reentrant):
             sum(losses).backward()
         runs.append({name: p.grad for name, p in m.named_parameters() if p.requires_grad})
     assert_same_tensors(*runs)
+
+
+def test_weights_of_four_bits_in_one_process():
+    model = add_lora(quantized(build("llama", attention="sdpa")))
+    reference = copy.deepcopy(model)
+    converted(model, {"keep": "all"})
+    for length in (23, 41):
+        assert_same_training(model, reference, batch(length))
+    assert mini_sequence_report(model).last_kept == "2 layers kept everything"
 
 
 @pytest.mark.parametrize("keep", ["all", "auto"])

@@ -1,0 +1,139 @@
+"""Steps of a mix of lengths, as in supervised fine-tuning: ours with a memory budget beside checkpointing and no checkpointing.
+
+    python scripts/bench/mixed_lengths.py --output benchmarks/mixed_lengths_cpu.json
+
+Lengths are lognormal: most short, few at the maximum. The budget is what one sample of the longest length would nearly need with
+everything kept, times `--share`. Products are counted in all steps, seconds are taken in rounds, with the variants in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import io
+import json
+import statistics
+import time
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from ds_minis import convert_to_mini_sequence, mini_sequence_report
+from ds_minis.planner.adapters import add_lora
+
+
+class Products(TorchDispatchMode):
+    """Floating-point operations of all matrix products and attentions."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def mix(count: int, longest: int, seed: int = 0) -> list[int]:
+    """Lengths in tokens, at most `longest`, of which one has all."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = (torch.randn(count - 1, generator=generator) * 0.8).exp() * longest / 10
+    return [longest, *drawn.clamp(16, longest).int().tolist()]
+
+
+def variants(args, lora: bool) -> dict[str, torch.nn.Module]:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=args.vocab,
+        hidden_size=args.hidden,
+        intermediate_size=args.hidden * 11 // 4,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 64,
+        num_key_value_heads=max(1, args.hidden // 256),
+    )
+    plain = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+    if lora:
+        add_lora(plain, 16)
+    models = {"no checkpointing": plain}
+    for name in ("checkpointing", "ds_minis, input", "ds_minis, auto"):
+        models[name] = copy.deepcopy(plain)
+        models[name].gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    settings = {"ds_minis, input": {"keep": "input"}, "ds_minis, auto": {"memory_budget": args.budget_mib / 1024}}
+    for name, own in settings.items():
+        with contextlib.redirect_stdout(io.StringIO()):
+            convert_to_mini_sequence(models[name], own)
+    return models
+
+
+def step(model: torch.nn.Module, length: int, vocab: int) -> float:
+    ids = torch.randint(vocab, (1, length), generator=torch.Generator().manual_seed(length))
+    model.zero_grad(set_to_none=True)
+    start = time.perf_counter()
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return time.perf_counter() - start
+
+
+def measured(args, lora: bool) -> list[dict]:
+    models, lengths = variants(args, lora), mix(args.count, args.longest)
+    products, kept = {}, {}
+    for name, model in models.items():
+        step(model, min(lengths), args.vocab)
+        step(model, sorted(lengths)[len(lengths) // 2], args.vocab)
+        with Products() as counter:
+            kept[name] = []
+            for length in lengths:
+                step(model, length, args.vocab)
+                report = mini_sequence_report(model)
+                kept[name].append("" if report is None else report.last_kept)
+        products[name] = counter.total
+    seconds = {name: [] for name in models}
+    for _ in range(args.rounds):
+        for name, model in models.items():
+            seconds[name].append(sum(step(model, length, args.vocab) for length in lengths))
+    base = "checkpointing"
+    rows = []
+    for name in models:
+        ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
+        rows.append(
+            {
+                "train": "lora" if lora else "full",
+                "variant": name,
+                "products": products[name] / products[base],
+                "seconds": round(statistics.median(seconds[name]), 3),
+                "times checkpointing": round(ratio, 3),
+                "kept, longest": kept[name][0],
+                "kept, median": kept[name][sorted(range(len(lengths)), key=lengths.__getitem__)[len(lengths) // 2]],
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (
+        ("hidden", 256),
+        ("layers", 4),
+        ("vocab", 1024),
+        ("count", 12),
+        ("longest", 2048),
+        ("rounds", 3),
+        ("budget_mib", 60),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--output")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    settings = {key: value for key, value in vars(args).items() if key != "output"}
+    rows = [row for lora in (True, False) for row in measured(args, lora)]
+    if args.output:
+        with open(args.output, "w", encoding="utf-8") as file:
+            json.dump({"settings": settings, "lengths": mix(args.count, args.longest), "rows": rows}, file, indent=1)
+            file.write("\n")
+
+
+if __name__ == "__main__":
+    main()
