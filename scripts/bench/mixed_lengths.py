@@ -1,9 +1,9 @@
-"""Steps of a mix of lengths, as in supervised fine-tuning: ours with a memory budget beside checkpointing and no checkpointing.
+"""Steps of a mix of lengths, as in supervised fine-tuning: a memory budget beside checkpointing and no checkpointing.
 
-    python scripts/bench/mixed_lengths.py --output benchmarks/mixed_lengths_cpu.json
+python scripts/bench/mixed_lengths.py --output mixed_lengths.json
 
-Lengths are lognormal: most short, few at the maximum. The budget is what one sample of the longest length would nearly need with
-everything kept, times `--share`. Products are counted in all steps, seconds are taken in rounds, with the variants in turn.
+Lengths are lognormal: most short, few at the maximum. Products are counted in all steps. Seconds are taken in rounds, with
+the variants in turn. "no checkpointing" has no budget: it shows what keeping everything always takes.
 """
 
 from __future__ import annotations
