@@ -12,6 +12,8 @@ scripts/launch_training.slurm and scripts/launch_training.sh run. Paths in a rec
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import difflib
 import json
 import shlex
 import sys
@@ -38,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         recipe = load(args.recipe)
-    except (RecipeError, OSError, yaml.YAMLError) as error:
+    except (RecipeError, OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         print(f"create_config.py: {args.recipe}: {error}", file=sys.stderr)
         return 1
     print(table(recipe))
@@ -57,7 +59,27 @@ def load(path: Path) -> Recipe:
     Raises:
         RecipeError: with the stage, the field and the fix.
     """
-    return read_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), planner_for)
+    recipe = read_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), planner_for)
+    if recipe.fields["training_arguments"]:
+        check_names(recipe.fields["training_arguments"])
+    return recipe
+
+
+def check_names(given: Mapping[str, Any]) -> None:
+    """Raises a RecipeError for an argument that train.py has not."""
+    sys.path.insert(0, str(ROOT / "examples" / "sft"))
+    try:
+        from arguments import DataArguments, ModelArguments, SFTConfig
+    except ModuleNotFoundError:  # trl, where this machine only writes configurations: train.py will say it
+        return
+    finally:
+        sys.path.pop(0)
+    known = [field.name for kind in (ModelArguments, DataArguments, SFTConfig) for field in dataclasses.fields(kind)]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise RecipeError(f"training_arguments.{name}: train.py has no such argument{hint}")
 
 
 def planner_for(fields: Mapping[str, Any]):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ds_minis.config import MODES, SequenceParallel
 from ds_minis.context.estimate import GIB, Need, need_of
 from ds_minis.context.recipe_fields import (
     CLUSTER_FIELDS,
@@ -22,6 +23,7 @@ from ds_minis.context.recipe_fields import (
     check_fields,
     filled,
     number,
+    text,
     whole,
 )
 from ds_minis.context.schedule import Stage, rope_theta_for
@@ -131,6 +133,7 @@ def _planned(fields: Mapping[str, Any], settings: dict[str, Any], before: list[P
         accumulation=settings["batch_accumulation_per_replica"],
         micro_batch_size=settings["micro_batch_size"],
     )
+    text(settings["dataset_folder"], f"{where}: dataset_folder")
     _check_rates(fields, settings, steps, where)
     nodes, gpus, size = settings["nodes"], fields["cluster"]["gpus_per_node"], settings["sp"] * settings["tp"]
     world = nodes * gpus
@@ -146,6 +149,11 @@ def _planned(fields: Mapping[str, Any], settings: dict[str, Any], before: list[P
         raise RecipeError(
             f"{where}: cluster.nodes: {world} ranks continue a checkpoint of {before[-1].world}, whose optimizer DeepSpeed "
             "cannot divide anew; keep the number of ranks (and let sp grow), or set optimizer: fresh, or engine: fsdp"
+        )
+    if size > 1 and SequenceParallel.from_value({"size": size, "mode": fields["sp_mode"]}) is None:
+        raise RecipeError(
+            f"{where}: sp_mode: one of {', '.join(MODES)}, or a mapping of ulysses and ring whose product is {size}, is "
+            f"allowed, got {fields['sp_mode']!r}"
         )
     return PlannedStage(
         index=index,
@@ -198,6 +206,11 @@ def _check_rates(fields: Mapping[str, Any], settings: dict[str, Any], steps: int
     for name in ("learning_rate", "min_decay_lr"):
         if settings[name] is not None:
             settings[name] = number(settings[name], f"{where}: {name}")
+            most = settings["learning_rate"]  # which is read first
+            if not (settings[name] > 0 if name == "learning_rate" else 0 <= settings[name] <= most):
+                allowed = "more than 0" if name == "learning_rate" else f"0 to {most:g} (learning_rate)"
+                raise RecipeError(f"{where}: {name}: {allowed} is allowed, got {settings[name]:g}")
+    whole(settings["lr_warmup_steps"], f"{where}: lr_warmup_steps", least=0)
     decays = settings["min_decay_lr"] not in (None, settings["learning_rate"])
     if decays and fields["optimizer"] == "resume":
         raise RecipeError(
@@ -206,6 +219,10 @@ def _check_rates(fields: Mapping[str, Any], settings: dict[str, Any], steps: int
             "or optimizer: fresh"
         )
     own_steps = steps - settings["lr_warmup_steps"]
+    if decays and own_steps < 1:
+        raise RecipeError(
+            f"{where}: lr_warmup_steps: {settings['lr_warmup_steps']} leaves none of {steps} steps to decay in"
+        )
     if decays and settings["lr_decay_steps"] not in (None, own_steps):
         raise RecipeError(
             f"{where}: lr_decay_steps: {settings['lr_decay_steps']} is not {own_steps}, the stage's steps after its warm-up, "

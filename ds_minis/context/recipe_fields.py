@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -107,14 +109,49 @@ def check_fields(fields: dict[str, Any]) -> dict[str, Any] | None:
         mini_sequence = MiniSequenceConfig.from_value(fields["mini_sequence"], source="mini_sequence")
     except ValueError as error:
         raise RecipeError(str(error)) from None
+    for name in ("name", "init_weights_path", "checkpoints_path"):
+        text(fields[name], name)
+    if not re.fullmatch(r"\w[\w.-]*", fields["name"]):
+        raise RecipeError(
+            f"name: letters, digits, - and . are allowed (jobs and a folder get it), got {fields['name']!r}"
+        )
+    for name in ("timeout_seconds", "checkpoint_interval"):
+        if fields[name] is not None:
+            whole(fields[name], name)
+    whole(fields["seed"], "seed", least=0)
+    if not isinstance(fields["training_arguments"], Mapping):
+        raise RecipeError(
+            f"training_arguments: a mapping of train.py's arguments is allowed, got {fields['training_arguments']!r}"
+        )
     cluster = fields["cluster"]
     cluster["gpus_per_node"] = whole(cluster["gpus_per_node"], "cluster.gpus_per_node")
+    _check_slurm(cluster)
     for name in ("memory_per_gpu", "memory_per_node"):
         try:
             cluster[name] = cluster[name] if cluster[name] is None else bytes_of(cluster[name])
         except ValueError as error:
             raise RecipeError(f"cluster.{name}: {error}") from None
     return mini_sequence.to_dict(defaults=False) if mini_sequence.enabled else None
+
+
+def _check_slurm(cluster: Mapping[str, Any]) -> None:
+    if not isinstance(cluster["time_limit"], str):
+        raise RecipeError(
+            f'cluster.time_limit: a text such as "24:00:00" is allowed, got {cluster["time_limit"]!r}; put it in quotes: '
+            "without them YAML makes a number of it"
+        )
+    whole(cluster["save_before_end_seconds"], "cluster.save_before_end_seconds")
+    if cluster["save_before_end_seconds"] > 65535:
+        raise RecipeError(
+            f"cluster.save_before_end_seconds: Slurm takes 65535 at most, got {cluster['save_before_end_seconds']}"
+        )
+    flags = cluster["sbatch"]
+    if not isinstance(flags, list) or any(not isinstance(flag, str) or len(flag.split()) != 1 for flag in flags):
+        raise RecipeError(
+            f'cluster.sbatch: a list of flags without spaces, such as ["--partition=NAME"], is allowed, got {flags!r}'
+        )
+    if cluster["gres"] is not None:
+        text(cluster["gres"], "cluster.gres")
 
 
 def by_stage(values: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -125,6 +162,8 @@ def by_stage(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     lengths = values["sequence_length"]
     num_stages = len(lengths) if isinstance(lengths, list) else 1
+    if not num_stages:
+        raise RecipeError("sequence_length: the list is empty; give a length for each stage")
     for name, value in values.items():
         if isinstance(value, list) and len(value) != num_stages:
             where = f"stage {min(len(value), num_stages)}"
@@ -139,24 +178,33 @@ def by_stage(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def whole(value: Any, where: str) -> int:
-    """A whole number of 1 or more.
+def whole(value: Any, where: str, least: int = 1) -> int:
+    """A whole number that is not too small.
 
     Raises:
         RecipeError: it is none.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise RecipeError(f"{where}: a whole number of 1 or more is allowed, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise RecipeError(f"{where}: a whole number of {least} or more is allowed, got {value!r}")
     return value
 
 
 def number(value: Any, where: str) -> float:
-    """A number.
+    """A finite number.
 
     Raises:
         RecipeError: it is none.
     """
     try:  # YAML takes 2e-5, without a point, for a word
-        return float(value)
+        found = float(value)
     except (TypeError, ValueError):
-        raise RecipeError(f"{where}: a number is allowed, got {value!r}") from None
+        found = math.nan
+    if not math.isfinite(found):
+        raise RecipeError(f"{where}: a number is allowed, got {value!r}")
+    return found
+
+
+def text(value: Any, where: str) -> None:
+    """Raises a RecipeError for what is no text."""
+    if not isinstance(value, str):
+        raise RecipeError(f"{where}: a text is allowed, got {value!r}")

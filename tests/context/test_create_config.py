@@ -177,6 +177,35 @@ WRONG = {
         "stage 1 .*: cluster.nodes: 16 ranks continue a checkpoint of 8, .*optimizer: fresh, or engine: fsdp",
     ),
     "sequence parallelism without mini-sequences": ({"mini_sequence": False}, "stage 0: sp: needs mini_sequence"),
+    "no stage": ({"sequence_length": []}, "sequence_length: the list is empty"),
+    "an infinite base": ({"rope_theta": ".inf"}, "stage 0 .*: rope_theta: a number is allowed, got '.inf'"),
+    "no positive rate": ({"learning_rate": 0}, "stage 0 .*: learning_rate: more than 0 is allowed, got 0"),
+    "a rate that rises": (
+        {"learning_rate": 1e-5, "min_decay_lr": 1e-3, "optimizer": "fresh"},
+        r"stage 0 .*: min_decay_lr: 0 to 1e-05 .learning_rate. is allowed, got 0.001",
+    ),
+    "a warm-up in words": ({"lr_warmup_steps": "two"}, "stage 0 .*: lr_warmup_steps: a whole number of 0 or more"),
+    "a warm-up longer than the stage": (
+        {"lr_warmup_steps": 10, "min_decay_lr": 1e-6, "optimizer": "fresh"},
+        "stage 0 .*: lr_warmup_steps: 10 leaves none of 10 steps",
+    ),
+    "a data set that is none": ({"dataset_folder": ["a", 3]}, "stage 1 .*: dataset_folder: a text is allowed, got 3"),
+    "no seed": ({"seed": "x"}, "seed: a whole number of 0 or more is allowed, got 'x'"),
+    "no timeout": ({"timeout_seconds": "30min"}, "timeout_seconds: a whole number of 1 or more"),
+    "no interval": ({"checkpoint_interval": 0}, "checkpoint_interval: a whole number of 1 or more"),
+    "no folder name": ({"name": "../other"}, "name: letters, digits, - and . are allowed .*got '../other'"),
+    "no folder": ({"checkpoints_path": ["a", "b"]}, "checkpoints_path: a text is allowed"),
+    "arguments in a list": ({"training_arguments": ["packing"]}, "training_arguments: a mapping of"),
+    "an hour that YAML has made a number": (
+        {"cluster__time_limit": 86400}, 'cluster.time_limit: a text such as "24:00:00" .*quotes',
+    ),
+    "too long a signal": ({"cluster__save_before_end_seconds": 70000}, "save_before_end_seconds: Slurm takes 65535 at most"),
+    "flags as one text": ({"cluster__sbatch": "--partition=a"}, "cluster.sbatch: a list of flags without spaces"),
+    "a flag with a space": ({"cluster__sbatch": ["--comment=a b"]}, "cluster.sbatch: a list of flags without spaces"),
+    "no gres": ({"cluster__gres": 4}, "cluster.gres: a text is allowed, got 4"),
+    "a grid of another size": (
+        {"sp_mode": {"ulysses": 2, "ring": 2}}, "stage 0 .*: sp_mode: .*whose product is 8, is allowed",
+    ),
     "no mapping": (["a"], "the recipe is no mapping"),
 }  # fmt: skip
 
@@ -193,6 +222,14 @@ def test_a_wrong_recipe_is_one_line_and_writes_nothing(create_config, tmp_path, 
     assert create_config.main([str(tmp_path / "r.yaml"), "--output_dir", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "stage 0" in error and not (tmp_path / "out").exists()
+
+
+def test_an_argument_that_train_py_has_not_is_refused(create_config, tmp_path, capsys):
+    for argument, status in (("learning_rate", 0), ("learing_rate", 1)):
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(changed(training_arguments={argument: 1e-5})))
+        assert create_config.main([str(tmp_path / "r.yaml"), "--check"]) == status
+    error = capsys.readouterr().err
+    assert "training_arguments.learing_rate: train.py has no such argument; did you mean learning_rate?" in error
 
 
 TOO_LONG = {"init_weights_path": "meta-llama/Meta-Llama-3-8B", "sequence_length": [65536, 4194304]}
