@@ -87,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         cells, task = cells_of(args), task_of(args)
         model = model_of(args)
+        check_numbers(args)
         return _run(args, model, cells, task)
     except (WrongTask, OtherRun) as error:
         print(f"ds-minis needle: {error}", file=sys.stderr)
@@ -123,10 +124,26 @@ def cells_of(args: argparse.Namespace) -> list[tuple[int, float]]:
             raise WrongTask(f"--depth-interval: more than 0 and at most 1 is allowed, got {step}")
         # In decimals, and the end as it is, even if no whole number of steps leads there.
         depths = [float(i * step) for i in range(int(1 / step) + 1) if i * step < 1] + [1.0]
+    for flag, numbers in (("--lengths", lengths), ("--depths", depths)):
+        if not numbers:
+            raise WrongTask(f"{flag}: one number or more is needed")
     wrong = [d for d in depths if not 0 <= d <= 1] + [n for n in lengths if n < 1]
     if wrong:
         raise WrongTask(f"--depths: 0 to 1, and --lengths: 1 or more are allowed, got {wrong[0]}")
     return [(length, depth) for length in sorted(set(lengths)) for depth in sorted(set(depths))]
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Refuses numbers that no run can have, before a model is loaded.
+
+    Raises:
+        WrongTask: with the flag and what is allowed.
+    """
+    for flag, value in (("--batch-size", args.batch_size), ("--sequence-parallel", args.sequence_parallel)):
+        if value is not None and value < 1:
+            raise WrongTask(f"{flag}: 1 or more is allowed, got {value}")
+    if args.rope_theta is not None and not 1 < args.rope_theta < float("inf"):
+        raise WrongTask(f"--rope-theta: more than 1 is allowed, got {args.rope_theta}")
 
 
 def task_of(args: argparse.Namespace) -> NeedleTask:

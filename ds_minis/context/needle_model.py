@@ -134,7 +134,10 @@ def read_haystack(texts: Sequence[Path]) -> str:
         if not found or not found[0].is_file():
             raise WrongTask(f"haystack: {path}: a text file, or a folder with .txt files, is allowed")
         files += found
-    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    try:
+        text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    except UnicodeDecodeError as error:
+        raise WrongTask(f"haystack: {', '.join(map(str, files))}: no text in UTF-8 ({error.reason})") from None
     if not text.strip():
         raise WrongTask(f"haystack: {', '.join(map(str, files))}: there is no text in it")
     return text

@@ -55,10 +55,9 @@ class Ranks:
         Raises:
             WrongTask: the size does not divide the number of processes.
         """
-        if not (dist.is_available() and dist.is_initialized()):
-            return cls()
-        world, rank = dist.get_world_size(), dist.get_rank()
-        if world % size:
+        several = dist.is_available() and dist.is_initialized()
+        world, rank = (dist.get_world_size(), dist.get_rank()) if several else (1, 0)
+        if size < 1 or world % size:
             divisors = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
             raise WrongTask(f"sequence_parallel: {divisors} is allowed with {world} processes, got {size}")
         return cls(size, rank // size, world // size, rank == 0)

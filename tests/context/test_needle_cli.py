@@ -12,7 +12,7 @@ import pytest
 from needle_models import model, tokenizer
 
 from ds_minis.cli import main
-from ds_minis.cli.needle import add_arguments, cells_of, model_of, task_of
+from ds_minis.cli.needle import add_arguments, cells_of, check_numbers, model_of, task_of
 from ds_minis.context import needle_model
 from ds_minis.context.needle_task import NeedleTask, WrongTask
 
@@ -71,12 +71,17 @@ def test_easycontexts_flags_are_taken():
         (["m", "--depths", "0,1.5"], "0 to 1.*got 1.5"),
         (["m", "--ckpt-path", "m"], "a model is needed"),
         ([], "a model is needed"),
+        (["m", "--lengths", ","], "--lengths: one number or more"),
+        (["m", "--depths", ","], "--depths: one number or more"),
+        (["m", "--batch-size", "0"], "--batch-size: 1 or more is allowed, got 0"),
+        (["m", "--sp", "-1"], "--sequence-parallel: 1 or more is allowed, got -1"),
+        (["m", "--rope-theta", "nan"], "--rope-theta: more than 1 is allowed, got nan"),
     ],
 )
 def test_wrong_arguments_are_refused(argv, words):
     with pytest.raises(WrongTask, match=words):
         args = parsed(*argv)
-        model_of(args), cells_of(args)
+        model_of(args), cells_of(args), check_numbers(args)
 
 
 def test_a_run_writes_results_a_picture_and_says_how_it_went(saved, tmp_path, capsys, monkeypatch):
@@ -93,7 +98,7 @@ def test_a_run_writes_results_a_picture_and_says_how_it_went(saved, tmp_path, ca
     assert (tmp_path / "needle_tiny_niah_multikey.png").exists()
     # Again: nothing is left to do. With another seed: refused, unless it is to be forgotten.
     again = ["needle", "--ckpt-path", str(saved), *SMALL, "--variant", "niah_multikey"]
-    assert main(again) == 0 and "1/" not in capsys.readouterr().out
+    assert main(again) == 0 and "] 1/" not in capsys.readouterr().out
     assert main([*again, "--seed", "1"]) == 2
     assert "task.seed was 0 and is 1. Give another --output, or --overwrite" in capsys.readouterr().err
     assert main([*again, "--seed", "1", "--overwrite"]) == 0
@@ -140,6 +145,11 @@ def test_an_adapter_without_a_base_is_refused(tmp_path, capsys):
 def test_a_model_that_is_not_there_is_one_line(tmp_path, capsys):
     assert main(["needle", str(tmp_path / "none"), *SMALL]) == 2
     assert "no model could be loaded" in capsys.readouterr().err
+
+
+def test_more_processes_than_there_are_cannot_share_a_sequence(saved, capsys):
+    assert main(["needle", str(saved), *SMALL, "--sp", "3"]) == 2
+    assert "sequence_parallel: 1 is allowed with 1 processes, got 3" in capsys.readouterr().err
 
 
 def test_the_script_is_the_same_command():

@@ -190,6 +190,8 @@ def test_a_size_that_does_not_divide_the_processes_is_refused(monkeypatch):
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 3)
     with pytest.raises(WrongTask, match="sequence_parallel: 1, 2, 4 is allowed with 4 processes, got 3"):
         Ranks.current(3)
+    with pytest.raises(WrongTask, match="got -2"):
+        Ranks.current(-2)
     assert Ranks.current(2) == Ranks(2, 1, 2, False)
 
 

@@ -123,3 +123,9 @@ def test_a_haystack_that_is_not_there_is_refused(tmp_path):
     for path in (tmp_path / "no.txt", tmp_path):
         with pytest.raises(WrongTask, match=r"haystack: .*a text file, or a folder with .txt files"):
             make_needle_maker(NeedleTask(), tokenizer(), [path])
+
+
+def test_a_haystack_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "weights.txt").write_bytes(b"\x80\x81")
+    with pytest.raises(WrongTask, match=r"haystack: .*weights.txt: no text in UTF-8"):
+        make_needle_maker(NeedleTask(), tokenizer(), [tmp_path])
