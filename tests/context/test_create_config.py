@@ -12,7 +12,7 @@ from support import warm
 
 from ds_minis.config import MiniSequenceConfig
 from ds_minis.context import SEED_STAGES, rope_theta_for
-from ds_minis.context.estimate import bytes_of
+from ds_minis.context.estimate import GIB, bytes_of
 from ds_minis.context.recipe import RecipeError, read_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -258,6 +258,18 @@ def test_a_model_without_known_sizes_is_not_planned_and_says_so(create_config):
     assert "memory not planned (add model_config)" in create_config.table(recipe)
     with pytest.raises(RecipeError, match="model_config: KeyError.'model_type'.*config.json"):
         read_recipe(changed(model_config={"hidden_size": 8}), create_config.planner_for)
+
+
+def test_the_page_says_what_the_planner_plans(create_config, tmp_path):
+    eight, many = (ROOT / "examples" / "long_context" / f"1M_4stages_{n}gpus.yaml" for n in (8, 64))
+    offload = tmp_path / "r.yaml"
+    offload.write_text(eight.read_text() + "mini_sequence: {offload: cpu}\n")
+    plans = [create_config.load(path).stages for path in (eight, many, offload)]
+    page = (ROOT / "docs" / "long_context.md").read_text(encoding="utf-8")
+    for on_eight, on_many, offloaded in zip(*plans, strict=True):
+        needs = [f"{stage.need.device / GIB:.1f}" for stage in (on_eight, on_many, offloaded)]
+        row = [f"{on_eight.stage.sequence_length:,}", *needs, f"{offloaded.need.host / GIB:.0f}"]
+        assert f"| {' | '.join(row)} |" in page
 
 
 def test_sizes():
