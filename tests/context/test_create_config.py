@@ -128,6 +128,11 @@ def test_nanotrons_fields_and_parallelism_are_taken(create_config):
     assert create_config.train_arguments(recipe, recipe.stages[0])["save_steps"] == 5
 
 
+def test_replicas_share_the_samples_of_a_step():
+    planned = read_recipe(changed(sp=4, batch_accumulation_per_replica=3, micro_batch_size=5)).stages[0]
+    assert (planned.replicas, planned.samples) == (2, 30)
+
+
 def test_the_formula_gives_a_base_that_is_left_out():
     recipe = read_recipe(changed(rope_theta="auto", rope_base_length=8192, rope_base_theta="5.0e5"))
     assert [planned.stage.rope_theta for planned in recipe.stages] == [
@@ -154,6 +159,7 @@ WRONG = {
         r"stage 1 .sequence_length 131072.: sp: 8 ranks .1 nodes of 8. cannot be divided into groups of 3 .*one of 1, 2, 4, "
         "8, or cluster.nodes to a multiple of 3",
     ),
+    "groups over machines that do not divide": ({"sp": 12}, "groups of 12 .*cluster.nodes to a multiple of 3$"),
     "steps that do not grow": (
         {"train_steps": [10, 10]},
         "stage 1 .*: train_steps: 10 is not more than 10, .*cumulative; give 20 for 10 steps of this stage, or set "
@@ -239,6 +245,10 @@ TOO_LARGE = {
         r"stage 1 .sequence_length 4194304.: cluster.memory_per_gpu: 74.5 GiB, but as planned it needs \d+.\d GiB on each "
         r"GPU .*layer inputs 128.0.*; set mini_sequence: {offload: cpu}, or cluster.nodes 4 with sp 32",
     ),
+    "on a GPU, by a little": (
+        {"sequence_length": [65536, 131072], "cluster__memory_per_gpu": "24GiB"},
+        "stage 1 .sequence_length 131072.: cluster.memory_per_gpu: 24.0 GiB, but as planned it needs 24.4 GiB on each GPU",
+    ),
     "on a host": (
         {"mini_sequence": {"offload": "cpu"}},
         "stage 1 .*: cluster.memory_per_node: 931.3 GiB, but as planned it needs .* 1024.0 GiB on each host; use more nodes",
@@ -250,7 +260,7 @@ TOO_LARGE = {
 def test_a_stage_that_cannot_fit_stops_with_what_it_needs_and_what_would_do(create_config, where):
     fields, said = TOO_LARGE[where]
     with pytest.raises(RecipeError, match=said):
-        read_recipe(changed(**TOO_LONG, **fields), create_config.planner_for)
+        read_recipe(changed(**TOO_LONG | fields), create_config.planner_for)
 
 
 def test_a_model_without_known_sizes_is_not_planned_and_says_so(create_config):

@@ -246,3 +246,23 @@ def test_no_submodule_and_no_saved_tensor_is_added():
     assert [name for name, _ in model.named_modules()] == modules and list(model.state_dict()) == keys
     assert "angles in float64" in repr(model) and type(rotary_of(model)).__name__ == "LlamaRotaryEmbedding"
     assert rope._plain_class(rotary_of(model)) in type(rotary_of(model)).__mro__
+
+
+def test_positions_that_a_model_has_are_not_taken_away():
+    changed = with_rope(config_of(rope_type="default"), theta=THETA, length=64)
+    assert changed.max_position_embeddings == SIZES["max_position_embeddings"]
+
+
+def test_a_base_beside_the_parameters_is_changed_too():
+    config = config_of(rope_type="default")
+    config.rope_theta = 5e5
+    assert with_rope(config, theta=THETA, length=LAST + 1).rope_theta == THETA
+
+
+def test_a_small_error_is_refused_too():
+    """What float32 alone does at 16K tokens, where nothing was cast."""
+    model = model_of(with_rope(config_of(rope_type="default"), theta=THETA, length=16_384))
+    assert 2e-5 < rope_error(model, 16_384) < 2e-3
+    with pytest.raises(ValueError, match="position 16,383 are wrong by .*float32"):
+        check_rope(model, 16_384)
+    check_rope(model, 16_384, tolerance=2e-3)
