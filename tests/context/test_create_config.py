@@ -113,6 +113,26 @@ def test_resume_continues_in_one_folder_and_fresh_takes_the_weights_alone(create
     assert second["max_steps"] == 10 and second["resume_from_checkpoint"] == "last_if_any"
 
 
+def test_what_a_stage_is_given_beside_its_lengths(create_config, tmp_path):
+    recipe = read_recipe(changed(sp_mode="ring", cluster__save_before_end_seconds=77))
+    create_config.write(recipe, tmp_path, "r")
+    folder = tmp_path / recipe.stages[1].folder
+    train = yaml.safe_load((folder / "train.yaml").read_text())
+    expected = {
+        "mini_sequence_loss": True,
+        "adam_beta2": 0.95,
+        "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
+        "save_steps": 10,
+    }
+    assert expected.items() <= train.items()
+    assert yaml.safe_load((folder / "accelerate.yaml").read_text())["deepspeed_config"]["zero3_init_flag"] is True
+    settings = json.loads((folder / "deepspeed.json").read_text())["mini_sequence"]
+    assert settings["sequence_parallel"] == {"size": 8, "mode": "ring"}
+    variables = (folder / "stage.env").read_text()
+    assert "SAVE_BEFORE_END=77" in variables and "--gres=gpu:8" in variables and "DEVICE=gpu" in variables
+
+
 def test_nanotrons_fields_and_parallelism_are_taken(create_config):
     recipe = read_recipe(
         changed(
