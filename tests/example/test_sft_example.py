@@ -60,7 +60,10 @@ def test_default_run_trains_with_the_engine_and_mini_sequences(default_run):
         str(folder),
     ):
         assert line in printed, line
-    assert "loss: tiled, LM head Linear; calls with fused_lm_head=True" in printed and "not tiled" not in printed
+    assert (
+        "loss: tiled, LM head ModulesToSaveWrapper; calls with fused_lm_head=True" in printed
+        and "not tiled" not in printed
+    )
     assert "Warning" not in printed and len(printed.splitlines()) + 20 - len(losses) <= 40  # of the default's 20 steps
 
 
