@@ -120,7 +120,8 @@ def run(case: dict) -> dict:
             evaluated, true = model(**batch).loss, plain(**batch).loss
             result["evaluation"] = 0.0 if torch.equal(evaluated.isnan(), true.isnan()) else 1.0
             result["evaluation"] += (evaluated - true).abs().nan_to_num().item()
-        batch.pop("labels")
+        for name in ("labels", "shift_labels"):
+            batch.pop(name, None)
         result["whole"] = (model(**batch).logits - plain(**batch).logits).abs().max().item()
     return result
 
