@@ -155,8 +155,8 @@ def test_report_tells_what_is_tiled_what_is_not_and_why():
         "  tiled: 2 x Qwen3MLP",
         "  not tiled: 2 x Qwen3Attention (mixes tokens)",
         "  not tiled: 1 x Qwen3RMSNorm (in exclude)",
-        "  loss: tiled, LM head Linear; with labels, the output has no `logits` (return_logits brings them back); without, they "
-        "are computed as far as a loss reads them",
+        "  loss: tiled, LM head Linear; with labels, the output has no `logits` (return_logits brings them back); without, "
+        "they are computed as far as a loss reads them",
     ):
         assert line in str(report).splitlines()
 
