@@ -1,6 +1,6 @@
 """Steps of a mix of lengths, as in supervised fine-tuning: a memory budget beside checkpointing and no checkpointing.
 
-python scripts/bench/mixed_lengths.py --output mixed_lengths.json
+python scripts/bench/mixed_lengths.py --json mixed_lengths.json
 
 Lengths are lognormal: most short, few at the maximum. Products are counted in all steps. Seconds are taken in rounds, with
 the variants in turn. "no checkpointing" has no budget: it shows what keeping everything always takes.
@@ -17,24 +17,12 @@ import statistics
 import time
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from common import envelope, write
+from flops import Flops
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
 from ds_minis.planner.adapters import add_lora
-
-
-class Products(TorchDispatchMode):
-    """Floating-point operations of all matrix products and attentions."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
-            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
-        return out
 
 
 def mix(count: int, longest: int, seed: int = 0) -> list[int]:
@@ -82,7 +70,7 @@ def measured(args, lora: bool) -> list[dict]:
     for name, model in models.items():
         step(model, min(lengths), args.vocab)
         step(model, sorted(lengths)[len(lengths) // 2], args.vocab)
-        with Products() as counter:
+        with Flops() as counter:
             kept[name] = []
             for length in lengths:
                 step(model, length, args.vocab)
@@ -124,15 +112,12 @@ def main() -> None:
         ("budget_mib", 60),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--output")
+    parser.add_argument("--json", help="write the results to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    settings = {key: value for key, value in vars(args).items() if key != "output"}
     rows = [row for lora in (True, False) for row in measured(args, lora)]
-    if args.output:
-        with open(args.output, "w", encoding="utf-8") as file:
-            json.dump({"settings": settings, "lengths": mix(args.count, args.longest), "rows": rows}, file, indent=1)
-            file.write("\n")
+    results = {"lengths": mix(args.count, args.longest), "rows": rows}
+    write(args.json, envelope("mixed_lengths", args, simulated=False, results=results))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,8 @@ import copy
 
 import pytest
 import torch
+from flops import Flops
 from models import CHUNKS, CONFIGS, add_lora, assert_same_training, batch, build, checkpointed, loss_and_grads, twins
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from ds_minis import convert_to_mini_sequence
 
@@ -53,18 +52,6 @@ def test_reentrant_checkpointing(scope):
         m.enable_input_require_grads()
     convert_to_mini_sequence(model, {**CHUNKS, "scope": scope})
     assert_same_training(model, reference, batch(23))
-
-
-class Flops(TorchDispatchMode):
-    """Floating-point operations of all matmuls, by torch's own formulas; without its counter's hooks on logits."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
-            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
-        return out
 
 
 def flops_of_a_step(model, inputs=None) -> int:

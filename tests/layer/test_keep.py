@@ -5,6 +5,7 @@ import gc
 
 import pytest
 import torch
+from flops import Flops
 from live_bytes import LiveBytes
 from models import (
     CHUNKS,
@@ -19,8 +20,6 @@ from models import (
     twins,
     with_dropout,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
 from ds_minis.config import MiniSequenceConfig
@@ -129,16 +128,6 @@ def test_backward_twice(keep):
     with pytest.raises(RuntimeError):
         loss.backward()
     assert budget_of(model).live_bytes == 0
-
-
-class Flops(TorchDispatchMode):
-    total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
-            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
-        return out
 
 
 @pytest.mark.parametrize("length", [7, 53])
