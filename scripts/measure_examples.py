@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -18,9 +17,9 @@ import time
 from pathlib import Path
 
 import torch
+from made_blocks import with_block
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "sft"
-BLOCK = re.compile(r"(<!-- runs: [^\n]*-->\n).*?(<!-- end of runs -->)", re.DOTALL)
 RUNS = {
     "sh run_peft_multigpu.sh": "DDP, LoRA",
     "sh run_peft_fsdp.sh": "FSDP2, LoRA",
@@ -78,7 +77,7 @@ def main() -> None:
     print("\n".join(rows))
     if not only:
         page = EXAMPLE / "README.md"
-        text = BLOCK.sub(lambda block: block[1] + "\n".join(rows) + "\n" + block[2], page.read_text(encoding="utf-8"))
+        text = with_block(page.read_text(encoding="utf-8"), "runs", "\n".join(rows) + "\n")
         page.write_text(text, encoding="utf-8")
 
 

@@ -6,17 +6,15 @@ python scripts/messages.py --check    # fail if it is out of date
 
 from __future__ import annotations
 
-import argparse
 import ast
-import re
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from made_blocks import make_block
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "troubleshooting.md"
-BLOCK = re.compile(r"(<!-- messages: [^\n]*-->\n).*?(<!-- end of messages -->)", re.DOTALL)
 SHORTEST = 12  # characters; less is a name or a value
 TITLES = {  # first parts of a module's name, the longest that fits: where its messages stand
     "config": "Settings",
@@ -29,6 +27,8 @@ TITLES = {  # first parts of a module's name, the longest that fits: where its m
     "run": "Engines and trainers",
     "replicas": "Sequence parallelism",
     "parallel": "Sequence parallelism",
+    "tiling.heads": "LM head and loss",
+    "tiling.kernels": "LM head and loss",
     "tiling.loss": "LM head and loss",
     "tiling.logits": "LM head and loss",
     "tiling": "Layers and modules",
@@ -81,17 +81,5 @@ def listed() -> str:
     return "".join(parts) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    check = parser.parse_args().check
-    old = PAGE.read_text(encoding="utf-8")
-    new = BLOCK.sub(lambda block: block[1] + listed() + block[2], old)
-    if check and new != old:
-        sys.exit("docs/troubleshooting.md: the list of messages is out of date; run python scripts/messages.py")
-    if not check:
-        PAGE.write_text(new, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    make_block(PAGE, "messages", listed, __doc__)

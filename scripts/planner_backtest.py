@@ -10,10 +10,10 @@ norm of a layer is tiled too, as a conversion must have something to tile).
 
 from __future__ import annotations
 
-import argparse
-import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from made_blocks import make_block
 
 from ds_minis.planner import engines
 from ds_minis.planner.models import shipped_config
@@ -21,7 +21,6 @@ from ds_minis.planner.planner import USABLE, Planner
 from ds_minis.planner.setup import GIB, Setup
 
 PAGE = Path(__file__).parents[1] / "docs" / "planner.md"
-BEGIN, END = "<!-- back-test: made by scripts/planner_backtest.py -->", "<!-- end of the back-test -->"
 TILED_LOSS = {"scope": "tokens", "include": ["*.input_layernorm"]}
 ON_8 = {**TILED_LOSS, "sequence_parallel": {"size": 8, "mode": "gather"}}
 M = 2**20
@@ -71,9 +70,9 @@ def planned_bytes(case: Case) -> float:
     return sum(term.nbytes for term in held.terms if not term.on_host) + peak.activations + peak.gradients
 
 
-def rows() -> list[str]:
+def table() -> str:
     lines = [
-        "| published | model | tokens | published | planned | difference | taken for it |",
+        "| run | model | tokens | published | planned | difference | taken for it |",
         "|---|---|---|---|---|---|---|",
     ]
     for case in PEAKS:
@@ -89,23 +88,8 @@ def rows() -> list[str]:
             f"| {case.what} | {case.model} | the longest | {case.tokens:,} tokens | {found:,} tokens | "
             f"{found / case.tokens - 1:+.0%} | {case.note} |"
         )
-    return lines
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    args = parser.parse_args()
-    text = PAGE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    new = f"{before}{BEGIN}\n\n" + "\n".join(rows()) + f"\n\n{END}{after}"
-    if args.check:
-        return int(new != text)
-    PAGE.write_text(new, encoding="utf-8")
-    print(new[new.index(BEGIN) : new.index(END)])
-    return 0
+    return "\n" + "\n".join(lines) + "\n\n"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    make_block(PAGE, "back-test", table, __doc__)

@@ -6,17 +6,15 @@ python scripts/settings_table.py --check    # fail if it is out of date
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-import re
-import sys
 from pathlib import Path
+
+from made_blocks import make_block
 
 from ds_minis import MiniSequenceConfig
 
 PAGE = Path(__file__).parent.parent / "docs" / "settings.md"
-BLOCK = re.compile(r"(<!-- settings: [^\n]*-->\n).*?(<!-- end of settings -->)", re.DOTALL)
 
 
 def table() -> str:
@@ -26,17 +24,5 @@ def table() -> str:
     return "\n".join(rows) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    check = parser.parse_args().check
-    old = PAGE.read_text(encoding="utf-8")
-    new = BLOCK.sub(lambda block: block[1] + table() + block[2], old)
-    if check and new != old:
-        sys.exit("docs/settings.md: the table of settings is out of date; run python scripts/settings_table.py")
-    if not check:
-        PAGE.write_text(new, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    make_block(PAGE, "settings", table, __doc__)
