@@ -71,7 +71,7 @@ def validate(file: str | Path) -> tuple[Request | None, list[str]]:
     Raises:
         ValueError: it cannot be read, a setting is wrong, or two places disagree.
     """
-    from ds_minis.planner.files import load_mapping
+    from ds_minis.planner.files import deepspeed_file, load_mapping
 
     path = Path(file)
     content = load_mapping(path)
@@ -80,19 +80,10 @@ def validate(file: str | Path) -> tuple[Request | None, list[str]]:
         if any(key in fields for key in content):
             return Request(MiniSequenceConfig.from_value(content, source=str(path)), str(path)), []
     requests = [read_section(content, str(path))]
-    named = _nested_file(content)
-    if named:
-        places = [Path(named), path.parent / named, path.parent.parent / named]
-        place = next((place for place in places if place.is_file()), None)
-        if place is None:
-            raise ValueError(f"{str(path)!r} names the DeepSpeed configuration {named!r}, which is not there")
-        requests.append(read_section(load_mapping(place), str(place)))
+    named = deepspeed_file(content, path)
+    if named is not None:
+        requests.append(read_section(load_mapping(named), str(named)))
     return reconcile(*requests), list(_notes(content))
-
-
-def _nested_file(content: dict[str, Any]) -> str | None:
-    nested = content.get("deepspeed_config")
-    return nested.get("deepspeed_config_file") if isinstance(nested, dict) else None
 
 
 def _notes(content: dict[str, Any]):

@@ -40,6 +40,26 @@ def load_mapping(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def deepspeed_file(content: Mapping[str, Any], path: Path) -> Path | None:
+    """The DeepSpeed JSON that an accelerate YAML names; None if it names none.
+
+    Args:
+        path: the YAML's. A relative name is looked for from here, from beside it, and from the folder above.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    nested = content.get("deepspeed_config")
+    named = nested.get("deepspeed_config_file") if isinstance(nested, Mapping) else None
+    if not named:
+        return None
+    places = Path(named), path.parent / named, path.parent.parent / named
+    place = next((place for place in places if place.is_file()), None)
+    if place is None:
+        raise ValueError(f"{str(path)!r} names the DeepSpeed configuration {named!r}, which is not there")
+    return place
+
+
 def read_configuration(path: str | Path) -> dict[str, Any]:
     """Fields of a `Setup` that a file states: engine, gpus, settings, offloading, accumulation, optimizer.
 
@@ -61,23 +81,19 @@ def _read_accelerate(content: dict[str, Any], path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"engine": _ENGINES[kind]}
     if isinstance(content.get("num_processes"), int):
         found["gpus"] = content["num_processes"]
-    nested = content.get("deepspeed_config") or {}
     if kind == "DEEPSPEED":
-        found |= _read_stage(nested, path)
+        found |= _read_stage(content, path)
     offload = (content.get("fsdp_config") or {}).get("fsdp_offload_params")
     if offload:
         found["offload_param"] = True
     return found | _settings(content, str(path), found.get("settings"))
 
 
-def _read_stage(nested: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    file = nested.get("deepspeed_config_file")
-    if file:
-        places = [Path(file), path.parent / file, path.parent.parent / file]
-        place = next((place for place in places if place.is_file()), None)
-        if place is None:
-            raise ValueError(f"{str(path)!r} names the DeepSpeed configuration {file!r}, which is not there")
+def _read_stage(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    place = deepspeed_file(content, path)
+    if place is not None:
         return _read_deepspeed(load_mapping(place), str(place))
+    nested = content.get("deepspeed_config") or {}
     found: dict[str, Any] = {"engine": f"zero{nested.get('zero_stage', 2)}"}
     if nested.get("offload_optimizer_device") in ("cpu", "nvme"):
         found["offload_optimizer"] = True
@@ -126,8 +142,8 @@ def write_configuration(plan: Any, folder: str | Path, source: str | None) -> li
     given = load_mapping(source) if source else {}
     own_yaml = given if "distributed_type" in given else {}
     own_json = {} if own_yaml else given
-    named = (own_yaml.get("deepspeed_config") or {}).get("deepspeed_config_file")
-    if named and Path(named).is_file():
+    named = deepspeed_file(own_yaml, Path(source)) if own_yaml else None
+    if named is not None:
         own_json = load_mapping(named)
     written = []
     if setup.engine.startswith("zero"):

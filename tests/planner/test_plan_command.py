@@ -170,6 +170,18 @@ def test_writes_what_it_advises_and_reads_it_back(model, capsys, tmp_path):
     assert yaml.safe_load((tmp_path / "fsdp2" / "accelerate.yaml").read_text())["mixed_precision"] == "bf16"
 
 
+def test_what_a_deepspeed_json_beside_its_yaml_says_is_kept(model, capsys, tmp_path):
+    zero = {"zero_optimization": {"stage": 3}, "gradient_clipping": 0.25}
+    (tmp_path / "zero.json").write_text(json.dumps(zero))
+    named = {"deepspeed_config_file": "zero.json"}  # beside the YAML, not in the folder that the command runs in
+    source = tmp_path / "own.yaml"
+    content = {"distributed_type": "DEEPSPEED", "num_processes": 2, "deepspeed_config": named}
+    source.write_text(yaml.safe_dump(content))
+    folder = tmp_path / "advised"
+    plan(capsys, model, "--gpu-memory", "8", "--lora", "--from", str(source), "--write", str(folder))
+    assert json.loads((folder / "deepspeed.json").read_text())["gradient_clipping"] == 0.25
+
+
 def test_the_picture_has_titles_units_and_the_card(model, capsys, tmp_path):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     shown = []
