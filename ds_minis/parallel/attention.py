@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ds_minis.parallel.collectives import exchange, exchange_and_free, gather_ranks, gather_sequence
+from ds_minis.parallel.collectives import exchange, gather_ranks, gather_sequence
 from ds_minis.parallel.cut import Cut
 from ds_minis.parallel.gathered import gathered_attention
 from ds_minis.parallel.groups import Group
@@ -204,7 +204,7 @@ class _Call:
         with _kv_groups(self._request.module, mine[0].shape[1] // mine[1].shape[1]):
             of_ranks = inner.by_rank(attend(*mine, cut), 1)
         del mine
-        return torch.cat(exchange_and_free(of_ranks, group), 2)
+        return torch.cat(exchange(of_ranks, group), 2)
 
     def _whole(self, q: Tensor, k: Tensor, v: Tensor, cut: Cut) -> Tensor:
         """The model's own call for all tokens."""

@@ -84,12 +84,10 @@ def scattered_sum(of_ranks: list[Tensor], group: Group) -> Tensor:
 
 
 def exchange(of_ranks: list[Tensor], group: Group) -> list[Tensor]:
-    """Gives each rank the tensor meant for it, and returns those that the others meant for this one. Equal shapes."""
-    return list(_Exchange.apply(group, *of_ranks))
+    """Gives each rank the tensor meant for it, and returns those that the others meant for this one. Equal shapes.
 
-
-def exchange_and_free(of_ranks: list[Tensor], group: Group) -> list[Tensor]:
-    """`exchange`, which empties the list: what is sent is not held beside what is made of the received."""
+    The list is emptied: what was sent is not held beside what is made of the received.
+    """
     tensors = tuple(of_ranks)
     of_ranks.clear()
     return list(_Exchange.apply(group, *tensors))
