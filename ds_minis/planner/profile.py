@@ -50,13 +50,18 @@ class Profile:
 
     def __init__(self, few: dict, more: dict, depths: tuple[int, int, int]):
         self.depths = depths
-        self._times = (depths[2] - depths[0]) / (depths[1] - depths[0])
         self.parameters = self._at_depth_of(few["parameters"], more["parameters"])
         span = depths[1] - depths[0]
         self.of_layer = {k: (more["parameters"][k] - few["parameters"][k]) / span for k in few["parameters"]}
         self.flops = [a + self._times * (b - a) for a, b in zip(few["flops"], more["flops"], strict=True)]
         self.widest = more["widest"]
         self._series = list(_series(few, more))
+
+    @property
+    def _times(self) -> float:
+        """How often what one traced depth has more than the other is there beyond the first, in the whole model."""
+        few, more, whole = self.depths
+        return (whole - few) / (more - few)
 
     def _at_depth_of(self, few: dict, more: dict) -> dict[str, float]:
         return {name: few[name] + self._times * (more[name] - few[name]) for name in few}
@@ -111,7 +116,6 @@ class Profile:
     def from_data(cls, data: dict[str, Any]) -> Profile:
         profile = cls.__new__(cls)
         profile.depths = tuple(data["depths"])
-        profile._times = (profile.depths[2] - profile.depths[0]) / (profile.depths[1] - profile.depths[0])
         for name in ("parameters", "of_layer", "flops", "widest"):
             setattr(profile, name, data[name])
         profile._series = [(where, np.array(few), np.array(more)) for where, few, more in data["series"]]
