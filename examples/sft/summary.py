@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,13 @@ from progress import Progress
 from transformers import Trainer
 
 from ds_minis import ConversionReport, mini_sequence_report
+from ds_minis.integrations import trainer_metrics
 
 
 def peak_memory_bytes() -> tuple[int, str]:
     """Peak memory of this process, and what was measured: the accelerator's allocations, or else resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated(), "allocated on the GPU"
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "resident, this process"
+    kind = "allocated on the GPU" if torch.cuda.is_available() else "resident, this process"
+    return trainer_metrics.peak_memory_bytes(), kind
 
 
 def summarize(trainer: Trainer, metrics: dict[str, Any], progress: Progress) -> None:
