@@ -2,7 +2,8 @@
 
 import weakref
 
-from models import CHUNKS, batch, checkpointed, twins
+import torch
+from models import CHUNKS, assert_same_tensors, batch, checkpointed, loss_and_grads, twins
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -43,3 +44,14 @@ def converted(settings, family="llama", attention="sdpa", **sizes):
 def unmasked(length, **kwargs):
     inputs = batch(length, **kwargs)
     return {key: value for key, value in inputs.items() if key != "attention_mask"}
+
+
+def assert_same_gradients_twice(model, reference, inputs: dict) -> torch.Tensor:
+    """Backward of one loss with its graph retained, and again, gives the reference's gradients; the loss, its graph freed."""
+    _, grads = loss_and_grads(reference, inputs)
+    loss = model(**inputs).loss
+    for retain in (True, False):
+        model.zero_grad()
+        loss.backward(retain_graph=retain)
+        assert_same_tensors({name: p.grad for name, p in model.named_parameters()}, grads)
+    return loss

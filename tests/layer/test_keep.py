@@ -6,6 +6,7 @@ import gc
 import pytest
 import torch
 from flops import Flops
+from kept import assert_same_gradients_twice
 from live_bytes import LiveBytes
 from models import (
     CHUNKS,
@@ -119,12 +120,7 @@ def test_the_same_random_numbers_as_the_unconverted_model(keep):
 def test_backward_twice(keep):
     model, reference = twins("llama", attention="sdpa")
     converted(model, KEEPS[keep])
-    _, grads = loss_and_grads(reference, batch(23))
-    loss = model(**batch(23)).loss
-    for retain in (True, False):
-        model.zero_grad()
-        loss.backward(retain_graph=retain)
-        assert_same_tensors({name: p.grad for name, p in model.named_parameters()}, grads)
+    loss = assert_same_gradients_twice(model, reference, batch(23))
     with pytest.raises(RuntimeError):
         loss.backward()
     assert budget_of(model).live_bytes == 0

@@ -5,7 +5,7 @@ import gc
 
 import pytest
 import torch
-from kept import SETTINGS, WIDE, Attention, converted, unmasked
+from kept import SETTINGS, WIDE, Attention, assert_same_gradients_twice, converted, unmasked
 from models import (
     CHUNKS,
     add_lora,
@@ -90,13 +90,7 @@ def test_the_output_is_kept_and_queries_keys_and_values_are_not(settings, attent
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_backward_twice(settings):
-    model, reference = converted(SETTINGS[settings])
-    _, grads = loss_and_grads(reference, unmasked(23))
-    loss = model(**unmasked(23)).loss
-    for keep in (True, False):
-        model.zero_grad()
-        loss.backward(retain_graph=keep)
-        assert_same_tensors({name: p.grad for name, p in model.named_parameters()}, grads)
+    loss = assert_same_gradients_twice(*converted(SETTINGS[settings]), unmasked(23))
     with pytest.raises(RuntimeError):
         loss.backward()
 

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from kept import SETTINGS, Attention, converted, unmasked
+from kept import SETTINGS, Attention, assert_same_gradients_twice, converted, unmasked
 from models import assert_same_tensors, assert_same_training, batch, checkpointed, loss_and_grads
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -125,12 +125,7 @@ def test_backward_twice_through_the_reentrant_kind_of_checkpointing():
     model, reference = (checkpointed(m, use_reentrant=True) for m in converted(LAYERS))
     for m in (model, reference):
         m.enable_input_require_grads()
-    _, grads = loss_and_grads(reference, unmasked(23))
-    loss = model(**unmasked(23)).loss
-    for keep in (True, False):
-        model.zero_grad()
-        loss.backward(retain_graph=keep)
-        assert_same_tensors({name: p.grad for name, p in model.named_parameters()}, grads)
+    assert_same_gradients_twice(model, reference, unmasked(23))
 
 
 def whole_layers(model) -> set[str]:
