@@ -47,6 +47,12 @@ def losses(checkpoints: Path) -> list[float]:
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
 
 
+def assert_ran(checkpoints: Path, engine: str, processes: int) -> None:
+    """In the engine that the recipe names, in so many processes: on a CPU accelerate falls back without a word."""
+    summary = json.loads((checkpoints / "summary.json").read_text())
+    assert summary["engine"].startswith(engine) and summary["num_processes"] == processes, summary
+
+
 def ranks_of(stage: Path) -> list[psutil.Process]:
     """The training processes of a stage."""
     found = []
@@ -100,6 +106,7 @@ def launch_twin(configs: Path, **variables: str) -> subprocess.Popen:
 
 def test_the_twin_runs_the_stages_and_leaves_out_what_is_done(twin):
     of_steps, configs, checkpoints = twin
+    assert_ran(checkpoints, "DEEPSPEED, DeepSpeedEngine", 2)
     assert len(of_steps) == 14 and [path.name for path in sorted(checkpoints.glob("*.done"))] == [
         f"stage_{i}.done" for i in range(3)
     ]
@@ -150,6 +157,7 @@ def test_slurm_runs_the_same_stages_on_two_nodes_stops_at_a_failure_and_goes_on_
 
         second, third = jobs.submit(configs, tmp_path)
         assert jobs.finished(third)["ExitCode"] == "0:0", read_logs(checkpoints)
+    assert_ran(checkpoints, "DEEPSPEED, DeepSpeedEngine", 2)
     # The same losses as without Slurm, in spite of the kill and the interruption.
     assert losses(checkpoints) == pytest.approx(twin[0], abs=1e-5)
 
@@ -172,7 +180,7 @@ def test_a_stage_on_more_ranks_continues_the_optimizer_under_fsdp_and_saves_on_a
     assert len(list(checkpoints.glob("checkpoint-*"))) == 2 and not (checkpoints / "save_and_stop").exists()
     said = (run := launch_twin(configs)).communicate(timeout=SECONDS)[0]
     assert run.returncode == 0 and "stage 0: was done before" in said, said
-    assert json.loads((checkpoints / "summary.json").read_text())["num_processes"] == 4
+    assert_ran(checkpoints, "FSDP, FSDP", 4)
     assert losses(checkpoints) == pytest.approx(twin[0][:13], abs=1e-4)
 
 
