@@ -28,6 +28,24 @@ from ds_minis.context.recipe import PlannedStage, Recipe, RecipeError, read_reci
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "examples" / "long_context" / "1M_4stages_8gpus.yaml"
+# Arguments of train.py that follow from a recipe's fields.
+FIELD_OF_ARGUMENT = {
+    "model_name_or_path": "init_weights_path",
+    "dataset_name": "dataset_folder",
+    "output_dir": "checkpoints_path",
+    "resume_from_checkpoint": "optimizer",
+    "max_length": "sequence_length",
+    "rope_theta": "rope_theta",
+    "stop_file": "checkpoints_path",
+    "max_steps": "train_steps",
+    "gradient_accumulation_steps": "batch_accumulation_per_replica",
+    "per_device_train_batch_size": "micro_batch_size",
+    "learning_rate": "learning_rate",
+    "warmup_steps": "lr_warmup_steps",
+    "save_steps": "checkpoint_interval",
+    "seed": "seed",
+    "ddp_timeout": "timeout_seconds",
+}
 _HEADER = "# Made by scripts/create_config.py from {recipe}: change that, not this.\n"
 
 
@@ -59,14 +77,33 @@ def load(path: Path) -> Recipe:
     Raises:
         RecipeError: with the stage, the field and the fix.
     """
-    recipe = read_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), planner_for)
+    recipe = read_recipe(_EachKeyOnce(path.read_text(encoding="utf-8")).get_single_data(), planner_for)
     if recipe.fields["training_arguments"]:
         check_names(recipe.fields["training_arguments"])
     return recipe
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML whose mappings name each key once; PyYAML takes the last of several and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key.value, str) and key.value in seen:
+                raise RecipeError(
+                    f"{key.value}: given twice, again in line {key.start_mark.line + 1}; keep one of them"
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def check_names(given: Mapping[str, Any]) -> None:
-    """Raises a RecipeError for an argument that train.py has not."""
+    """Raises a RecipeError for an argument that train.py has not, or that the recipe has a field for."""
+    for name, field in FIELD_OF_ARGUMENT.items():
+        if name in given:
+            raise RecipeError(
+                f"training_arguments.{name}: the recipe's {field} decides it; change that, and leave this out"
+            )
     sys.path.insert(0, str(ROOT / "examples" / "sft"))
     try:
         from arguments import DataArguments, ModelArguments, SFTConfig

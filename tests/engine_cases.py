@@ -42,6 +42,7 @@ class Case:
             functions of its logits).
         uneven: sequences of rank 0 that fit into one chunk, and long ones on rank 1.
         clip: the norm that gradients are clipped to; 0 for none.
+        scaler: scale the loss by a `GradScaler` of torch.
         dropout: its probability, in the MLPs or (with `lora`) in the adapters.
         head_groups, offload_inputs: `head_groups` and `offload` ("cpu" or "") of the tiled layers.
         keep: `keep`, with torch's attention if it is given; the others' eager one saves too much for "attention".
@@ -72,6 +73,7 @@ class Case:
     loss: str = "model"
     uneven: bool = False
     clip: float = 0.0
+    scaler: bool = False
     dropout: float = 0.0
     head_groups: int | str = 1
     offload_inputs: str = ""

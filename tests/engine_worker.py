@@ -132,14 +132,17 @@ def steps_torch(case: Case, model, engine) -> dict:
     """Trains a model that an engine has wrapped."""
     replica = dist.get_rank() // case.sequence_parallel
     optimizer = torch.optim.SGD(trainable(engine), lr=LEARNING_RATE)
+    scaler = torch.amp.GradScaler("cpu", enabled=case.scaler)
     losses = []
     for step in range(STEPS):
         for micro in range(case.accumulation):
             loss = micro_loss(case, engine, replica, step, micro)
-            (loss / case.accumulation).backward()
+            scaler.scale(loss / case.accumulation).backward()
             losses.append(loss.item())
+        scaler.unscale_(optimizer)
         clip(engine, case.clip)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
     names = [name for name, param in make_model(case).named_parameters() if param.requires_grad]
     with full_params(engine):

@@ -199,7 +199,7 @@ def _largest_error(tensors: dict, expected: dict, rtol: float) -> float:
 
 def _alone(case: Case) -> dict:
     """One process on the data of all ranks: the same for every engine, and every way to divide sequences."""
-    engine = {"engine": "none", "zero_stage": None, "offload": False, "dtype": "float32"}
+    engine = {"engine": "none", "zero_stage": None, "offload": False, "dtype": "float32", "scaler": False}
     return _train_alone(dataclasses.replace(case, **engine, scope="layer", sequence_parallel=1, mode="gather"))
 
 

@@ -11,6 +11,8 @@ from typing import Any
 from ds_minis.context.needle_task import PROMPTS, VARIANTS, NeedleTask, WrongTask
 from ds_minis.environment import local_rank, world_size
 
+PICTURES = (".png", ".jpg", ".pdf", ".svg")  # kinds that matplotlib writes
+
 DESCRIPTION = """Hides a number in a text and asks the model for it, at each length and depth: teacher-forced, without a
 cache, the LM head run at the answer's tokens alone, which is right exactly where greedy decoding writes the answer. Started
 by torchrun, the processes share each sequence. Writes JSON after each cell, and goes on with it when it is run again. Exit
@@ -34,7 +36,7 @@ def add_needle_plot(commands) -> argparse.ArgumentParser:
     parser.add_argument(
         "results", nargs="+", help="results files; for a .gif, comma-separated ones are panels of a frame"
     )
-    parser.add_argument("--output", type=Path, required=True, help="a .png (or another format of matplotlib) or a .gif")
+    parser.add_argument("--output", type=Path, required=True, help="a .png, .jpg, .pdf, .svg or .gif")
     parser.add_argument("--titles", nargs="*", default=[], metavar="TITLE", help="of the panels")
     parser.add_argument("--frame-titles", nargs="*", default=[], metavar="TITLE", help="of a .gif's frames")
     parser.add_argument("--title", default="", help="above all panels")
@@ -88,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
         cells, task = cells_of(args), task_of(args)
         model = model_of(args)
         check_numbers(args)
+        check_files(args)
         return _run(args, model, cells, task)
     except (WrongTask, OtherRun) as error:
         print(f"ds-minis needle: {error}", file=sys.stderr)
@@ -144,6 +147,19 @@ def check_numbers(args: argparse.Namespace) -> None:
             raise WrongTask(f"{flag}: 1 or more is allowed, got {value}")
     if args.rope_theta is not None and not 1 < args.rope_theta < float("inf"):
         raise WrongTask(f"--rope-theta: more than 1 is allowed, got {args.rope_theta}")
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Refuses places where no results or picture can be written, before a model is loaded.
+
+    Raises:
+        WrongTask: with the flag and what is allowed.
+    """
+    for flag, path in (("--output", args.output), ("--plot", args.plot)):
+        if path is not None and (path.is_dir() or any(parent.is_file() for parent in path.parents)):
+            raise WrongTask(f"{flag}: a file in a folder is allowed, got {path}")
+    if args.plot is not None and args.plot.suffix.lower() not in PICTURES:
+        raise WrongTask(f"--plot: a name that ends in {', '.join(PICTURES)} is allowed, got {args.plot}")
 
 
 def task_of(args: argparse.Namespace) -> NeedleTask:
@@ -237,6 +253,13 @@ def run_plot(args: argparse.Namespace) -> int:
     from ds_minis.context import needle_plot
     from ds_minis.context.needle_run import OtherRun, read
 
+    if args.output.suffix.lower() not in (*PICTURES, ".gif") or args.output.is_dir():
+        names = ", ".join((*PICTURES, ".gif"))
+        print(
+            f"ds-minis needle-plot: --output: a file whose name ends in {names} is allowed, got {args.output}",
+            file=sys.stderr,
+        )
+        return 2
     try:
         groups = [[read(Path(name)) for name in group.split(",")] for group in args.results]
         if args.output.suffix.lower() == ".gif":

@@ -145,6 +145,12 @@ def _check_slurm(cluster: Mapping[str, Any]) -> None:
         raise RecipeError(
             f"cluster.save_before_end_seconds: Slurm takes 65535 at most, got {cluster['save_before_end_seconds']}"
         )
+    limit = _seconds(cluster["time_limit"])
+    if cluster["save_before_end_seconds"] >= limit:
+        raise RecipeError(
+            f"cluster.save_before_end_seconds: {cluster['save_before_end_seconds']} is not less than cluster.time_limit, "
+            f"{cluster['time_limit']} ({limit} s): a stage would be told to stop as it starts; lower it, or raise the limit"
+        )
     flags = cluster["sbatch"]
     if not isinstance(flags, list) or any(not isinstance(flag, str) or len(flag.split()) != 1 for flag in flags):
         raise RecipeError(
@@ -152,6 +158,27 @@ def _check_slurm(cluster: Mapping[str, Any]) -> None:
         )
     if cluster["gres"] is not None:
         text(cluster["gres"], "cluster.gres")
+
+
+def _seconds(limit: str) -> float:
+    """A time limit as Slurm reads it: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
+
+    Raises:
+        RecipeError: it is none of these.
+    """
+    if limit.upper() in ("UNLIMITED", "INFINITE"):
+        return math.inf
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit.strip())
+    if found is None:
+        raise RecipeError(
+            f'cluster.time_limit: minutes, "hours:minutes:seconds" or "days-hours:minutes:seconds" is allowed, got {limit!r}'
+        )
+    days, *parts = found.groups()
+    numbers = [int(part) for part in parts if part is not None]
+    if days is None and len(numbers) < 3:  # minutes come first
+        numbers.insert(0, 0)
+    hours, minutes, seconds = numbers + [0] * (3 - len(numbers))
+    return 86400 * int(days or 0) + 3600 * hours + 60 * minutes + seconds
 
 
 def by_stage(values: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import inspect
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 
 from ds_minis.parallel.collectives import gather, gather_sequence
 from ds_minis.parallel.cut import Cut
+from ds_minis.parallel.documents import OF_DOCUMENTS, names_in, positions_and_documents
 from ds_minis.parallel.masks import Refused, Sequence, masks_of
 from ds_minis.parallel.rows import gather_rows
 from ds_minis.parallel.state import Parallel
@@ -53,7 +52,7 @@ class CutInputs:
         batch, num_tokens = tokens.shape[:2]
         _require_same_batch(tokens, given.get("attention_mask"), given.get("position_ids"), parallel)
         cut = Cut(num_tokens, group.size, group.rank)
-        positions, documents = _positions(decoder, given, batch, num_tokens, tokens.device)
+        positions, documents = positions_and_documents(decoder, given, batch, num_tokens, tokens.device)
         padding = _padding(decoder, given, num_tokens)
         changed = {
             name: cut.mine(given[name]) for name in ("input_ids", "inputs_embeds") if given.get(name) is not None
@@ -61,7 +60,8 @@ class CutInputs:
         changed["position_ids"] = cut.mine(positions)
         changed["attention_mask"] = torch.ones(batch, 2 * cut.part, dtype=torch.long, device=tokens.device)
         changed["use_cache"] = False
-        given = {n: v for n, v in given.items() if n not in {"cache_position", *_OF_THE_LOSS}} | changed
+        left_out = {"cache_position", *OF_DOCUMENTS, *_OF_THE_LOSS}
+        given = {n: v for n, v in given.items() if n not in left_out} | changed
         under = contextlib.ExitStack()
         under.enter_context(masks_of(Sequence(cut, padding, documents, parallel)))
         under.enter_context(parallel.in_pass())
@@ -122,7 +122,7 @@ def _require_known(decoder: nn.Module, given: dict[str, Any], tokens: Any) -> No
             f"sequence_parallel: {type(decoder).__name__} was called without input_ids and without inputs_embeds"
         )
     for name, value in given.items():
-        if name in _KNOWN | _OF_THE_LOSS or value is None:
+        if name in _KNOWN | OF_DOCUMENTS | _OF_THE_LOSS or value is None:
             continue
         if isinstance(value, Tensor) and value.dim() > 0:
             raise Refused(
@@ -165,7 +165,7 @@ def _require_no_positions_of_padding(decoder: nn.Module, given: dict[str, Any]) 
         raise Refused(
             "sequence_parallel: padding on the left, and chunked attention counts from its end: pad on the right"
         )
-    names = _names_in(type(decoder).forward)
+    names = names_in(type(decoder).forward)
     if given.get("position_ids") is None and ("cumsum" in names or _embeds_by_mask(decoder)):
         raise Refused(
             f"sequence_parallel: {type(decoder).__name__} makes positions from the padding on the left: give position_ids, "
@@ -173,60 +173,8 @@ def _require_no_positions_of_padding(decoder: nn.Module, given: dict[str, Any]) 
         )
 
 
-def _require_counted_positions(decoder: nn.Module) -> None:
-    """Refuses a model that does not count its tokens from 0 where it is given no positions (RoBERTa's, from the ids)."""
-    maker = next((part for part in decoder.modules() if _makes_positions_from_ids(type(part))), None)
-    if maker is not None:
-        raise Refused(
-            f"sequence_parallel: {type(maker).__name__} makes positions from the tokens: give position_ids, such as "
-            "model.create_position_ids_from_input_ids makes them"
-        )
-
-
-@functools.cache
-def _makes_positions_from_ids(cls: type[nn.Module]) -> bool:
-    names = (name for base in cls.__mro__ for name in (*vars(base), *_names_in(vars(base).get("forward"))))
-    return any("position_ids_from" in name for name in names)
-
-
-def _names_in(function: Any) -> tuple[str, ...]:
-    return getattr(getattr(inspect.unwrap(function), "__code__", None), "co_names", ()) if callable(function) else ()
-
-
 def _embeds_by_mask(decoder: nn.Module) -> bool:
     return any("attention_mask" in argument_names(m) for m in decoder.children() if "osition" in type(m).__name__)
-
-
-def _positions(
-    decoder: nn.Module, given: dict[str, Any], batch: int, num_tokens: int, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
-    """The position of every token, `(B or 1, S)`, and its document in a packed row.
-
-    Packed rows are told as transformers tells them: by positions that begin again, without a mask and without a cache.
-    """
-    positions = given.get("position_ids")
-    if positions is None:
-        _require_counted_positions(decoder)
-        positions = torch.arange(num_tokens, device=device)[None]
-        return positions, None
-    if positions.dim() != 2 or positions.shape[1] != num_tokens:
-        raise Refused(
-            f"sequence_parallel: position_ids has shape {tuple(positions.shape)}; allowed: (batch or 1, {num_tokens})"
-        )
-    if given.get("attention_mask") is not None:
-        return positions, None
-    begins = positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1
-    if not bool(begins[:, 1:].any()):
-        return positions, None
-    use_cache = given.get("use_cache")
-    if use_cache is None:
-        use_cache = getattr(getattr(decoder, "config", None), "use_cache", False)
-    if use_cache:
-        raise Refused(
-            "sequence_parallel: position_ids begin again within a row (packed documents), and with a cache transformers "
-            "attends across documents. Give use_cache=False, which keeps documents apart"
-        )
-    return positions, begins.long().cumsum(1).expand(batch, -1)
 
 
 def _require_same_batch(tokens: Tensor, mask: Any, positions: Any, parallel: Parallel) -> None:

@@ -226,6 +226,10 @@ WRONG = {
         {"cluster__time_limit": 86400}, 'cluster.time_limit: a text such as "24:00:00" .*quotes',
     ),
     "too long a signal": ({"cluster__save_before_end_seconds": 70000}, "save_before_end_seconds: Slurm takes 65535 at most"),
+    "a signal before the start": (
+        {"cluster__time_limit": "30:00"}, "save_before_end_seconds: 3600 is not less than cluster.time_limit, 30:00 .1800 s.",
+    ),
+    "no time": ({"cluster__time_limit": "one day"}, "cluster.time_limit: minutes, .* is allowed, got 'one day'"),
     "flags as one text": ({"cluster__sbatch": "--partition=a"}, "cluster.sbatch: a list of flags without spaces"),
     "a flag with a space": ({"cluster__sbatch": ["--comment=a b"]}, "cluster.sbatch: a list of flags without spaces"),
     "no gres": ({"cluster__gres": 4}, "cluster.gres: a text is allowed, got 4"),
@@ -250,12 +254,52 @@ def test_a_wrong_recipe_is_one_line_and_writes_nothing(create_config, tmp_path, 
     assert error.count("\n") == 1 and "stage 0" in error and not (tmp_path / "out").exists()
 
 
-def test_an_argument_that_train_py_has_not_is_refused(create_config, tmp_path, capsys):
-    for argument, status in (("learning_rate", 0), ("learing_rate", 1)):
-        (tmp_path / "r.yaml").write_text(yaml.safe_dump(changed(training_arguments={argument: 1e-5})))
-        assert create_config.main([str(tmp_path / "r.yaml"), "--check"]) == status
-    error = capsys.readouterr().err
-    assert "training_arguments.learing_rate: train.py has no such argument; did you mean learning_rate?" in error
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("weight_decay", None),
+        ("weight_decai", "train.py has no such argument; did you mean weight_decay?"),
+        ("max_length", "the recipe's sequence_length decides it; change that, and leave this out"),
+    ],
+)
+def test_an_argument_that_train_py_has_not_or_a_field_decides_is_refused(
+    create_config, tmp_path, capsys, argument, said
+):
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(changed(training_arguments={argument: 1e-5})))
+    assert create_config.main([str(tmp_path / "r.yaml"), "--check"]) == (0 if said is None else 1)
+    assert (f"training_arguments.{argument}: {said}" in capsys.readouterr().err) == (said is not None)
+
+
+def test_what_train_py_is_given_of_a_field_cannot_be_given_twice(create_config):
+    """Each argument that follows from a field is one that the configuration has."""
+    recipe = read_recipe(changed())
+    written = create_config.train_arguments(recipe, recipe.stages[0])
+    assert create_config.FIELD_OF_ARGUMENT.keys() <= written.keys()
+
+
+def test_a_field_that_is_given_twice_is_refused(create_config, tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(changed()) + "sp: 4\n")
+    assert create_config.main([str(tmp_path / "r.yaml"), "--check"]) == 1
+    assert "sp: given twice, again in line" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [
+        ("90", 5400),
+        ("90:30", 5430),
+        ("10:00:01", 36001),
+        ("0-2", 7200),
+        ("0-1:30", 5400),
+        ("0-0:1:5", 65),
+        ("UNLIMITED", None),
+    ],
+)
+def test_time_limits_are_read_as_slurm_reads_them(limit, seconds):
+    read_recipe(changed(cluster__time_limit=limit, cluster__save_before_end_seconds=(seconds or 65536) - 1))
+    if seconds is not None:
+        with pytest.raises(RecipeError, match=f".{seconds} s."):
+            read_recipe(changed(cluster__time_limit=limit, cluster__save_before_end_seconds=seconds))
 
 
 TOO_LONG = {"init_weights_path": "meta-llama/Meta-Llama-3-8B", "sequence_length": [65536, 4194304]}

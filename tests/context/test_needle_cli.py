@@ -12,7 +12,7 @@ import pytest
 from needle_models import model, tokenizer
 
 from ds_minis.cli import main
-from ds_minis.cli.needle import add_arguments, cells_of, check_numbers, model_of, task_of
+from ds_minis.cli.needle import add_arguments, cells_of, check_files, check_numbers, model_of, task_of
 from ds_minis.context import needle_model
 from ds_minis.context.needle_task import NeedleTask, WrongTask
 
@@ -76,12 +76,15 @@ def test_easycontexts_flags_are_taken():
         (["m", "--batch-size", "0"], "--batch-size: 1 or more is allowed, got 0"),
         (["m", "--sp", "-1"], "--sequence-parallel: 1 or more is allowed, got -1"),
         (["m", "--rope-theta", "nan"], "--rope-theta: more than 1 is allowed, got nan"),
+        (["m", "--output", "/"], "--output: a file in a folder is allowed, got /"),
+        (["m", "--output", f"{__file__}/r.json"], "--output: a file in a folder is allowed"),
+        (["m", "--plot", "map.xyz"], "--plot: a name that ends in .png, .jpg, .pdf, .svg is allowed, got map.xyz"),
     ],
 )
 def test_wrong_arguments_are_refused(argv, words):
     with pytest.raises(WrongTask, match=words):
         args = parsed(*argv)
-        model_of(args), cells_of(args), check_numbers(args)
+        model_of(args), cells_of(args), check_numbers(args), check_files(args)
 
 
 def test_a_run_writes_results_a_picture_and_says_how_it_went(saved, tmp_path, capsys, monkeypatch):
@@ -107,6 +110,20 @@ def test_a_run_writes_results_a_picture_and_says_how_it_went(saved, tmp_path, ca
     assert main(["needle-plot", two, "--output", "map.png", "--titles", "one", "two"]) == 0
     assert main(["needle-plot", two, "--output", "map.png", "--titles", "one"]) == 2
     assert (tmp_path / "map.gif").exists() and (tmp_path / "map.png").exists()
+
+
+def test_results_of_other_weights_in_the_same_folder_are_refused(tmp_path, capsys):
+    tokenizer().save_pretrained(tmp_path / "m")
+    argv = ["needle", str(tmp_path / "m"), *SMALL, "--output", str(tmp_path / "r.json")]
+    for seed, status in ((0, 0), (0, 0), (1, 2)):
+        model(seed).save_pretrained(tmp_path / "m")
+        assert main(argv) == status, seed
+    assert "results of another run: weights was" in capsys.readouterr().err
+
+
+def test_a_picture_of_no_kind_that_can_be_drawn_is_refused(tmp_path, capsys):
+    assert main(["needle-plot", "r.json", "--output", str(tmp_path / "map.xyz")]) == 2
+    assert "a file whose name ends in .png, .jpg, .pdf, .svg, .gif is allowed" in capsys.readouterr().err
 
 
 def test_an_adapter_is_tested_with_its_base(saved, tmp_path, capsys):

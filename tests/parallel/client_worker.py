@@ -130,7 +130,12 @@ def trainer() -> dict:
     return results(whole) | {"resumed": results(resumed)}
 
 
-def sft() -> dict:
+def packed() -> dict:
+    """TRL's SFTTrainer, which packs several texts into a row and tells them apart by their positions."""
+    return sft(packing=True, max_length=32, completion_only_loss=False)
+
+
+def sft(**others) -> dict:
     """TRL's SFTTrainer; the model is converted in code."""
     from datasets import Dataset
     from transformers import AutoTokenizer
@@ -146,7 +151,8 @@ def sft() -> dict:
     net = model()
     if SIZE > 1:
         ds_minis.convert_to_mini_sequence(net, SETTINGS)
-    args = arguments(f"sft-{SIZE}", SFTConfig, max_length=96, completion_only_loss=True)
+    settings = {"max_length": 96, "completion_only_loss": True}
+    args = arguments(f"sft-{SIZE}", SFTConfig, **settings | others)
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     trained = SFTTrainer(net, args, train_dataset=data(22, 0), eval_dataset=data(7, 1), processing_class=tokenizer)
     trained.train()

@@ -14,7 +14,7 @@ from support import warm
 
 pytestmark = pytest.mark.engine
 WORKER = Path(__file__).parent / "client_worker.py"
-PROGRAMS = ["loop", "trainer", "sft", "zero2"]
+PROGRAMS = ["loop", "trainer", "sft", "packed", "zero2"]
 OTHERS = ["orders", "refused"]
 SHUFFLED = [
     "as it is", "no seedable sampler", "split batches", "split and dispatched", "dispatched",

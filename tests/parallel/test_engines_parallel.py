@@ -5,6 +5,7 @@ replicas: odd and even lengths, another at each step and for each replica, promp
 """
 
 import pytest
+from engine_cases import Case
 from engines import run_cases
 from parity import ENGINES, PARALLEL_COLUMNS, PARALLEL_ROWS, judge, parallel_cell
 
@@ -26,6 +27,15 @@ CELLS = [
     ("ZeRO-3, 4 ranks", "ring, layer, LoRA"),
 ]
 CASES = {f"{row}: {column}": parallel_cell(row, column) for row, column in CELLS}
+TWO_RANKS = {"sequence_parallel": 2, "replicas": 1}
+QLORA = {"lora": True, "quantized": True, **TWO_RANKS}
+CASES |= {
+    "DDP, 2 x 2 ranks: GradScaler, clipping": Case(
+        engine="ddp", sequence_parallel=2, replicas=2, scaler=True, clip=0.5
+    ),
+    "FSDP2, 2 ranks: ring, QLoRA": Case(engine="fsdp2", mode="ring", **QLORA),
+    "ZeRO-2, 2 ranks: ulysses, QLoRA": Case(zero_stage=2, mode="ulysses", **QLORA),
+}
 
 
 @pytest.fixture(scope="module")
