@@ -12,12 +12,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from made_blocks import make_block
 
 from ds_minis.planner import engines
+from ds_minis.planner.lengths import SYMBOLS
 from ds_minis.planner.models import shipped_config
 from ds_minis.planner.planner import USABLE, Planner
+from ds_minis.planner.sequence import heads_of
 from ds_minis.planner.setup import GIB, Setup
 
 PAGE = Path(__file__).parents[1] / "docs" / "planner.md"
@@ -41,7 +44,7 @@ class Case:
 
 _TRL = Setup(engine="fsdp2", gpus=8, settings=ON_8)
 _AXOLOTL = Setup(settings=TILED_LOSS, optimizer="adamw_8bit", accumulation=2)
-_GATHERED = "keys and values gathered, accelerate's default of context parallelism"
+_GATHERED = "torch's context parallelism, which gathers keys and values by accelerate's default"
 _8_BIT = "the optimizer is not stated; 8-bit states, and gradients there from the start, as offloading saves all inputs"
 PEAKS = (
     Case("TRL long-context example (trl#6846)", "Qwen/Qwen3-8B", _TRL, M, 56.2, True, _GATHERED),
@@ -60,14 +63,29 @@ LENGTHS = (
 )
 
 
+def context_parallel_bytes(text: Any, rows: float, setup: Setup) -> float:
+    """What torch's context parallelism holds in the backward of one attention beside q, k, v and their gradients in 16 bits.
+
+    By `_templated_ring_attention_backward` of torch 2.13 with gathered keys and values: those of all ranks, a contiguous
+    copy of the rank's own and what it sends of them; float32 sums of the gradients of its queries, keys and values, the
+    last two as they are sent, as they are received, and as they are updated.
+    """
+    heads, kv_heads, width = heads_of(text)
+    own, queries = 2 * rows * kv_heads * width, rows * heads * width
+    return (setup.sequence_parallel + 2) * own * setup.itemsize + 4 * (queries + 3 * own)
+
+
 def planned_bytes(case: Case) -> float:
     """Bytes of tensors at the peak."""
     planner = Planner(shipped_config(case.model))
     profile = planner.profile(planner.way(case.setup))
     held = engines.held_by(case.setup, planner.counts(profile))
     lengths = planner.lengths(case.setup, case.tokens, profile)
-    peak = profile.peak(lengths, held.gradients, offloaded=case.offloaded)
-    return sum(term.nbytes for term in held.terms if not term.on_host) + peak.activations + peak.gradients
+    if case.setup.sequence_parallel > 1:
+        lengths[SYMBOLS.index("attention")] = context_parallel_bytes(planner.text, lengths[1], case.setup)
+    peak = profile.peak(lengths, held.varying_bytes, offloaded=case.offloaded)
+    always = sum(term.nbytes for term in [*held.terms, *held.during] if not term.on_host)
+    return always + peak.activations + peak.held
 
 
 def table() -> str:

@@ -112,6 +112,8 @@ def _read_deepspeed(content: Mapping[str, Any], source: str) -> dict[str, Any]:
             found[name] = True
     if isinstance(zero.get("reduce_bucket_size"), int | float):
         found["bucket"] = int(zero["reduce_bucket_size"])
+    if isinstance(zero.get("stage3_max_reuse_distance"), int | float):
+        found["reuse_distance"] = int(zero["stage3_max_reuse_distance"])
     if isinstance(content.get("gradient_accumulation_steps"), int):
         found["accumulation"] = content["gradient_accumulation_steps"]
     optimizer = str((content.get("optimizer") or {}).get("type", "")).lower()

@@ -9,7 +9,7 @@ from typing import Any
 
 from ds_minis.config import MiniSequenceConfig
 from ds_minis.planner import engines
-from ds_minis.planner.engines import Counts, Held, Term
+from ds_minis.planner.held import Counts, Held, Term
 from ds_minis.planner.profile import Peak, Profile, cache_key, read_cached, write_cached
 from ds_minis.planner.sequence import terms_of_sequence_parallel
 from ds_minis.planner.setup import GIB, Setup
@@ -35,7 +35,7 @@ class Estimate:
         tokens: of a sequence.
         terms: all parts, on the device and on the host.
         slack: terms that may be needed or not: the difference between what fits and what is uncertain.
-        where: "forward", "loss", "backward" or "optimizer": where in the step the peak is.
+        where: "forward", "loss", "backward", or the name of a `Moment`: where in the step the peak is.
     """
 
     setup: Setup
@@ -155,13 +155,12 @@ class Planner:
         profile = self.profile(self.way(setup))
         held = engines.held_by(setup, self.counts(profile))
         lengths = self.lengths(setup, tokens, profile)
-        peak = profile.peak(lengths, held.gradients, offloaded=bool((setup.settings or {}).get("offload")))
-        terms, moving = self._terms_at(setup, held, peak, profile, lengths)
-        if held.at_step > moving:  # nothing of the activations is alive then
-            terms = [*held.terms, *_gradients_at_step(setup, held, profile)]
-            terms.append(Term("optimizer's step", "transient", held.at_step, False, held.why_step))
-            peak = Peak(0, 0, 0, "optimizer")
-        terms += self._host_terms(setup, lengths)
+        peak = profile.peak(lengths, held.varying_bytes, offloaded=bool((setup.settings or {}).get("offload")))
+        moving, where = self._terms_at(setup, held, peak, lengths), peak.where
+        for moment in held.moments:
+            if _on_device(moment.terms) > _on_device(moving):
+                moving, where = moment.terms, moment.where
+        terms = [*held.terms, *moving, *self._host_terms(setup, lengths)]
         fixed = [("CUDA context", CUDA_CONTEXT), ("libraries' workspaces", LIBRARIES)]
         fixed += [("NCCL buffers", NCCL)] if setup.gpus > 1 else []
         terms += [Term(name, "fixed", nbytes, False, "a constant") for name, nbytes in fixed]
@@ -169,29 +168,25 @@ class Planner:
             Term(
                 "allocator",
                 "slack",
-                ALLOCATOR_SLACK * moving,
+                ALLOCATOR_SLACK * _on_device(moving),
                 False,
                 f"{ALLOCATOR_SLACK:.0%} of what comes and goes in a step, with expandable segments",
             )
         ]
-        return Estimate(setup, tokens, terms, slack, peak.where)
+        return Estimate(setup, tokens, terms, slack, where)
 
-    def _terms_at(
-        self, setup: Setup, held: Held, peak: Peak, profile: Profile, lengths: list[float]
-    ) -> tuple[list[Term], float]:
-        terms = list(held.terms)
+    def _terms_at(self, setup: Setup, held: Held, peak: Peak, lengths: list[float]) -> list[Term]:
+        """What is alive at the peak of the activations, beside what is always held."""
         parallel = terms_of_sequence_parallel(setup, self.text, lengths[1]) if peak.in_attention else []
         exchanged = sum(term.nbytes for term in parallel)
         transient = peak.activations - peak.layer_inputs - exchanged
         name = "loss stage" if peak.where == "loss" else "transient working set"
         what = "what a layer leaves for backward, times the layers"
-        terms.append(Term("layer inputs", "layer inputs", peak.layer_inputs, True, what))
-        terms.append(
-            Term(name, "transient", transient, True, f"all else that is alive at the peak, in the {peak.where}")
-        )
-        if peak.gradients:
-            terms.append(Term("gradients at the peak", "gradients", peak.gradients, True, held.why_gradients))
-        return [*terms, *parallel], peak.activations + peak.gradients
+        terms = [Term("layer inputs", "layer inputs", peak.layer_inputs, True, what)]
+        what = f"all else that is alive at the peak, in the {peak.where}"
+        terms.append(Term(name, "transient", transient, True, what))
+        varying = [part.at(peak.where, peak.gradients, peak.since_layer) for part in held.varying]
+        return [*terms, *parallel, *held.during, *(term for term in varying if term.nbytes)]
 
     def _host_terms(self, setup: Setup, lengths: list[float]) -> list[Term]:
         if not (setup.settings or {}).get("offload"):
@@ -229,11 +224,8 @@ class Planner:
         return low * unit
 
 
-def _gradients_at_step(setup: Setup, held: Held, profile: Profile) -> list[Term]:
-    if setup.engine != "zero1":
-        return []
-    nbytes = profile.parameters["trained"] * setup.itemsize
-    return [Term("gradients at the peak", "gradients", nbytes, True, held.why_gradients)]
+def _on_device(terms: list[Term]) -> float:
+    return sum(term.nbytes for term in terms if not term.on_host)
 
 
 def _torch_version() -> str:

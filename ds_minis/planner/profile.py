@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ds_minis.planner.held import BytesAt
 from ds_minis.planner.lengths import SYMBOLS
 
 GRADIENTS, OF_LAYER = len(SYMBOLS), len(SYMBOLS) + 1
 _ATTENTION = SYMBOLS.index("attention")
-FORMAT = 2  # of the files in the cache
+FORMAT = 3  # of the files in the cache
 # Layers whose inputs are on the device while copies to and from the host are in flight (`tiling.memory.offload`): two in
 # forward, beside those that a trace of two layers has; in backward the running layer's and the one before it.
 IN_FLIGHT = {"forward": 4, "loss": 1, "backward": 2}
@@ -27,17 +27,20 @@ class Peak:
 
     Attributes:
         activations: all that is alive but gradients of parameters.
-        gradients: of parameters, that exist by then, in a loop that holds them until the step's end.
+        held: what the engine holds at that moment beside what it always holds, as `held_at` of `Profile.peak` tells.
         layer_inputs: of the activations, what a further layer adds at this moment, times the layers.
         where: "forward", "loss" or "backward".
         in_attention: whether the attention is being run.
+        gradients, since_layer: of parameters, that were computed by then, and since the last layer's attention.
     """
 
     activations: float
-    gradients: float
+    held: float
     layer_inputs: float
     where: str
     in_attention: bool = False
+    gradients: float = 0.0
+    since_layer: float = 0.0
 
 
 class Profile:
@@ -69,7 +72,7 @@ class Profile:
     def peak(
         self,
         values: list[float],
-        gradients: Callable[[np.ndarray, np.ndarray], np.ndarray],
+        held_at: BytesAt,
         *,
         offloaded: bool = False,
     ) -> Peak:
@@ -77,7 +80,7 @@ class Profile:
 
         Args:
             values: the lengths, in the order of SYMBOLS.
-            gradients: bytes that an engine holds for the gradients, of bytes so far and bytes since the last layer.
+            held_at: bytes that an engine holds, of where in the step, of gradients so far and of those since the last layer.
             offloaded: what layers leave for backward is on the host, but for that of a few layers; see IN_FLIGHT.
         """
         best, result = -1.0, Peak(0, 0, 0, "forward")
@@ -86,7 +89,7 @@ class Profile:
             parts = []
             for events in (few, more):
                 activations = events[:, : len(SYMBOLS)] @ weights
-                at = int(np.argmax(activations + gradients(events[:, GRADIENTS], events[:, OF_LAYER])))
+                at = int(np.argmax(activations + held_at(where, events[:, GRADIENTS], events[:, OF_LAYER])))
                 parts.append((activations[at], events[at, _ATTENTION], *events[at, GRADIENTS:]))
             (a, attends, sofar, layer), (a2, _, sofar2, layer2) = parts
             layers = IN_FLIGHT[where] if offloaded else self.depths[2]
@@ -94,11 +97,13 @@ class Profile:
             activations = a + (layers - self.depths[0]) * each
             # An engine's rule need be no line: it is asked for what there is at full depth.
             sofar += self._times * (sofar2 - sofar)
-            held = float(gradients(np.array([sofar]), np.array([max(layer, layer2)]))[0])
+            layer = max(layer, layer2)
+            held = float(held_at(where, np.array([sofar]), np.array([layer]))[0])
             if activations + held > best:
                 best = activations + held
                 inputs = max(0.0, each) * layers
-                result = Peak(activations, held, min(inputs, activations), where, bool(attends))
+                inputs = min(inputs, activations)
+                result = Peak(activations, held, inputs, where, bool(attends), float(sofar), float(layer))
         return result
 
     def to_data(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_minis.planner.engines import Term
+from ds_minis.planner.held import Term
 from ds_minis.planner.setup import Setup
 
 

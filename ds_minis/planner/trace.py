@@ -158,7 +158,9 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
         "largest_embedding": max(embeddings.values(), default=0),
         "experts_per_choice": max(map(layer_experts_per_choice, _layers(model)), default=1.0),
         "num_layers": len(_layers(model)),
-        "largest_trained": max((p.numel() for p in model.parameters() if p.requires_grad), default=0),
+        "largest_in_layer": max(
+            (p.numel() for layer in _layers(model) for p in layer.parameters() if p.requires_grad), default=0
+        ),
     }
 
 

@@ -7,11 +7,11 @@ import traceback
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
@@ -32,8 +32,9 @@ class Live:
 class LiveBytes(TorchDispatchMode):
     """Bytes of all storages made inside (or given to `hold`) and not yet freed, now and at their peak.
 
-    A storage counts once, whatever views there are of it, from the operation that makes it until nothing holds it.
-    Storages on the CPU count apart, as the host's, where `device` is another device.
+    A storage counts once, whatever views there are of it, from the operation that makes it until nothing holds it, or until
+    it is resized to nothing, as FSDP2 does with gathered weights. Of a DTensor its shard counts. Storages on the CPU count
+    apart, as the host's, where `device` is another device.
 
     Args:
         apart: tensors that are not counted, nor what is seen through them.
@@ -66,6 +67,15 @@ class LiveBytes(TorchDispatchMode):
         self._apart = [tensor.untyped_storage() for tensor in apart]  # held, or their addresses might be given again
         self._keys_apart = {storage._cdata for storage in self._apart}
 
+    def __enter__(self) -> LiveBytes:
+        self._resize = torch.UntypedStorage.resize_
+        torch.UntypedStorage.resize_ = lambda storage, size: self._resized(storage, size)
+        return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        torch.UntypedStorage.resize_ = self._resize
+        super().__exit__(*error)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket in self._flops_of:
@@ -80,6 +90,12 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def hold(self, tensor: Tensor, made_by: str) -> None:
+        if is_traceable_wrapper_subclass(tensor):
+            parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+            for part in parts:
+                if isinstance(part, Tensor):  # a DTensor has its mesh there too
+                    self.hold(part, made_by)
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._live or key in self._keys_apart or (tensor.is_meta and not self._with_meta):
@@ -88,21 +104,29 @@ class LiveBytes(TorchDispatchMode):
         live = Live(storage.nbytes(), made_by, tuple(tensor.shape), tensor.dtype, _where() if self._trace else "")
         self._live[key] = live, on_host
         weakref.finalize(storage, self._free, key)
+        self._add(live.nbytes, on_host)
+
+    def _add(self, nbytes: int, on_host: bool) -> None:
         if on_host:
-            self.host_now += live.nbytes
+            self.host_now += nbytes
             self.host_peak = max(self.host_peak, self.host_now)
             return
-        self.now += live.nbytes
+        self.now += nbytes
         if self.now > self.peak:
             self.peak = self.now
             self.at_peak = [entry for entry, host in self._live.values() if not host]
 
     def _free(self, key: int) -> None:
         live, on_host = self._live.pop(key)
-        if on_host:
-            self.host_now -= live.nbytes
-        else:
-            self.now -= live.nbytes
+        self._add(-live.nbytes, on_host)
+
+    def _resized(self, storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        out = self._resize(storage, size)
+        if storage._cdata in self._live:
+            live, on_host = self._live[storage._cdata]
+            self._live[storage._cdata] = replace(live, nbytes=size), on_host
+            self._add(size - live.nbytes, on_host)
+        return out
 
     def summary(self, count: int = 40) -> str:
         """The largest entries of what was alive at the peak, equal ones together."""

@@ -311,7 +311,7 @@ TOO_LARGE = {
     ),
     "on a GPU, by a little": (
         {"sequence_length": [65536, 131072], "cluster__memory_per_gpu": "24GiB"},
-        "stage 1 .sequence_length 131072.: cluster.memory_per_gpu: 24.0 GiB, but as planned it needs 24.4 GiB on each GPU",
+        "stage 1 .sequence_length 131072.: cluster.memory_per_gpu: 24.0 GiB, but as planned it needs 25.6 GiB on each GPU",
     ),
     "on a host": (
         {"mini_sequence": {"offload": "cpu"}},

@@ -33,8 +33,8 @@ def planned(config, setup: Setup, tokens: int) -> float:
     planner = Planner(config)
     profile = planner.profile(planner.way(setup))
     offloaded = bool((setup.settings or {}).get("offload"))
-    peak = profile.peak(planner.lengths(setup, tokens, profile), lambda sofar, layer: sofar, offloaded=offloaded)
-    return peak.activations + peak.gradients
+    peak = profile.peak(planner.lengths(setup, tokens, profile), lambda where, sofar, layer: sofar, offloaded=offloaded)
+    return peak.activations + peak.held
 
 
 def real(config, setup: Setup, tokens: int, attention: str) -> float:

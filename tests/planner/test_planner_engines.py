@@ -1,0 +1,66 @@
+"""What is planned for an engine against the live bytes of real steps in two processes: all that a rank holds at its peak."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from support import warm
+from transformers import LlamaConfig
+
+from ds_minis.planner.planner import Planner
+from ds_minis.planner.setup import Setup
+
+WORKER, RANKS = Path(__file__).with_name("engine_bytes_worker.py"), 2
+CONFIG = LlamaConfig(
+    hidden_size=128,
+    intermediate_size=352,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    vocab_size=2000,
+    max_position_embeddings=2**20,
+)
+HALF, WHOLE = {"dtype": "bfloat16"}, {"dtype": "float32"}
+CHUNKS = {"chunk_size": 200, "loss_chunk_size": 150}
+CASES = {
+    "DDP": ({"engine": "ddp", **WHOLE}, 650),
+    "FSDP2": ({"engine": "fsdp2", **HALF}, 650),
+    "FSDP2, LoRA": ({"engine": "fsdp2", "train": "lora", **HALF}, 650),
+    "ZeRO-0": ({"engine": "zero0", **HALF}, 64),
+    "ZeRO-1": ({"engine": "zero1", **HALF}, 650),
+    "ZeRO-2": ({"engine": "zero2", **WHOLE}, 650),
+    "ZeRO-2, few tokens": ({"engine": "zero2", **HALF}, 64),  # the optimizer's step is the peak
+    "ZeRO-3, all kept": ({"engine": "zero3", **HALF}, 650),
+    "ZeRO-3, nothing kept": ({"engine": "zero3", "reuse_distance": 1000, **WHOLE}, 650),
+}
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory) -> dict[str, int]:
+    """Bytes at the peak of the busier rank, by case."""
+    folder = tmp_path_factory.mktemp("bytes")
+    cases = {
+        name: (CONFIG.to_dict(), fields | {"settings": CHUNKS}, tokens) for name, (fields, tokens) in CASES.items()
+    }
+    (folder / "cases").write_text(json.dumps(cases))
+    command = [warm.python(), str(WORKER), str(folder / "cases"), str(folder)]
+    subprocess.run(command, check=True, env=warm.environment() | {"PYTHONPATH": ""}, timeout=500)
+    found = {}
+    for name in CASES:
+        ranks = [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(RANKS)]
+        found[name] = max(rank["peak"] for rank in ranks)
+    return found
+
+
+@pytest.fixture(scope="module")
+def planner() -> Planner:
+    return Planner(CONFIG)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", CASES)
+def test_planned_bytes_are_those_of_real_steps(name, counted, planner):
+    fields, tokens = CASES[name]
+    estimate = planner.estimate(Setup(**fields, settings=CHUNKS, gpus=RANKS), tokens)
+    assert estimate.allocated == pytest.approx(counted[name], rel=0.03), [(t.name, t.nbytes) for t in estimate.terms]
