@@ -8,6 +8,8 @@ from heads import LargestTensor
 from models import add_lora, assert_same_tensors, batch, build, twins
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
+from ds_minis.tiling.kernels.token_statistics import token_statistics
+from ds_minis.tiling.loss import fused_outputs
 
 utils = pytest.importorskip("trl.trainer.utils")
 SETTINGS = {"chunk_size": 10_000, "loss_chunk_size": 7}
@@ -96,6 +98,36 @@ def test_adapters_on_the_head(settings):
     model, reference = add_lora(model, **settings), add_lora(reference, **settings)
     convert_to_mini_sequence(model, SETTINGS)
     compared(model.train(), reference.train(), **INPUTS)
+
+
+def test_a_frozen_head_is_run_once_for_log_probs(monkeypatch):
+    model, reference = (add_lora(m) for m in twins("llama"))
+    utils.add_fused_lm_head(model.get_base_model(), outputs=OUTPUTS)
+    convert_to_mini_sequence(model, SETTINGS)
+    compared(model.train(), reference.train(), **INPUTS)  # a loss of entropies runs it again
+    rows = []
+
+    def counted(logits, *args):
+        rows.append(len(logits))
+        return token_statistics(logits, *args)
+
+    monkeypatch.setattr(fused_outputs, "token_statistics", counted)
+    output = model(**INPUTS, fused_lm_head=True)
+    (output.loss + output.log_probs.square().sum() + output.entropy.detach().sum()).backward()
+    assert sum(rows) == output.log_probs.numel()
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_router_outputs_that_the_configuration_asks_for(value):
+    model, reference = twins("mixtral")
+    for m in (model, reference):
+        m.config.output_router_logits = value
+    utils.add_fused_lm_head(model, outputs=OUTPUTS)
+    convert_to_mini_sequence(model, SETTINGS)
+    found = model.train()(**INPUTS, fused_lm_head=True)
+    true = expected(reference.train(), **INPUTS, output_router_logits=value)
+    torch.testing.assert_close(found.loss, true["loss"])
+    assert (found.aux_loss is not None) == value
 
 
 def test_labels_that_are_all_masked():

@@ -23,6 +23,7 @@ from ds_minis.tiling.core.replay import AutocastState, matmul_dtype, patched_for
 from ds_minis.tiling.core.tiled_op import tile_rows
 from ds_minis.tiling.core.tiled_sum import sum_rows
 from ds_minis.tiling.heads.head_analysis import HeadAnalysis, analyze_head, call_mode, is_plain
+from ds_minis.tiling.heads.row_columns import columns_of, row_columns
 from ds_minis.tiling.heads.unreadable import UnreadableLogits, why_unreadable
 from ds_minis.tiling.kernels.cross_entropy import implementation
 from ds_minis.tiling.modules.compiling import outside_of_graphs
@@ -188,6 +189,11 @@ class ChunkedHead:
         """
         return self._by_chunks(tile_rows, function, sample_0V, rows)
 
+    def columns(self, function: Callable[..., Tensor], sample_0V: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+        """The columns of a `function` that gives `(C, N)` or `(C,)`; without a trained head, one matmul less than `tile`."""
+        result = self._by_chunks(row_columns, function, sample_0V, rows)
+        return result if type(result) is tuple else columns_of(result)
+
     def sum(self, function: Callable[..., Tensor], sample_0V: Tensor, expected: Tensor, *rows: Tensor) -> Tensor:
         """The sum of these results over all rows; `expected` is its probable incoming gradient.
 
@@ -214,7 +220,7 @@ class ChunkedHead:
 
         with self.trained_as_then():
             result = self._call(all_rows, rows[0])
-        self.was_read = self.was_read or result.requires_grad
+        self.was_read = self.was_read or any(t.requires_grad for t in (result if type(result) is tuple else [result]))
         self._chunking.warnings.once(implementation(rows[0])[1])  # each model is told
         return result
 

@@ -6,6 +6,7 @@ Shapes: leading dimensions `*L` (R rows when flattened), C rows of one chunk, V 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,19 +19,27 @@ _SECOND_HEAD = "several LM heads that are trained, or held in parts, at once"
 
 def by_chunks(expression: Expression, function: Callable[..., Tensor], aligned_R: Sequence[Tensor]) -> Tensor:
     """`function(value_CV, *aligned_C)` of each chunk of rows, concatenated: `(R, ...)`, one result per row."""
-    return _run(expression, function, aligned_R, None)
+    return _run(expression, function, aligned_R, lambda head, *run: head.tile(*run))
+
+
+def columns_by_chunks(
+    expression: Expression, function: Callable[..., Tensor], aligned_R: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """The columns of a `function` that gives `(C, N)`, N tensors `(R,)`; see `row_columns.row_columns`."""
+    return _run(expression, function, aligned_R, lambda head, *run: head.columns(*run))
 
 
 def sum_by_chunks(
     expression: Expression, function: Callable[..., Tensor], expected: Tensor, aligned_R: Sequence[Tensor]
 ) -> Tensor:
     """The sum of these results over all rows; `expected` is its probable incoming gradient, see `tiled_sum.sum_rows`."""
-    return _run(expression, function, aligned_R, expected)
+    return _run(
+        expression, function, aligned_R, lambda head, on_rows, sample, *rows: head.sum(on_rows, sample, expected, *rows)
+    )
 
 
-def _run(
-    expression: Expression, function: Callable[..., Tensor], aligned_R: Sequence[Tensor], expected: Tensor | None
-) -> Tensor:
+def _run(expression: Expression, function: Callable[..., Tensor], aligned_R: Sequence[Tensor], run: Callable) -> Any:
+    """`run(head, function of rows, sample_0V, *rows)`, with the head whose module is called."""
     expression.require_unwritten()
     node, leaves = expression.node, dict(expression.leaves)
     own = _main(expression)
@@ -52,9 +61,7 @@ def _run(
 
     rows = [leaves[key].reshape(-1, leaves[key].shape[-1]) for key in keys]
     with torch.set_grad_enabled(expression.grad and torch.is_grad_enabled()):
-        if expected is None:
-            return own.head.tile(on_rows, expression.sample_0V, *rows, *aligned_R)
-        return own.head.sum(on_rows, expression.sample_0V, expected, *rows, *aligned_R)
+        return run(own.head, on_rows, expression.sample_0V, *rows, *aligned_R)
 
 
 def _main(expression: Expression) -> HeadRows:

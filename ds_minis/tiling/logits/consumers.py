@@ -142,7 +142,8 @@ def _token_losses(
         return loss(rows_CV, target_C, weight_V, ignore_index=ignore_index, reduction="none")
 
     if reduction == "none":
-        return rows.by_chunks(losses, target).to(dtype)
+        (losses_R,) = rows.columns_by_chunks(losses, target)
+        return losses_R.to(dtype)
     counted = target != ignore_index
     total_weight = counted.sum() if weight is None else (weight[target.masked_fill(~counted, 0)] * counted).sum()
     total_weight = total_weight.masked_fill(total_weight == 0, 1)
@@ -209,7 +210,8 @@ def _of_rows(logits: DeferredLogits, args: tuple, kwargs: dict, function: Callab
         dim = dim[0]
     if options or len(args) > 2 or not isinstance(dim, int) or dim % logits.dim() != logits.dim() - 1:
         return NotImplemented
-    result = logits.by_chunks(function).view(logits.shape[:-1])
+    (result_R,) = logits.columns_by_chunks(function)
+    result = result_R.view(logits.shape[:-1])
     return result.unsqueeze(-1) if keepdim else result
 
 
@@ -271,10 +273,10 @@ def _gather(func, logits: DeferredLogits, args: tuple, kwargs: dict):
         return NotImplemented
     if dim % logits.dim() != logits.dim() - 1 or index.shape[:-1] != logits.shape[:-1]:
         return NotImplemented
-    gathered = logits.by_chunks(
-        lambda rows_CV, index_C: rows_CV.gather(-1, index_C), index.reshape(-1, index.shape[-1])
-    )
-    return gathered.view(index.shape)
+    index_RN = index.reshape(-1, index.shape[-1])
+    run = logits.columns_by_chunks if index.shape[-1] == 1 else logits.by_chunks
+    gathered = run(lambda rows_CV, index_CN: rows_CV.gather(-1, index_CN), index_RN)
+    return (gathered[0] if type(gathered) is list else gathered).view(index.shape)
 
 
 def _with_arguments(consumer: Callable) -> Callable:

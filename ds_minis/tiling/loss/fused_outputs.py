@@ -14,12 +14,15 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_minis.tiling.kernels.token_statistics import LOG_PROB, NAMES, token_statistics
 from ds_minis.tiling.logits.deferred import DeferredLogits
 
 FUSED = "fused_lm_head"
+ROUTERS = "output_router_logits"
 _FUNCTION = "_fused_forward"
 _SETTINGS = ("temperature", "cast_lm_head_to_fp32", "outputs")
 _FIELDS = frozenset(("loss", "label_mask", "aux_loss", *NAMES))
@@ -34,33 +37,33 @@ class FusedCall:
 
     Attributes:
         in_float32: whether the head is to run in float32, without autocast.
+        parallel: under sequence parallelism, which rank has which tokens; else None.
     """
+
+    parallel: Any = None
 
     def __init__(
         self, kwargs: dict, output_class: type, temperature: float, in_float32: bool, outputs: tuple[str, ...]
     ):
         self._labels, self._shifted = kwargs.get("labels"), kwargs.get("shift_labels")
-        self._count, self._wants_aux = kwargs.get("num_items_in_batch"), kwargs.get("output_router_logits")
+        self._count, self._wants_aux = kwargs.get("num_items_in_batch"), kwargs.get(ROUTERS)
         self._class, self._temperature, self._outputs = output_class, temperature, outputs
         self.in_float32 = in_float32
 
     def arguments_without(self, kwargs: dict) -> dict:
         """The keyword arguments of the model's own forward, which is to give logits."""
         own = {k: v for k, v in kwargs.items() if k not in (FUSED, "labels", "shift_labels", "num_items_in_batch")}
-        return own | {"use_cache": False, "return_dict": True}
+        routers = {ROUTERS: True} if self._wants_aux else {}
+        return own | routers | {"use_cache": False, "return_dict": True}
 
     def answered(self, model: nn.Module, output: Any) -> Any:
         """What TRL's function returns, from the output of the model's own forward."""
         logits = output["logits"]
-        if self._shifted is None:
-            logits, labels_BT = logits[:, :-1], self._labels[:, 1:]
-        else:
-            labels_BT = self._shifted
-        labels_BT = labels_BT.to(logits.device)
+        labels_BT = (self._labels[:, 1:] if self._shifted is None else self._shifted).to(logits.device)
         mask_BT = labels_BT != -100
         names = [name for name in NAMES if name == LOG_PROB or name in self._outputs]
-        statistics = self._statistics(logits, labels_BT.masked_fill(~mask_BT, 0), names)
-        found = {name: value.masked_fill(~mask_BT, 0) for name, value in zip(names, statistics.unbind(-1), strict=True)}
+        statistics = self._of_all_ranks(logits, labels_BT.masked_fill(~mask_BT, 0), names)
+        found = {name: value.masked_fill(~mask_BT, 0) for name, value in zip(names, statistics, strict=True)}
         if "is_top1" in found:
             found["is_top1"] = found["is_top1"].detach().bool()
         for name in ("log_sum_sq_probs", "mean_logits"):
@@ -74,19 +77,28 @@ class FusedCall:
             loss = loss if aux_loss is None else loss + coefficient * aux_loss.to(loss.device)
         return self._class(loss=loss, label_mask=mask_BT, aux_loss=aux_loss, **found)
 
-    def _statistics(self, logits: Tensor, targets_BT: Tensor, names: list[str]) -> Tensor:
-        """Statistics `(B, T, N)`."""
+    def _of_all_ranks(self, logits: Tensor, targets_BT: Tensor, names: list[str]) -> list[Tensor]:
+        """The statistics, each `(B, T)`; under sequence parallelism each rank computes those of its own tokens."""
+        last = int(self._shifted is None)  # tokens at the end without a target
+        if self.parallel is None:
+            return self._statistics(logits[:, :-last] if last else logits, targets_BT, names)
+        padded_BS = F.pad(targets_BT, (0, last))  # cut as the tokens were
+        mine_BTN = torch.stack(self._statistics(logits, self.parallel.mine(padded_BS), names), -1)
+        whole_BSN = self.parallel.whole(mine_BTN, padded_BS.shape[1])
+        return list(whole_BSN[:, : targets_BT.shape[1]].unbind(-1))
+
+    def _statistics(self, logits: Tensor, targets_BT: Tensor, names: list[str]) -> list[Tensor]:
 
         def of_rows(logits_CV: Tensor, target_C: Tensor) -> Tensor:
             return token_statistics(logits_CV, target_C, self._temperature, names)
 
         if isinstance(logits, DeferredLogits) and logits.is_open():
             rows = logits.derived(logits.expression().before_upcast())
-            result = rows.by_chunks(of_rows, targets_BT.reshape(-1))
+            columns = rows.columns_by_chunks(of_rows, targets_BT.reshape(-1))
         else:
             logits = logits.materialize() if isinstance(logits, DeferredLogits) else logits
-            result = of_rows(logits.reshape(-1, logits.shape[-1]), targets_BT.reshape(-1))
-        return result.view(*targets_BT.shape, len(names))
+            columns = of_rows(logits.reshape(-1, logits.shape[-1]), targets_BT.reshape(-1)).unbind(-1)
+        return [column.view(targets_BT.shape) for column in columns]
 
 
 def recognized(model: nn.Module, kwargs: dict) -> FusedCall | str | None:
@@ -103,6 +115,8 @@ def recognized(model: nn.Module, kwargs: dict) -> FusedCall | str | None:
     known = all(name in settings for name in _SETTINGS) and fields == _FIELDS
     if not known or not set(settings["outputs"]) <= set(NAMES):
         return NOT_RECOGNIZED.format(name=f"{function.__globals__.get('__name__')}.{_FUNCTION}")
+    if getattr(model.config.get_text_config(), ROUTERS, False):
+        kwargs = {ROUTERS: True} | kwargs  # what the configuration asks for, as TRL's function does
     return FusedCall(kwargs, output_class, *(settings[name] for name in _SETTINGS))
 
 
