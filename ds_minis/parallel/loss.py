@@ -6,7 +6,8 @@ this rank's share, see `ds_minis.parallel.decoder`:
 
     loss = mine + (total - mine).detach(),  mine = (this rank's sum) * size / N,  total = (sum over ranks) / N
 
-Every other loss is computed from whole hidden states on every rank, which is as exact, and divides no work.
+TRL's calls with `fused_lm_head=True` are divided too, where they are answered (`tiling/loss/fused_outputs.py`). Every other
+loss is computed from whole hidden states on every rank, which is as exact, and divides no work.
 """
 
 from __future__ import annotations

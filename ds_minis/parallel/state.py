@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from ds_minis.config import SequenceParallel
+from ds_minis.parallel.collectives import gather_sequence
+from ds_minis.parallel.cut import Cut
 from ds_minis.parallel.groups import Group, make_group
 from ds_minis.parallel.masks import Refused
 from ds_minis.tiling.modules.state import Chunking
@@ -71,6 +73,27 @@ class Parallel:
             yield
         finally:
             self.is_running = False
+
+    @contextlib.contextmanager
+    def with_local_loss(self) -> Iterator[None]:
+        """Context of a pass whose decoder gives the hidden states of this rank's tokens, see `mine` and `whole`."""
+        before, self.loss_is_local = self.loss_is_local, True
+        try:
+            yield
+        finally:
+            self.loss_is_local = before
+
+    def mine(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's tokens: `(B, S, ...)` -> `(B, T, ...)`."""
+        return self._cut(x.shape[1]).mine(x)
+
+    def whole(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """Those of all ranks, on each: `(B, T, ...)` -> `(B, num_tokens, ...)`. Backward sums over ranks."""
+        return gather_sequence(x, self._cut(num_tokens), self.group())
+
+    def _cut(self, num_tokens: int) -> Cut:
+        group = self.group()
+        return Cut(num_tokens, group.size, group.rank)
 
     @contextlib.contextmanager
     def own_random_numbers(self, device: torch.device) -> Iterator[None]:

@@ -6,11 +6,13 @@ Torch is imported once and the ranks are forked. With groups of 2, the two group
 are. Rank r writes r.json: the differences of each case from the unconverted model in one process on all batches.
 """
 
+import importlib.util
 import json
 import sys
 import traceback
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,11 @@ from support.forked import fork_ranks
 from transformers import AutoModelForCausalLM
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
+from ds_minis.tiling.kernels.token_statistics import token_statistics
+from ds_minis.tiling.loss import fused_outputs
+
+if importlib.util.find_spec("trl"):
+    from trl.trainer.utils import add_fused_lm_head  # before the ranks are forked
 
 RANKS, VOCAB = 4, 131
 
@@ -81,12 +88,30 @@ def make_batch(case: dict, replica: int) -> dict:
 
 def losses_of(case: dict, model, batch: dict) -> torch.Tensor:
     """The loss, as the model or as a trainer computes it."""
+    if case.get("fused"):
+        return fused_loss(model(**batch, fused_lm_head=True))
     if not case.get("trainer"):
         return model(**batch).loss
     logits = model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False).logits
     return torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), label_smoothing=0.1
     )
+
+
+def fused_loss(output) -> torch.Tensor:
+    """Of all that TRL's trainers read of a call with `fused_lm_head=True` and that has a gradient."""
+    weights = torch.linspace(-1, 2, output.log_probs.numel()).view_as(output.log_probs)
+    return output.loss + (weights * output.log_probs).mean() + 0.3 * output.entropy.square().mean()
+
+
+def counting_rows(counts: list[int]):
+    """Inside, the rows of logits whose statistics are computed are counted."""
+
+    def counted(logits, *args):
+        counts.append(len(logits))
+        return token_statistics(logits, *args)
+
+    return mock.patch.object(fused_outputs, "token_statistics", counted)
 
 
 def run(case: dict) -> dict:
@@ -96,13 +121,17 @@ def run(case: dict) -> dict:
     settings = {"chunk_size": 8, "loss_chunk_size": 10, **case.get("settings", {})}
     settings["sequence_parallel"] = {"size": size, "mode": case["mode"]}
     convert_to_mini_sequence(model, settings)
+    if case.get("fused"):
+        for m in (plain, model):
+            add_fused_lm_head(m, temperature=0.7, outputs=("log_probs", "entropy"))
     expected = []
     for replica in range(replicas):
         loss = losses_of(case, plain, make_batch(case, replica))
         (loss / replicas).backward()
         expected.append(loss.detach())
     batch = make_batch(case, rank // size)
-    loss = losses_of(case, model, batch)
+    with counting_rows(rows := []):
+        loss = losses_of(case, model, batch)
     loss.backward()
     wrong = {"loss": (loss.detach() - expected[rank // size]).abs().item()}
     for (name, param), other in zip(model.named_parameters(), plain.parameters(), strict=True):
@@ -113,15 +142,19 @@ def run(case: dict) -> dict:
             wrong[name] = ((param.grad / RANKS - other.grad).abs().max() / largest).item()
     result = {"wrong": max(wrong.values()), "where": max(wrong, key=wrong.get)}
     result["report"] = str(mini_sequence_report(model))
+    result["rows"] = sum(rows) / batch["input_ids"].numel()
     model.eval(), plain.eval()
     batch.pop("num_items_in_batch", None)
     with torch.no_grad():
         if not case.get("trainer"):
-            evaluated, true = model(**batch).loss, plain(**batch).loss
+            asked = {"fused_lm_head": True} if case.get("fused") else {}
+            evaluated, true = model(**batch, **asked).loss, plain(**batch, **asked).loss
             result["evaluation"] = 0.0 if torch.equal(evaluated.isnan(), true.isnan()) else 1.0
             result["evaluation"] += (evaluated - true).abs().nan_to_num().item()
-        for name in ("labels", "shift_labels"):
-            batch.pop(name, None)
+        batch.pop("labels")
+        if batch.pop("shift_labels", None) is not None:  # they are labels: such a pass is divided
+            shifted = {"shift_labels": batch["input_ids"].roll(-1, -1)}
+            result["shifted"] = (model(**batch, **shifted).logits - plain(**batch).logits).abs().max().item()
         result["whole"] = (model(**batch).logits - plain(**batch).logits).abs().max().item()
     return result
 

@@ -4,6 +4,7 @@ All cases run in one start of four processes (sequence_worker.py). The sum of gr
 number, is what every engine makes of them.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -96,6 +97,14 @@ REFUSED = {
 CASES += [{**case(name, rows=""), "refused": True, **more} for name, (more, _) in REFUSED.items()]
 
 
+TRL = [
+    *(case(f"TRL's call, {size} ranks", "gather", size, fused=True) for size in (2, 4)),
+    case("TRL's call, labels that are shifted already", "ring", 2, 41, rows="shift_labels", fused=True),
+    case("TRL's call, the loss is left alone", "gather", 2, settings={"loss": False}, fused=True),
+]
+CASES += TRL if importlib.util.find_spec("trl") else []
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("sequence")
@@ -115,7 +124,14 @@ def test_equals_one_process(name, ranks):
         found = results[name]
         assert "error" not in found, found["error"]
         assert found["wrong"] <= TOLERANCE, f"rank {rank}: {found['where']} {found['wrong']}"
-        assert found.get("evaluation", 0) <= TOLERANCE and found["whole"] == 0
+        assert max(found.get("evaluation", 0), found.get("shifted", 0)) <= TOLERANCE and found["whole"] == 0
+
+
+@pytest.mark.parametrize("trl", TRL[:3], ids=lambda trl: trl["name"])
+def test_the_heads_work_for_trls_call_is_divided(trl, ranks):
+    pytest.importorskip("trl")
+    for found in (results[trl["name"]] for results in ranks):
+        assert 1 / trl["size"] <= found["rows"] < 1.3 / trl["size"]  # with the padding of the cut
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -97,7 +97,9 @@ class BeginForward:
             begun.head.reason = call
         if not isinstance(call, FusedCall) or not begun.head.runs_in(call.in_float32):
             return None
-        begun.call = call
+        begun.call, call.parallel = call, self.chunking.parallel
+        if call.parallel is not None:
+            begun.enter_context(call.parallel.with_local_loss())
         return args, call.arguments_without(kwargs)
 
     def _begin(self, model: nn.Module, begun: _Pass, args: tuple, kwargs: dict) -> None:
