@@ -212,8 +212,6 @@ def train_arguments(recipe: Recipe, planned: PlannedStage) -> dict[str, Any]:
         "adam_beta2": 0.95,
         "weight_decay": 0.01,
         "max_grad_norm": 1.0,
-        # The model's own loss, whose work sequence parallelism divides, not TRL's.
-        "mini_sequence_loss": True,
         "gradient_checkpointing": True,
         "save_strategy": "steps",
         "save_steps": fields["checkpoint_interval"] or stage.steps,

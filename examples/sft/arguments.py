@@ -88,15 +88,15 @@ class ModelArguments:
             '\'{"chunk_size": 2048}\'. Not needed where the engine\'s configuration has a "mini_sequence" section.'
         },
     )
-    mini_sequence_loss: bool = field(
-        default=False,
-        metadata={
-            "help": "Use the model's own loss, tiled by ds_minis, instead of TRL's fused LM head (without TRL's entropy and "
-            "token-accuracy metrics)."
-        },
-    )
+    mini_sequence_loss: str | None = field(default=None, metadata={"help": "Removed: leave it out."})
 
     def __post_init__(self):
+        if self.mini_sequence_loss is not None:
+            raise ValueError(
+                "--mini_sequence_loss has been removed: leave it out (in a recipe, too). ds_minis answers TRL's calls for a "
+                "loss from the model's own LM head, by chunks, with TRL's metrics; \"loss\": false in the mini-sequence "
+                "configuration leaves them to TRL"
+            )
         if self.chat_template_format not in CHAT_TEMPLATES:
             raise ValueError(
                 f"--chat_template_format: one of {', '.join(CHAT_TEMPLATES)} is allowed, got {self.chat_template_format!r}"
@@ -170,7 +170,7 @@ def check_head(model_args: ModelArguments) -> None:
         raise ValueError(
             "--lora_modules_to_save lm_head does not work under FSDP1: use FSDP2 (accelerate_configs/fsdp.yaml)"
         )
-    if not model_args.mini_sequence_loss and not tiles_loss(model_args):
+    if not tiles_loss(model_args):
         raise ValueError(
             "--lora_modules_to_save lm_head under FSDP2: TRL's fused LM head would give it one process's gradient. Turn "
             "mini-sequences on, with their loss (--mini_sequence true, or a section in the engine's configuration), or train "

@@ -74,7 +74,6 @@ LORA_TARGET_MODULES=${LORA_TARGET_MODULES:-all-linear}
 LORA_MODULES_TO_SAVE=${LORA_MODULES_TO_SAVE:-}     # trained in full beside the adapters, e.g. embed_tokens,lm_head
 CHAT_TEMPLATE=${CHAT_TEMPLATE:-none}               # chatml, zephyr, or none for the tokenizer's own
 SEED=${SEED:-100}
-MINI_SEQUENCE_LOSS=${MINI_SEQUENCE_LOSS:-False}     # True: the model's own loss, tiled; False: TRL's fused LM head
 RESUME=${RESUME:-}                                 # last, or a checkpoint's folder
 USE_FLASH_ATTN=${USE_FLASH_ATTN:-$("$PYTHON" -c 'import importlib.util as u, torch; print(torch.cuda.is_available() and u.find_spec("flash_attn") is not None)')}
 
@@ -103,7 +102,6 @@ fi
     --per_device_train_batch_size "$PER_DEVICE_BATCH_SIZE" --per_device_eval_batch_size "$PER_DEVICE_BATCH_SIZE" \
     --gradient_accumulation_steps "$GRADIENT_ACCUMULATION_STEPS" \
     --learning_rate "$LEARNING_RATE" --lr_scheduler_type cosine --weight_decay 1e-4 --max_grad_norm 1.0 \
-    --mini_sequence_loss "$MINI_SEQUENCE_LOSS" \
     --gradient_checkpointing True --use_reentrant False --use_flash_attn "$USE_FLASH_ATTN" \
     --use_peft_lora "$LORA" --lora_r "$LORA_R" --lora_alpha "$LORA_ALPHA" --lora_dropout "$LORA_DROPOUT" \
     --lora_target_modules "$LORA_TARGET_MODULES" ${LORA_MODULES_TO_SAVE:+--lora_modules_to_save "$LORA_MODULES_TO_SAVE"} \

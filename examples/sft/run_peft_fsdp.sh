@@ -11,7 +11,6 @@ set -eu
 case ${FSDP_VERSION:-2} in
     2)
         ENGINE=fsdp CONFIG=fsdp
-        MINI_SEQUENCE_LOSS=${MINI_SEQUENCE_LOSS:-True}  # TRL's has wrong gradients for a saved LM head (train.py says so)
         ;;
     1)
         ENGINE=fsdp1 CONFIG=fsdp1

@@ -11,5 +11,4 @@ ENGINE=qlora-fsdp
 CONFIG=fsdp
 QLORA=1
 LORA_MODULES_TO_SAVE=${LORA_MODULES_TO_SAVE:-}      # adapters alone
-MINI_SEQUENCE_LOSS=${MINI_SEQUENCE_LOSS:-True}
 . "$(dirname "$0")/launch.sh"

@@ -12,11 +12,14 @@ from pathlib import Path
 
 NAMES = """
 MODEL DATASET SPLITS OUTPUT_DIR NUM_PROCESSES NUM_MACHINES MACHINE_RANK MAIN_PROCESS_IP MAIN_PROCESS_PORT FULL ZERO_STAGE
-FSDP_VERSION ACCELERATE_CONFIG DEEPSPEED_CONFIG MINI_SEQUENCE_LOSS QUANT_DTYPE LORA_R LORA_ALPHA LORA_DROPOUT
+FSDP_VERSION ACCELERATE_CONFIG DEEPSPEED_CONFIG QUANT_DTYPE LORA_R LORA_ALPHA LORA_DROPOUT
 LORA_TARGET_MODULES LORA_MODULES_TO_SAVE MAX_LENGTH PACKING LEARNING_RATE NUM_TRAIN_EPOCHS MAX_STEPS PER_DEVICE_BATCH_SIZE
 GRADIENT_ACCUMULATION_STEPS SEQUENCE_PARALLEL CHAT_TEMPLATE USE_FLASH_ATTN LOGGING_STEPS EVAL_STRATEGY SAVE_STRATEGY SEED
 RESUME PYTHON
 """.split()
+REMOVED = {
+    "MINI_SEQUENCE_LOSS": "leave it out: ds_minis answers TRL's calls for a loss from the model's own LM head, by chunks",
+}
 _MISSPELT = 0.86  # how much alike a variable and a setting are, at least; a plural of a short one is not
 
 
@@ -24,6 +27,8 @@ def wrong_settings(environ: dict[str, str], root: Path) -> list[str]:
     """What is wrong with the settings among these variables, a line each."""
     lines = []
     for name, value in environ.items():
+        if name in REMOVED:
+            lines.append(f"{name}={value}: this setting has been removed; {REMOVED[name]}")
         near = difflib.get_close_matches(name, NAMES, n=1, cutoff=_MISSPELT)
         if near and name not in NAMES and len(name) > 6:
             lines.append(f"{name}={value}: no setting has this name; did you mean {near[0]}? (README.md lists them)")

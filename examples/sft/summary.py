@@ -51,7 +51,7 @@ def summarize(trainer: Trainer, metrics: dict[str, Any], progress: Progress) -> 
                 "",
                 "===== done =====",
                 f"engine       {summary['engine']}, {summary['num_processes']} processes",
-                *_tiled_in_words(report, trainer.model_loss),
+                *_tiled_in_words(report),
                 f"loss         {summary['first_loss']:.4f} -> {summary['last_loss']:.4f} in {summary['steps']} steps"
                 if losses
                 else "loss         none was logged (--logging_steps)",
@@ -65,11 +65,11 @@ def summarize(trainer: Trainer, metrics: dict[str, Any], progress: Progress) -> 
     )
 
 
-def _tiled_in_words(report: ConversionReport | None, model_loss: bool) -> list[str]:
+def _tiled_in_words(report: ConversionReport | None) -> list[str]:
     if report is None:
         return ["ds_minis     off"]
     loss = report.loss
-    if not model_loss and loss.startswith("not tiled"):
-        loss = "TRL's fused LM head, in chunks of its own (MINI_SEQUENCE_LOSS=True: the model's own, tiled by ds_minis)"
+    if loss.startswith("not tiled"):
+        loss = f"TRL's fused LM head, in chunks of its own; {loss}"
     lines = str(dataclasses.replace(report, loss=loss, sizes=None, last_loss="")).splitlines()
     return ["what was tiled", *lines[1:]]

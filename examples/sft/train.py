@@ -39,9 +39,8 @@ from folders import claim_output, describe_run, require_input, require_output
 from long_context import STOPPED, StopFile, callbacks
 from modeling import is_config_only, is_dense, load_model, load_tokenizer, lora_config
 from progress import Progress
-from quiet import leave_out
 from summary import summarize
-from transformers import AutoConfig, PrinterCallback, Trainer, TrainerCallback, set_seed
+from transformers import AutoConfig, PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 from trl.data_utils import is_conversational
@@ -52,19 +51,7 @@ logger = logging.get_logger("train")
 
 
 class MiniSequenceSFTTrainer(SFTTrainer):
-    """TRL's trainer, with tokens per second in its log and, if asked for, the model's own loss."""
-
-    model_loss = False
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not self.model_loss:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs["use_cache"] = False
-        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        step = Trainer.prediction_step if self.model_loss else SFTTrainer.prediction_step
-        return step(self, model, inputs, prediction_loss_only, ignore_keys)
+    """TRL's trainer, with tokens per second in its log, and complete checkpoints only."""
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
@@ -119,9 +106,6 @@ def main() -> int:
         processing_class=tokenizer,
         peft_config=lora_config(model_args),
     )
-    trainer.model_loss = model_args.mini_sequence_loss
-    if not trainer.model_loss:
-        leave_out("ds_minis", "the loss is not tiled: ")  # the summary says that TRL computes it
     trainer.add_callback(RequireWrapped(trainer))
     pretrained = not is_config_only(model_args.model_name_or_path)
     for callback in callbacks(model_args, training_args.max_length, pretrained=pretrained):

@@ -119,7 +119,6 @@ def test_what_a_stage_is_given_beside_its_lengths(create_config, tmp_path):
     folder = tmp_path / recipe.stages[1].folder
     train = yaml.safe_load((folder / "train.yaml").read_text())
     expected = {
-        "mini_sequence_loss": True,
         "adam_beta2": 0.95,
         "weight_decay": 0.01,
         "max_grad_norm": 1.0,

@@ -198,6 +198,12 @@ def test_missing_split_lists_those_there_are(arguments):
         data.load_splits(data.DataArguments(dataset_name=str(EXAMPLE / "default" / "data"), splits="trian"))
 
 
+@pytest.mark.parametrize("value", ["True", "False"])
+def test_a_flag_that_was_removed_says_what_to_do(arguments, tmp_path, value):
+    with pytest.raises(ValueError, match="--mini_sequence_loss has been removed: leave it out"):
+        arguments.parse_arguments([*REQUIRED, "--output_dir", str(tmp_path), "--mini_sequence_loss", value])
+
+
 TRAINED_HEADS = [
     (
         {"use_peft_lora": True, "lora_modules_to_save": "embed_tokens,lm_head"},
@@ -205,7 +211,7 @@ TRAINED_HEADS = [
         "under FSDP2",
     ),
     (
-        {"use_peft_lora": True, "lora_modules_to_save": "lm_head", "mini_sequence_loss": True},
+        {"use_peft_lora": True, "lora_modules_to_save": "lm_head", "mini_sequence": "true"},
         {"FSDP_VERSION": "1"},
         "under FSDP1",
     ),
@@ -219,8 +225,7 @@ def test_engines_that_would_train_the_head_wrongly_are_refused(arguments, monkey
     with pytest.raises(ValueError, match=words):
         arguments.check_head(arguments.ModelArguments(model_name_or_path="m", **model_args))
     if "FSDP1" not in words:
-        for settings in ({"mini_sequence_loss": True}, {"mini_sequence": "true"}):
-            arguments.check_head(arguments.ModelArguments(model_name_or_path="m", **model_args, **settings))
+        arguments.check_head(arguments.ModelArguments(model_name_or_path="m", **model_args, mini_sequence="true"))
         with pytest.raises(ValueError, match=words):
             untiled = model_args | {"mini_sequence": '{"loss": false}'}
             arguments.check_head(arguments.ModelArguments(model_name_or_path="m", **untiled))

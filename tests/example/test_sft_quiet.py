@@ -122,7 +122,7 @@ def test_the_throughput_of_a_resumed_run_is_its_own(quiet, tmp_path, capsys):
     progress.on_train_begin(None, state, None)
     state.global_step, state.num_input_tokens_seen = 14, 1300
     trainer = SimpleNamespace(
-        state=state, model=torch.nn.Linear(1, 1), model_wrapped=None, model_loss=True,
+        state=state, model=torch.nn.Linear(1, 1), model_wrapped=None,
         is_world_process_zero=lambda: True, args=SimpleNamespace(output_dir=str(tmp_path)),
         accelerator=SimpleNamespace(distributed_type=SimpleNamespace(value="NO"), num_processes=1),
     )  # fmt: skip

@@ -30,7 +30,7 @@ FULL = {
     "zero2": ("run_peft_deepspeed.sh", {}, "DEEPSPEED, DeepSpeedEngine"),
     "zero3": ("run_peft_deepspeed.sh", {"ZERO_STAGE": "3"}, "DEEPSPEED, DeepSpeedEngine"),
 }
-SAVE = ("--save_steps", "2", "--mini_sequence_loss", "True")
+SAVE = ("--save_steps", "2")
 EVALUATE = {"zero3": ("--eval_strategy", "steps", "--eval_steps", "2", "--eval_on_start", "False")}
 SETTINGS = {"FULL": "1", "SAVE_STRATEGY": "steps", "MAX_STEPS": "4"}
 
@@ -162,7 +162,7 @@ def test_deepspeeds_own_launcher(full_runs, tmp_path):
     flags = f"""--model_name_or_path {EXAMPLE}/default/model --dataset_name {EXAMPLE}/default/data --output_dir {tmp_path}/out
         --max_length 128 --max_steps 4 --learning_rate 3e-3 --per_device_train_batch_size 2 --logging_steps 1
         --gradient_accumulation_steps 2 --lr_scheduler_type cosine --weight_decay 1e-4 --seed 100
-        --gradient_checkpointing True --mini_sequence_loss True --save_strategy no --report_to none""".split()
+        --gradient_checkpointing True --save_strategy no --report_to none""".split()
     command = ["deepspeed", "--no_local_rank", "--num_gpus", "2", "--master_port", "29617", str(EXAMPLE / "train.py")]
     config = ROOT / "deepspeed_configs" / "zero2.json"
     done = subprocess.run(

@@ -22,6 +22,7 @@ def example(monkeypatch):
         ({"MAX_LENGHT": "128"}, ["MAX_LENGHT=128", "did you mean MAX_LENGTH?"]),
         ({"LEARNING_RATES": "1"}, ["LEARNING_RATES=1", "did you mean LEARNING_RATE?"]),
         ({"ZERO_STAGE": "4"}, ["ZERO_STAGE=4", "0, 1, 2, 2_offload, 3, 3_offload"]),
+        ({"MINI_SEQUENCE_LOSS": "True"}, ["MINI_SEQUENCE_LOSS=True", "removed", "leave it out"]),
     ],
 )
 def test_a_wrong_setting_stops_the_script_with_one_line(tmp_path, variables, words):
