@@ -3,6 +3,8 @@
     python scripts/bench/loss_head.py                              # Llama-3-8B's head on a GPU; a small one on a CPU
     python scripts/bench/loss_head.py --tokens 65536 --repeats 9
 
+Ways with a frozen head have the gradient of the hidden states alone, as beside LoRA adapters.
+
 Time is the median of interleaved runs. Peak is what is allocated above hidden states, weight and labels, the two gradients
 included: by CUDA's own count, or tensor by tensor on a CPU. Errors are relative (norm of the difference), against float64.
 Only torch, transformers and ds_minis are needed; of the others, whoever is missing is named with the reason.
@@ -104,7 +106,8 @@ def measure(ways: dict[str, Loss], tensors: tuple[Tensor, nn.Parameter, Tensor],
         print(f"  {name}", file=sys.stderr, flush=True)
         try:
             value = step(loss, tensors)  # compiles and loads what it needs
-            errors = [relative(*pair) for pair in zip((value, *(t.grad for t in tensors[:2])), oracle, strict=True)]
+            found = (value, *(t.grad for t in tensors[:2]))
+            errors = [None if a is None else relative(a, b) for a, b in zip(found, oracle, strict=True)]
             results[name] = dict(zip(("loss_error", "hidden_grad_error", "weight_grad_error"), errors, strict=True))
             results[name]["peak_bytes"] = peak_bytes(loss, tensors)
         except Exception as error:  # somebody else's code: whatever it raises is its result
@@ -129,7 +132,8 @@ def table(results: dict[str, dict]) -> str:
             lines.append(f"{name:38}{r.get('skipped') or r['failed']}")
             continue
         ratio = f"{r['seconds'] / plain:9.2f}x" if plain else f"{'-':>10}"
-        errors = "".join(f"{r[key]:12.1e}" for key in ("loss_error", "hidden_grad_error", "weight_grad_error"))
+        errors = (r[key] for key in ("loss_error", "hidden_grad_error", "weight_grad_error"))
+        errors = "".join(f"{'-':>12}" if error is None else f"{error:12.1e}" for error in errors)
         lines.append(f"{name:38}{r['seconds'] * 1e3:9.1f}{ratio}{r['peak_bytes'] / MIB:10.0f}{errors}")
     return "\n".join(lines)
 

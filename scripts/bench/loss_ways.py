@@ -20,6 +20,8 @@ from ds_minis.tiling.kernels import cross_entropy
 from ds_minis.tiling.kernels.token_statistics import token_statistics
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+FROZEN = ", frozen head"  # ends the names of ways that do not train the head
+OF_SFT, OF_DPO = ("log_probs", "entropy", "is_top1"), ("log_probs",)  # what TRL's trainers ask for
 
 
 class Skip(Exception):
@@ -104,17 +106,17 @@ def _ours_per_token(log_probs_of: Callable[[Tensor, Tensor], Tensor]) -> Callabl
 
 def _as_sft(logits: Tensor, labels: Tensor) -> Tensor:
     """As a call with `fused_lm_head=True` is answered for TRL's SFTTrainer, which logs entropy and accuracy."""
-    return _statistics(logits, labels, ("log_probs", "entropy", "is_top1"))
+    return _statistics(logits, labels, OF_SFT)
 
 
 def _as_dpo(logits: Tensor, labels: Tensor) -> Tensor:
     """As it is answered for TRL's DPOTrainer."""
-    return _statistics(logits, labels, ("log_probs",))
+    return _statistics(logits, labels, OF_DPO)
 
 
 def _statistics(logits: Tensor, labels: Tensor, names: tuple[str, ...]) -> Tensor:
     rows = logits.derived(logits.expression().before_upcast())
-    return rows.by_chunks(lambda x_CV, y_C: token_statistics(x_CV, y_C, 1.0, names), labels)[:, 0]
+    return rows.columns_by_chunks(lambda x_CV, y_C: token_statistics(x_CV, y_C, 1.0, names), labels)[0]
 
 
 def _torch_chunked(policy: str) -> Callable[[Problem], Loss]:
@@ -129,24 +131,44 @@ def _torch_chunked(policy: str) -> Callable[[Problem], Loss]:
     return make
 
 
-def trl_fused_head(problem: Problem) -> Loss:
-    """The function behind `trl.trainer.utils.add_fused_lm_head`, called as SFTTrainer's forward calls it."""
-    try:
-        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
-    except ImportError as error:
-        raise Skip(f"TRL with a fused LM head is not installed ({error})") from error
+def _trl_fused_head(names: tuple[str, ...]) -> Callable[[Problem], Loss]:
+    """The function behind `trl.trainer.utils.add_fused_lm_head`, called as the forward of TRL's trainers calls it."""
 
-    def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        mask = labels != -100
-        if hidden.is_cuda:
-            hidden, labels = hidden[mask], labels[mask]
-        log_probs, *_ = _ChunkedLogProbFunction.apply(
-            hidden, weight, None, labels.clamp(min=0), 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("log_probs",)
-        )
-        log_probs = log_probs if log_probs.shape[0] != mask.shape[0] else log_probs.masked_fill(~mask, 0)
-        return -log_probs.sum() / mask.sum().clamp(min=1)
+    def make(problem: Problem) -> Loss:
+        try:
+            from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
+        except ImportError as error:
+            raise Skip(f"TRL with a fused LM head is not installed ({error})") from error
 
-    return loss
+        def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+            mask = labels != -100
+            if hidden.is_cuda:
+                hidden, labels = hidden[mask], labels[mask]
+            log_probs, *_ = _ChunkedLogProbFunction.apply(
+                hidden, weight, None, labels.clamp(min=0), 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, names
+            )
+            log_probs = log_probs if log_probs.shape[0] != mask.shape[0] else log_probs.masked_fill(~mask, 0)
+            return -log_probs.sum() / mask.sum().clamp(min=1)
+
+        return loss
+
+    return make
+
+
+def _frozen(make: Callable[[Problem], Loss]) -> Callable[[Problem], Loss]:
+    """The same with an LM head that is not trained, as beside LoRA adapters."""
+
+    def make_frozen(problem: Problem) -> Loss:
+        loss, frozen = make(problem), {}
+
+        def of_frozen(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+            if id(weight) not in frozen:
+                frozen[id(weight)] = nn.Parameter(weight.detach(), requires_grad=False)
+            return loss(hidden, frozen[id(weight)], labels)
+
+        return of_frozen
+
+    return make_frozen
 
 
 def _liger(accum_dtype: torch.dtype | None) -> Callable[[Problem], Loss]:
@@ -211,9 +233,15 @@ WAYS: dict[str, Callable[[Problem], Loss]] = {
     "ds_minis, log_softmax and gather": _ours_per_token(lambda x, y: x.log_softmax(-1).gather(-1, y[:, None])[:, 0]),
     "torch linear_cross_entropy, auto": _torch_chunked("auto"),
     "torch linear_cross_entropy, accurate": _torch_chunked("accurate"),
-    "TRL fused LM head": trl_fused_head,
+    "TRL fused LM head, SFT": _trl_fused_head(OF_SFT),
+    "TRL fused LM head, DPO": _trl_fused_head(OF_DPO),
     "Liger FLCE": _liger(None),
     "Liger FLCE, float32 sums": _liger(torch.float32),
     "Apple CCE, exact": apple_cce,
     "DeepSpeed TiledFusedLogitsLoss": deepspeed_tiled,
 }
+_OF_ADAPTERS = (
+    *("plain", "ds_minis, torch path", "ds_minis, for TRL's SFT", "ds_minis, for TRL's DPO"),
+    *("TRL fused LM head, SFT", "TRL fused LM head, DPO"),
+)
+WAYS |= {f"{name}{FROZEN}": _frozen(WAYS[name]) for name in _OF_ADAPTERS}

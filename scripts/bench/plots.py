@@ -129,7 +129,7 @@ def _max_context(content: dict[str, Any]) -> Picture:
 
 def _loss_head(content: dict[str, Any]) -> Picture:
     sizes = content["arguments"]
-    rows = {name: entry for name, entry in content["results"].items() if "seconds" in entry}
+    rows = {n: e for n, e in content["results"].items() if "seconds" in e and not n.endswith(", frozen head")}
     times = Panel("time", {n: e["seconds"] * 1e3 for n, e in rows.items()}, "ms, less is better", lambda v: f"{v:,.0f}")
     peaks = {n: e["peak_bytes"] / MIB for n, e in rows.items()}
     memory = Panel("memory", peaks, "MiB at the peak, less is better", lambda v: f"{v:,.0f}")

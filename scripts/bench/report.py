@@ -151,7 +151,8 @@ def loss_head(content: dict[str, Any]) -> Iterator[str]:
     for name, entry in results.items():
         if "seconds" in entry:
             times = "-" if plain is None else f"{entry['seconds'] / plain:.2f}x"
-            errors = [f"{entry[key]:.1e}" for key in ("loss_error", "hidden_grad_error", "weight_grad_error")]
+            errors = [entry[key] for key in ("loss_error", "hidden_grad_error", "weight_grad_error")]
+            errors = ["-" if error is None else f"{error:.1e}" for error in errors]
             rows.append(
                 [name, f"{entry['seconds'] * 1e3:.1f} ms", times, f"{entry['peak_bytes'] / MIB:.0f} MiB", *errors]
             )

@@ -25,7 +25,8 @@ def test_small_run_on_a_cpu(dtype, tmp_path):
             assert "CUDA" in result["skipped"] or "installed" in result["skipped"]
             continue
         assert len(result["all_seconds"]) == 2 and result["seconds"] > 0
-        assert result["weight_grad_error"] < (1e-5 if dtype == "float32" else 2e-2)
+        assert (result["weight_grad_error"] is None) == name.endswith("frozen head")
+        assert (result["weight_grad_error"] or 0) < (1e-5 if dtype == "float32" else 2e-2)
         assert result["hidden_grad_error"] < (1e-5 if dtype == "float32" else 2e-2)
     ours, plain = results["ds_minis, torch path"], results["plain"]
     assert ours["peak_bytes"] < 0.7 * plain["peak_bytes"]
