@@ -22,7 +22,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from ds_minis import ConversionReport
 from ds_minis.check.exactness import PlainModelFails, compare_with_plain
 from ds_minis.check.tiny import tiny_config
 
+Examine = Callable[[str, Mapping[str, Any] | None], dict[str, Any]]
 PAGE = Path(__file__).parent.parent / "docs" / "supported_models.md"
 MAPPINGS = {
     "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -149,15 +150,25 @@ def warm_up() -> None:
 
 
 def run_all(
-    architectures: list[str], jobs: int, timeout: int, verbose: bool = True, settings: Mapping[str, Any] | None = None
+    architectures: list[str],
+    jobs: int,
+    timeout: int,
+    verbose: bool = True,
+    settings: Mapping[str, Any] | None = None,
+    ask: Examine | None = None,
+    say: Callable[[dict[str, Any]], str] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """`examine` for each, `jobs` at a time, each in a forked child: one that crashes or hangs takes no other with it."""
+    """`ask` (by default `examine`) for each, `jobs` at a time; prints what `say` (`verdict`) makes of each result.
+
+    Each runs in a forked child: one that crashes or hangs takes no other with it.
+    """
+    ask, say = ask or examine, say or verdict
     results: dict[str, dict] = {}
     waiting, selector = list(architectures), selectors.DefaultSelector()
     while waiting or selector.get_map():
         while waiting and len(selector.get_map()) < jobs:
             name = waiting.pop(0)
-            pipe, pid = _fork(name, timeout, settings)
+            pipe, pid = _fork(name, timeout, settings, ask)
             selector.register(pipe, selectors.EVENT_READ, (name, pid, time.monotonic(), bytearray()))
         for key, _ in selector.select():
             name, pid, start, data = key.data
@@ -170,7 +181,7 @@ def run_all(
             result = json.loads(bytes(data)) if data else {"crash": _how_it_ended(status, timeout)}
             results[name] = {**result, "seconds": round(time.monotonic() - start, 1)}
             if verbose:
-                print(name, verdict(results[name]), f"{results[name]['seconds']}s", flush=True)
+                print(name, say(results[name]), f"{results[name]['seconds']}s", flush=True)
     return {name: results[name] for name in architectures}
 
 
@@ -190,7 +201,7 @@ def failed(result: dict[str, Any]) -> bool:
     return "plain_fails" not in result and not result.get("exact", False)
 
 
-def _fork(architecture: str, timeout: int, settings: Mapping[str, Any] | None) -> tuple[int, int]:
+def _fork(architecture: str, timeout: int, settings: Mapping[str, Any] | None, ask: Examine) -> tuple[int, int]:
     read, write = os.pipe()
     pid = os.fork()
     if pid:
@@ -199,7 +210,7 @@ def _fork(architecture: str, timeout: int, settings: Mapping[str, Any] | None) -
     os.close(read)
     signal.alarm(timeout)
     try:
-        result = examine(architecture, settings)
+        result = ask(architecture, settings)
     except BaseException as error:
         result = {"crash": f"{type(error).__name__}: {error}"[:500], "trace": traceback.format_exc()[-3000:]}
     with os.fdopen(write, "w") as stream:

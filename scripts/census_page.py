@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ Results = Mapping[str, Mapping[str, Any]]
 
 def write_page(path: Path, results: Results) -> None:
     path.parent.mkdir(exist_ok=True)
-    path.write_text(with_sequence_parallel(page(results)), encoding="utf-8")
+    path.write_text(with_more_columns(page(results)), encoding="utf-8")
 
 
 def page(results: Results) -> str:
@@ -169,33 +169,43 @@ def _short(text: str) -> str:
     return text if len(text) <= 160 else text[:157] + "..."
 
 
-SEQUENCE_PARALLEL = Path(__file__).parent.parent / "docs" / "sequence_parallel.json"  # of scripts/census_parallel.py
-_COLUMN = "on two ranks"
+DOCS = Path(__file__).parent.parent / "docs"
+SEQUENCE_PARALLEL = DOCS / "sequence_parallel.json"  # of scripts/census_parallel.py
+TRL_HEADS = DOCS / "trl_heads.json"  # of scripts/census_trl.py
 
 
-def with_sequence_parallel(text: str) -> str:
-    """The page with a last column: what sequence parallelism makes of each architecture, as the file above says."""
-    verdicts = json.loads(SEQUENCE_PARALLEL.read_text()) if SEQUENCE_PARALLEL.exists() else {}
-    lines, kind = [], ""
+def with_more_columns(text: str) -> str:
+    """The page with last columns: what sequence parallelism makes of each architecture, and TRL's call."""
+    lines, kind, columns = [], "", []
     for line in text.splitlines():
         titles = [k for k, title in TITLES.items() if line == f"## {title}"]
-        kind = titles[0] if titles else kind
+        if titles:
+            kind = titles[0]
+            columns = [column for column in _more_columns() if any(name.startswith(f"{kind}:") for name in column[1])]
         found = re.match(r"\| `([^`]+)` \|", line)
         if found and kind:
-            line = f"{_without_column(line)} {_in_a_cell(verdicts.get(f'{kind}:{found[1]}', ''))} |"
+            cells = [in_a_cell(said.get(f"{kind}:{found[1]}", "")) for _, said, in_a_cell in columns]
+            line = _with_cells(line, cells)
         elif line.startswith("| model type |"):
-            line = f"{_without_column(line)} {_COLUMN} |"
+            line = _with_cells(line, [title for title, *_ in columns])
         elif kind and line.startswith("|---|"):
-            line = f"|{'---|' * (len(_COLUMNS) + 1)}"
+            line = f"|{'---|' * (len(_COLUMNS) + len(columns))}"
         lines.append(line)
     return "\n".join(lines) + "\n"
 
 
-def _without_column(line: str) -> str:
-    return "|".join(line.split("|")[: len(_COLUMNS) + 1]) + "|"
+def _more_columns() -> list[tuple[str, dict[str, Any], Callable[[Any], str]]]:
+    """Title, what a file says of each architecture, and how that is shown."""
+    columns = (("on two ranks", SEQUENCE_PARALLEL, _of_two_ranks), ("TRL's call", TRL_HEADS, _of_trl))
+    return [(title, json.loads(file.read_text()), show) for title, file, show in columns if file.exists()]
 
 
-def _in_a_cell(said: str) -> str:
+def _with_cells(line: str, cells: list[str]) -> str:
+    own = "|".join(line.split("|")[: len(_COLUMNS) + 1])
+    return "|".join([own, *(f" {cell} " for cell in cells), ""])
+
+
+def _of_two_ranks(said: str) -> str:
     """The reason alone, without the words around it that all refusals share."""
     if said.startswith("exact"):
         return f"yes, {said.removeprefix('exact: ')}"
@@ -206,3 +216,13 @@ def _in_a_cell(said: str) -> str:
         if said
         else ""
     )
+
+
+def _of_trl(said: Mapping[str, str] | str) -> str:
+    """Whether the call is answered exactly, and what TRL's own answer is where that is not."""
+    if not said:
+        return ""
+    kind, _, rest = said["ds_minis"].partition(": ")
+    ours = f"yes, {rest}" if kind == "exact" else _short(rest)
+    own, _, error = said["TRL"].partition(": ")
+    return ours if own in ("exact", "") else f"{ours} (TRL's own {own}: {_short(error)})"

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from census import PAGE, all_architectures, configuration, warm_up
-from census_page import SEQUENCE_PARALLEL, with_sequence_parallel
+from census_page import SEQUENCE_PARALLEL, with_more_columns
 
 from ds_minis import convert_to_mini_sequence
 from ds_minis.check.exactness import FLOOR, LIMIT, SETTINGS, text_batch
@@ -143,7 +143,7 @@ def main() -> int:
         if set(results) != set(known):
             parser.error("--write needs the results of all architectures: leave names out")
         SEQUENCE_PARALLEL.write_text(json.dumps({a: verdict(r) for a, r in results.items()}, indent=1) + "\n")
-        PAGE.write_text(with_sequence_parallel(PAGE.read_text()))
+        PAGE.write_text(with_more_columns(PAGE.read_text()))
     wrong = [a for a, r in results.items() if not {"plain_fails", "refused"} & r.keys() and not r.get("exact")]
     exact = sum(bool(r.get("exact")) for r in results.values())
     refused = sum("refused" in r for r in results.values())

@@ -1,5 +1,6 @@
 """The census: a sample of it, what it says of what is wrong, and its page."""
 
+import importlib.util
 import json
 import os
 import re
@@ -10,8 +11,12 @@ from pathlib import Path
 
 import census
 import census_page
+import census_trl
 import pytest
 import transformers
+
+from ds_minis.tiling.kernels.token_statistics import token_statistics
+from ds_minis.tiling.loss import fused_outputs
 
 ROOT = Path(__file__).parents[2]
 GOOD = {
@@ -106,3 +111,33 @@ def test_page_is_of_these_architectures():
         section = page.split(f"## {title}")[1].split("\n## ")[0]
         listed = re.findall(r"^(?:\| |- )`([^`]+)`", section, re.MULTILINE)
         assert sorted(listed) == sorted(census.NAMES[kind])
+
+
+TRLS = {"class": "A", "answered": True, "exact": True, "error": 4e-7, "where": "loss", "line": "", "trl": {}}
+VERDICTS = {
+    "exact: 4e-07": {},
+    "wrong: entropy by 5.0e-01": {"exact": False, "error": 0.5, "where": "entropy"},
+    "wrong: left to TRL without a line": {"answered": False, "trl": {"exact": True, "error": 0.0, "where": ""}},
+    "left to TRL: not tiled (why)": {"answered": False, "line": "not tiled (why)"},
+    "wrong: ValueError: x": {"answered": False, "line": "not tiled (why)", "fails": "ValueError: x"},
+}
+
+
+@pytest.mark.parametrize("said", VERDICTS)
+def test_words_for_an_answer_to_trls_call(said):
+    assert census_trl.verdict({**TRLS, **VERDICTS[said]}) == said
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("trl"), reason="needs TRL")
+@pytest.mark.parametrize(("name", "trl"), [("bert", "wrong: "), ("mixtral", "exact: ")])
+def test_trls_call_is_answered_from_the_models_own_logits(name, trl):
+    """Bert transforms hidden states before its head, of which TRL's own answer knows nothing."""
+    result = census_trl.examine(f"causal:{name}")
+    assert census_trl.verdict(result).startswith("exact: ") and census_trl.of_trl(result).startswith(trl), result
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("trl"), reason="needs TRL")
+def test_an_answer_from_other_logits_is_seen(monkeypatch):
+    """As TRL's own is for architectures whose logits it does not know."""
+    monkeypatch.setattr(fused_outputs, "token_statistics", lambda x, *rest: token_statistics(x * 1.001, *rest))
+    assert census_trl.verdict(census_trl.examine("causal:llama")).startswith("wrong: ")
