@@ -130,6 +130,15 @@ def test_router_outputs_that_the_configuration_asks_for(value):
     assert (found.aux_loss is not None) == value
 
 
+def test_an_auxiliary_loss_that_the_model_does_not_give_is_refused():
+    model = build("llama")
+    utils.add_fused_lm_head(model, outputs=OUTPUTS)
+    convert_to_mini_sequence(model, SETTINGS)
+    with pytest.raises(RuntimeError, match="which LlamaForCausalLM's own forward does not give. Set the trainer's"):
+        model.train()(**INPUTS, output_router_logits=True, fused_lm_head=True)
+    assert model(**INPUTS, fused_lm_head=True).aux_loss is None
+
+
 def test_labels_that_are_all_masked():
     model = build("llama")
     utils.add_fused_lm_head(model, outputs=OUTPUTS)

@@ -30,6 +30,11 @@ NOT_RECOGNIZED = (
     "a call with fused_lm_head=True is answered by {name}, whose settings ds_minis does not know (another version of TRL?), "
     "with the LM head's weight; ds_minis steps aside for the loss"
 )
+NO_AUX_LOSS = (
+    "a call with fused_lm_head=True asks for the auxiliary loss of routers (output_router_logits), which {name}'s own "
+    'forward does not give. Set the trainer\'s router_aux_loss_coef to 0.0; or set "loss": false in the mini-sequence '
+    "configuration, with which TRL computes one"
+)
 
 
 class FusedCall:
@@ -57,7 +62,11 @@ class FusedCall:
         return own | routers | {"use_cache": False, "return_dict": True}
 
     def answered(self, model: nn.Module, output: Any) -> Any:
-        """What TRL's function returns, from the output of the model's own forward."""
+        """What TRL's function returns, from the output of the model's own forward.
+
+        Raises:
+            RuntimeError: an auxiliary loss is asked for, and the model's own forward gives none.
+        """
         logits = output["logits"]
         labels_BT = (self._labels[:, 1:] if self._shifted is None else self._shifted).to(logits.device)
         mask_BT = labels_BT != -100
@@ -73,8 +82,10 @@ class FusedCall:
         loss, aux_loss = -found[LOG_PROB].sum() / count, None
         if self._wants_aux:
             aux_loss = output.get("aux_loss")
+            if aux_loss is None:
+                raise RuntimeError(NO_AUX_LOSS.format(name=type(model).__name__))
             coefficient = getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0)
-            loss = loss if aux_loss is None else loss + coefficient * aux_loss.to(loss.device)
+            loss = loss + coefficient * aux_loss.to(loss.device)
         return self._class(loss=loss, label_mask=mask_BT, aux_loss=aux_loss, **found)
 
     def _of_all_ranks(self, logits: Tensor, targets_BT: Tensor, names: list[str]) -> list[Tensor]:
