@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-SCOPES = ("mlp", "tokens", "layer")
-KEEPS = ("input", "attention", "all", "auto")
-AUTO = "auto"
+from ds_minis.config_values import AUTO, RULES, SequenceParallel, nearest, nearest_value
+
 # Settings that are no more -> what to set instead.
 REMOVED = {
     "checkpoint_every": (
@@ -24,59 +21,11 @@ REMOVED = {
     ),
 }
 
-
-MODES = ("auto", "gather", "ulysses", "ring")
-
-
-@dataclass(frozen=True)
-class SequenceParallel:
-    """The value of `sequence_parallel`: how many ranks share a sequence, and how they attend to each other's tokens.
-
-    Attributes:
-        size: ranks in a group.
-        mode: "auto", "gather", "ulysses" or "ring"; for a grid of the last two, the ranks of each: `(a, b)`, `a * b = size`.
-    """
-
-    size: int
-    mode: str | tuple[int, int] = "auto"
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Ranks that exchange heads, and ranks in a ring, for the mode with both."""
-        return self.mode
-
-    @classmethod
-    def from_value(cls, value: Any) -> SequenceParallel | None:
-        """Reads a size, or a mapping of `size` and `mode`; None for what is neither."""
-        if isinstance(value, cls):
-            return value
-        if _is_int(value) and value >= 1:
-            return cls(value)
-        if not isinstance(value, Mapping) or not {"size"} <= set(value) <= {"size", "mode"}:
-            return None
-        size, mode = value["size"], value.get("mode", "auto")
-        if not (_is_int(size) and size >= 1):
-            return None
-        if isinstance(mode, Mapping):
-            parts = [mode.get("ulysses"), mode.get("ring")]
-            if set(mode) != {"ulysses", "ring"} or not all(_is_int(n) and n >= 1 for n in parts):
-                return None
-            return cls(size, tuple(parts)) if parts[0] * parts[1] == size else None
-        return cls(size, mode) if mode in MODES else None
-
-    def to_value(self) -> Any:
-        """As a configuration holds it: the size alone, or a mapping."""
-        if self.mode == "auto":
-            return self.size
-        mode = self.mode if isinstance(self.mode, str) else dict(zip(("ulysses", "ring"), self.mode, strict=True))
-        return {"size": self.size, "mode": mode}
-
-
 _ALONE = SequenceParallel(1)
 
 
 def _setting(default: Any, kind: str, doc: str):
-    """A dataclass field with its value rule (`kind`, see `_RULES`) and its documentation for users."""
+    """A dataclass field with its value rule (`kind`, see `RULES`) and its documentation for users."""
     return field(default=default, metadata={"kind": kind, "doc": doc})
 
 
@@ -135,7 +84,8 @@ class MiniSequenceConfig:
         None,
         "offload",
         '"cpu": keep the inputs of tiled layers in (pinned) host memory from forward to backward, copied while the device '
-        "computes. How much that takes is said before the first step.",
+        'computes. How much that takes is said before the first step. "auto": only those of the first layers, as many as do '
+        'not fit into `memory_budget`, which is "auto" then unless it is given.',
     )
     keep: str = _setting(
         AUTO,
@@ -143,12 +93,15 @@ class MiniSequenceConfig:
         'What a tiled layer keeps from forward to backward. "input": its input alone; backward runs the rest again. '
         '"attention": the attention\'s output too, so that backward does not run the attention again, for about as much '
         'memory again as the inputs take (host memory, with `offload`). "all": as without checkpointing, so that nothing is '
-        'computed twice. "auto": at each call as much as fits into `memory_budget`; without one, "input".',
+        'computed twice. "auto": at each call as much as fits into `memory_budget`; without one, on a CUDA device as for '
+        '`memory_budget: "auto"` (unless `head_groups` or `sequence_parallel` is set), and elsewhere "input".',
     )
-    memory_budget: float | None = _setting(
+    memory_budget: float | str | None = _setting(
         None,
         "budget",
-        'GiB in each process for what `keep: "auto"` keeps beyond the layers\' inputs, and for computing with it.',
+        'GiB in each process for what `keep: "auto"` keeps beyond the layers\' inputs, and for computing with it (with '
+        '`offload: "auto"`, for the inputs on the device, too). "auto": what the device has free when a forward pass starts, '
+        "less a tenth and less what the pass itself needs, as a step of at least as many tokens has shown.",
     )
     sequence_parallel: SequenceParallel = _setting(  # noqa: RUF009 (frozen)
         _ALONE,
@@ -186,7 +139,7 @@ class MiniSequenceConfig:
 
     def __post_init__(self):
         for spec in dataclasses.fields(self):
-            allowed, check = _RULES[spec.metadata["kind"]]
+            allowed, check = RULES[spec.metadata["kind"]]
             value = getattr(self, spec.name)
             if not check(value):
                 raise ValueError(
@@ -221,16 +174,27 @@ class MiniSequenceConfig:
                 f"keep='all' holds all of a layer on the device, and offload={self.offload!r} keeps its input off it: give "
                 'one of the two (offload goes with keep "input", "attention" and "auto")'
             )
-        if self.memory_budget is not None and self.keep != AUTO:
+        if self.keep == "attention" and self.offload == AUTO:
+            raise ValueError(
+                "offload='auto' finds room for the layers' inputs first, and keep='attention' keeps more whether there is "
+                'room or not: set keep "auto" or "input", or offload "cpu"'
+            )
+        if self.memory_budget is not None and self.keep != AUTO and not (self.keep == "input" and self.offload == AUTO):
             raise ValueError(
                 f'memory_budget={self.memory_budget!r} is for keep "auto", not {self.keep!r}: give one of the two'
             )
-        name, value = ("keep", "all") if self.keep == "all" else ("memory_budget", self.memory_budget)
-        if value is not None and self.sequence_parallel.size > 1:
-            raise ValueError(
-                f"{name}={value!r} does not go with sequence_parallel={self.sequence_parallel.to_value()!r}, whose ranks "
-                'must run the same attentions in backward: set keep "input" or "attention", without memory_budget'
-            )
+        if self.sequence_parallel.size > 1:
+            self._require_same_on_all_ranks()
+
+    def _require_same_on_all_ranks(self) -> None:
+        settings = (("keep", self.keep, self.keep == "all"), ("offload", self.offload, self.offload == AUTO))
+        for name, value, decides in (*settings, ("memory_budget", self.memory_budget, self.memory_budget is not None)):
+            if decides:
+                raise ValueError(
+                    f"{name}={value!r} does not go with sequence_parallel={self.sequence_parallel.to_value()!r}, whose "
+                    'ranks must run the same attentions in backward: set keep "input" or "attention" and offload "cpu" or '
+                    "null, without memory_budget"
+                )
 
     @classmethod
     def from_arguments(cls, config: Any, settings: Mapping[str, Any], *, source: str) -> MiniSequenceConfig:
@@ -277,74 +241,3 @@ class MiniSequenceConfig:
                 value = value.to_value() if isinstance(value, SequenceParallel) else value
                 settings[spec.name] = list(value) if isinstance(value, tuple) else value
         return settings
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_size(value: Any) -> bool:
-    return value == AUTO if isinstance(value, str) else _is_int(value) and value >= 1
-
-
-def _is_budget(value: Any) -> bool:
-    return value is None or ((_is_int(value) or isinstance(value, float)) and 0 < value < float("inf"))
-
-
-def _is_patterns(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(pattern, str) and pattern for pattern in value)
-
-
-_RULES = {
-    "bool": ("true or false", lambda value: isinstance(value, bool)),
-    "scope": (" or ".join(f'"{scope}"' for scope in SCOPES), lambda value: value in SCOPES),
-    "size": ('a whole number of tokens from 1 or "auto"', _is_size),
-    "count": ("a whole number from 1", lambda value: value is None or (_is_int(value) and value >= 1)),
-    "groups": ('a whole number of groups from 1 or "auto"', _is_size),
-    "keep": (" or ".join(f'"{keep}"' for keep in KEEPS), lambda value: value in KEEPS),
-    "budget": (
-        "a number of GiB above 0 or null",
-        _is_budget,
-    ),
-    "offload": ('"cpu" or null', lambda value: value is None or value == "cpu"),
-    "patterns": ("a list of name patterns", _is_patterns),
-    "parallel": (
-        'a number of ranks from 1, or {"size": ranks, "mode": MODE}, MODE "auto", "gather", "ulysses", "ring" or '
-        '{"ulysses": a, "ring": b} with a * b = size',
-        lambda value: SequenceParallel.from_value(value) is not None,
-    ),
-}
-
-
-_NUMBERS = ("size", "groups", "count")
-_WORDS = {
-    "bool": {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False},
-    "scope": {scope: scope for scope in SCOPES},
-    "size": {AUTO: AUTO},
-    "groups": {AUTO: AUTO},
-    "offload": {"cpu": "cpu", "none": None, "false": None},
-    "keep": {keep: keep for keep in KEEPS},
-}
-
-
-def nearest_value(value: Any, kind: str) -> str:
-    """`'; did you mean 1?'` for the nearest value that a rule of `_RULES` allows (an empty string when none is near)."""
-    found = []
-    if isinstance(value, str):
-        words = _WORDS.get(kind, {})
-        found = [words[word] for word in difflib.get_close_matches(value.lower(), words, n=1, cutoff=0.5)]
-        if not found and kind in _NUMBERS and value.strip().isdigit():
-            found = [max(1, int(value))]
-        if not found and kind == "patterns" and value:
-            found = [[value]]
-    elif kind == "bool" and isinstance(value, int) and value in (0, 1):
-        found = [bool(value)]
-    elif kind in _NUMBERS and isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15:
-        found = [max(1, round(value))]
-    return f"; did you mean {json.dumps(found[0])}?" if found else ""
-
-
-def nearest(key: Any, allowed: list[str]) -> str:
-    """`'; did you mean "x"?'` for the nearest of the allowed keys (an empty string when nothing is near)."""
-    matches = difflib.get_close_matches(str(key).lower(), allowed, n=1, cutoff=0.5)
-    return f'; did you mean "{matches[0]}"?' if matches else ""

@@ -47,7 +47,8 @@ class Case:
         dropout: its probability, in the MLPs or (with `lora`) in the adapters.
         head_groups, offload_inputs: `head_groups` and `offload` ("cpu" or "") of the tiled layers.
         keep: `keep`, with torch's attention if it is given; the others' eager one saves too much for "attention".
-            "mixed": "all" on one rank, and on the other what fits into a small budget.
+            "mixed": "all" on one rank, and on the other what fits into a small budget. "free": what fits into free memory
+            on each rank, and on one of them inputs in host memory as long as nothing is known.
         seeds: train that often, with other random numbers each time.
         replicas: how many batches a step has, each in processes of its own.
         sequence_parallel: processes that share the sequences of a replica; from 2 on with torch's attention, and without an
@@ -153,6 +154,9 @@ def mini_sequence(case: Case, rank: int) -> dict:
     keep = {"keep": case.keep} if case.keep else {}
     if case.keep == "mixed":  # other decisions on each rank
         keep = {"memory_budget": MIXED_BUDGET} if rank else {"keep": "all"}
+    if case.keep == "free":
+        keep = {"memory_budget": "auto"}
+        settings |= {"offload": "auto"} if rank else {}
     return {"scope": case.scope, **keep, **chunks, **settings}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ds_minis.config import MODES, SequenceParallel
+from ds_minis.config_values import MODES, SequenceParallel
 from ds_minis.context.estimate import GIB, Need, need_of
 from ds_minis.context.recipe_fields import (
     CLUSTER_FIELDS,

@@ -8,7 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ds_minis.config import MODES, MiniSequenceConfig
+from ds_minis.config import MiniSequenceConfig
+from ds_minis.config_values import MODES
 from ds_minis.context.estimate import ENGINES, bytes_of
 
 REQUIRED = object()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from ds_minis.config import SequenceParallel
+from ds_minis.config_values import SequenceParallel
 from ds_minis.parallel.collectives import gather_sequence
 from ds_minis.parallel.cut import Cut
 from ds_minis.parallel.groups import Group, make_group

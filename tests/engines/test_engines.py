@@ -44,6 +44,9 @@ SETTINGS = {
     "all kept, FSDP1": Case(engine="fsdp1", keep="mixed"),
     "all kept, FSDP1, flat": Case(engine="fsdp1_flat", keep="mixed"),
     "all kept, DDP, QLoRA": Case(engine="ddp", keep="mixed", quantized=True, lora=True),
+    "free memory, ZeRO-2": Case(zero_stage=2, keep="free", uneven=True),
+    "free memory, ZeRO-3": Case(zero_stage=3, keep="free", uneven=True),
+    "free memory, FSDP2, LoRA": Case(engine="fsdp2", keep="free", lora=True, uneven=True),
     "all kept, DDP, MoE": Case("mixtral without router outputs", engine="ddp", keep="mixed"),
     "attention kept, DDP, reentrant": Case(engine="ddp", keep="attention", reentrant=True),
 }
@@ -107,6 +110,14 @@ def test_one_rank_keeps_more_layers_than_the_other(results, name):
     first, last = results[case.name]["converted"]["kept_layers"]
     # bitsandbytes holds weights by itself, which an engine might free: refused on several processes.
     assert last < first == NUM_LAYERS * STEPS * case.accumulation or (case.quantized and first == last == 0)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.keep == "free"])
+def test_free_memory_is_used_once_a_step_was_seen(results, name):
+    """On either rank, whose first micro batch has the most tokens."""
+    case = CASES[name]
+    kept = results[case.name]["converted"]["kept_layers"]
+    assert kept == (NUM_LAYERS * (STEPS * case.accumulation - 1),) * RANKS
 
 
 def test_every_row_and_every_column_is_tested():

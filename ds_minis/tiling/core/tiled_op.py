@@ -46,6 +46,7 @@ class TiledOp(abc.ABC):
         memory: what earlier calls of the model's modules have shown.
         walk: finds the trainable tensors that the call uses; None at other times.
         grad_output: the gradient of the result; set by `_Compute`, consumed by `backward`.
+        after_backward: called after each backward, if set.
     """
 
     module: nn.Module
@@ -55,6 +56,7 @@ class TiledOp(abc.ABC):
     memory: Memory
     walk: Walk | None = None
     grad_output: Tensor | None = None
+    after_backward: Callable[[], None] | None = None
     _result: Tensor | None = None
 
     def saved(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -193,7 +195,10 @@ class _Record(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _):
-        return None, *ctx.call.backward(ctx.saved_tensors, ctx.needs_input_grad[1:])
+        grads = ctx.call.backward(ctx.saved_tensors, ctx.needs_input_grad[1:])
+        if ctx.call.after_backward is not None:
+            ctx.call.after_backward()
+        return None, *grads
 
 
 class _Compute(torch.autograd.Function):

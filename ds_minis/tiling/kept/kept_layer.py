@@ -13,7 +13,8 @@ from ds_minis.tiling.core.params import ParameterSlots, Untrained, constants_of
 from ds_minis.tiling.core.replay import has_values, random_states, set_random_states
 from ds_minis.tiling.core.tiled_op import TiledOp
 from ds_minis.tiling.kept.layer_graph import LayerGraph, TooLarge
-from ds_minis.tiling.memory.keep_budget import ALL, KeepBudget, Reservation
+from ds_minis.tiling.memory.accounts import Reservation
+from ds_minis.tiling.memory.keep_budget import ALL, KeepBudget
 from ds_minis.tiling.memory.layer_inputs import LayerInput
 from ds_minis.tiling.modules.swap import Tiled, untiled_class, warn_once
 from ds_minis.tiling.passes.layer_args import LayerArgs
@@ -73,7 +74,7 @@ class KeptLayer(TiledOp):
     def _with_graph(self, x: Tensor) -> Tensor | None:
         """The result, with the graph kept; None if it cannot be kept."""
         budget, module = self._budget, self.module
-        limit = budget.limit(module, x)
+        limit = budget.limit(x)
         random = random_states(x.device) if module.training and has_values(x) else None
         graph = None
         try:
@@ -82,16 +83,16 @@ class KeptLayer(TiledOp):
         except TooLarge:
             budget.too_large(module, x, limit)
         except Exception as error:
-            if budget.budget is None or not is_out_of_memory(error):
+            if budget.account(x) is None or not is_out_of_memory(error):
                 raise
-            budget.out_of_memory()
+            budget.out_of_memory(x)
             budget.fell_back(ALL)
         if graph is not None and graph.reason:
             self._refuse(graph.reason)
             graph = None
         if graph is not None:
             budget.learn(ALL, module, x, graph.num_bytes, graph.pair_bytes)
-            self._reservation = budget.reserve(graph.num_bytes)
+            self._reservation = budget.reserve(x, graph.num_bytes)
         if self._reservation is None:
             if random is not None:
                 set_random_states(x.device, random)
@@ -120,7 +121,8 @@ class KeptLayer(TiledOp):
 
     def _forward_by_chunks(self, x: Tensor, with_backward: bool) -> Tensor:
         self._call.hidden = x
-        node = self._by_chunks(self.slots, self._layer_input)
+        by_chunks, self._by_chunks = self._by_chunks, None  # it refers to the layer's input
+        node = by_chunks(self.slots, self._layer_input)
         node.walk = self.walk
         if with_backward:
             self._layer_input.keep(x)

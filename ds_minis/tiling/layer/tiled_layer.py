@@ -49,7 +49,7 @@ class TiledLayer(ItsOwnCheckpointing, Tiled):
             return self._as_it_is(forward, args, kwargs)
         call = LayerArgs(args, kwargs)
         chunk = 0 if call.reason else _chunk_tokens(self, call)
-        if not call.reason and _runs_whole(self, call, chunk) and not _keeps_what_is_checkpointed(self):
+        if not call.reason and _runs_whole(self, call, chunk) and not _keeps_what_is_checkpointed(self, call.hidden):
             num_tokens = call.hidden.shape[:2].numel()
             chunking.note("layer", num_tokens, chunk * call.hidden.shape[0], as_it_is=True)
             return self._as_it_is(forward, args, kwargs)
@@ -204,11 +204,12 @@ def _runs_whole(layer: TiledLayer, call: LayerArgs, chunk: int) -> bool:
     return call.hidden.shape[1] <= chunk and not (trains and has_other_ranks())
 
 
-def _keeps_what_is_checkpointed(layer: TiledLayer) -> bool:
+def _keeps_what_is_checkpointed(layer: TiledLayer, x: Tensor) -> bool:
     """Whether the layer would be checkpointed if it ran untiled, where it may keep everything."""
     store = layer.mini_sequence_chunking.layer_inputs
-    may_keep = store is not None and store.budget.may_keep_all and torch.is_grad_enabled()
-    return may_keep and layer.training and layer.is_checkpointed
+    if store is None or not (torch.is_grad_enabled() and layer.training and layer.is_checkpointed):
+        return False
+    return store.budget.may_keep_all(x)
 
 
 def _chunk_tokens(layer: TiledLayer, call: LayerArgs) -> int:
@@ -243,14 +244,14 @@ def _forward_by_tokens(
     if torch.is_grad_enabled():
         if store is not None:
             level = store.budget.level(layer, x, store.num_layers)
-            layer_input = store.new_input(level)
+            layer_input = store.new_input(x, level)
         call.until_backward()
     nodes: list[LayerNode] = []
 
     def by_chunks(slots: ParameterSlots | None = None, layer_input: LayerInput | None = layer_input) -> LayerNode:
         passes = LayerPasses(layer, forward, call, bounds, chunking, analysis.settings, shorten=True)
         keep, reserve = level == ATTENTION, None
-        if keep and store.budget.budget is not None:
+        if keep and store.budget.account(x) is not None:
             reserve = functools.partial(store.budget.reserve_attention, layer, x)
         nodes.append(
             LayerNode(
@@ -261,9 +262,12 @@ def _forward_by_tokens(
 
     if level == ALL:
         call.hidden = None
-        y = run_call(KeptLayer(layer, forward, call, store.budget, by_chunks, layer_input), [x])
+        node = KeptLayer(layer, forward, call, store.budget, by_chunks, layer_input)
     else:
-        y = run_call(by_chunks(), [x])
+        node = by_chunks()
+    y = run_call(node, [x])
+    if store is not None and y.requires_grad:
+        node.after_backward = store.budget.after_backward(x)
     if nodes and nodes[0].one_call:
         _attend_in_one_call(layer, analysis, nodes[0].one_call)
     return y

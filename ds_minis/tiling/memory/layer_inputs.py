@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from ds_minis.config import MiniSequenceConfig
+from ds_minis.config_values import AUTO
 from ds_minis.ranks import num_local_ranks
 from ds_minis.tiling.core.replay import graph_is_kept, has_values
 from ds_minis.tiling.core.warn import Warnings
+from ds_minis.tiling.memory.accounts import Reservation
 from ds_minis.tiling.memory.host_memory import available_host_bytes, host_bytes_needed
-from ds_minis.tiling.memory.keep_budget import INPUT, KeepBudget
+from ds_minis.tiling.memory.keep_budget import HOST, INPUT, KeepBudget
 from ds_minis.tiling.memory.offload import HostStore
 
 
@@ -49,10 +51,13 @@ class LayerInputStore:
     def __reduce__(self):
         return LayerInputStore, (self._config, self._warnings, self.num_layers)
 
-    def new_input(self, level: str = INPUT) -> LayerInput | None:
+    def new_input(self, x: Tensor, level: str = INPUT) -> LayerInput | None:
         """Storage for the input of one call of a layer, which keeps that much; None leaves it to autograd."""
         if self.host is None:
             return InMemory() if level != INPUT else None
+        account = self.budget.account(x) if self._config.offload == AUTO else None
+        if account is not None and level != HOST:
+            return InMemory(account.hold)
         self._tell_outside()
         return _InHostMemory(self.host, self._state_need)
 
@@ -76,8 +81,9 @@ class LayerInputStore:
         if available is not None and ranks * (need - held) > available:
             way_out = 'set "keep": "input"' if len(tensors) > 1 else "start fewer processes on it"
             raise ValueError(
-                f'"offload": "cpu" needs {need / 2**30:.1f} GiB of host memory in each of {ranks} processes, for {what}, and '
-                f"{available / 2**30:.1f} GiB are available on this machine: {way_out}, or train on shorter sequences"
+                f'"offload": "{self._config.offload}" needs {need / 2**30:.1f} GiB of host memory in each of {ranks} '
+                f"processes, for {what}, and {available / 2**30:.1f} GiB are available on this machine: {way_out}, or train "
+                "on shorter sequences"
             )
         tell, self._stated = num_bytes > 1.5 * self._stated, num_bytes  # not again for slightly longer sequences
         if tell:
@@ -93,11 +99,19 @@ class LayerInputStore:
 
 
 class InMemory:
-    """Holds the tensors on the device, as autograd would; they stay accessible through this object."""
+    """Holds the tensors on the device, as autograd would; they stay accessible through this object.
+
+    Args:
+        hold: counts the bytes of the input until the result is dropped; None counts nothing.
+    """
 
     _kept: list[tuple[Tensor, int]] | None = None
 
+    def __init__(self, hold: Callable[[float], Reservation] | None = None):
+        self._hold, self._held = hold, None
+
     def keep(self, *tensors: Tensor) -> None:
+        self._held = self._hold and self._hold(tensors[0].nbytes)
         self._kept = [(t.detach(), t._version) for t in tensors]
 
     def fetch(self) -> list[Tensor]:
@@ -114,7 +128,7 @@ class InMemory:
 
     def release(self) -> None:
         if not graph_is_kept():
-            self._kept = None
+            self._kept = self._held = None
 
 
 class _InHostMemory:

@@ -123,8 +123,9 @@ class LayerNode(TiledOp):
         return self._post_attention_all(x, out)
 
     def _may_keep(self, tensors: Sequence[Tensor]) -> bool:
-        self._reserved = self._reserve and self._reserve(sum(t.nbytes for t in tensors))
-        return self._reserve is None or self._reserved is not None
+        reserve, self._reserve = self._reserve, None  # it refers to the layer's input
+        self._reserved = reserve and reserve(sum(t.nbytes for t in tensors))
+        return reserve is None or self._reserved is not None
 
     def _attend_with_graph(self, request: AttentionRequest, qkv: Sequence[Tensor]) -> Tensor:
         out = self._attend(request, qkv)
