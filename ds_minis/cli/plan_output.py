@@ -14,6 +14,7 @@ def as_text(plan: Any) -> str:
     row = plan.best or _least(plan)
     if row is not None:
         lines += ["", *_breakdown(plan, row)]
+    lines += ["", _kept(plan)] if any(plan.kept.values()) else []
     lines += ["", advice(plan)]
     warned = [row for row in plan.rows if row.overflow and (row is plan.best or plan.tokens is not None)]
     lines += [f"warning ({row.candidate.name}): {row.overflow}" for row in warned]
@@ -75,6 +76,12 @@ def _breakdown(plan: Any, row: Any) -> list[str]:
     for term in estimate.slack:
         lines.append(f"  {term.nbytes / _GIB:8.2f}  slack: {term.name}, {term.why}")
     return lines
+
+
+def _kept(plan: Any) -> str:
+    words = {"all": "everything", "attention": "the attention's output"}
+    reached = [f"{words[level]} up to {tokens:,} tokens" for level, tokens in plan.kept.items() if tokens]
+    return f"Memory that is free is used (keep: auto): each layer keeps {', '.join(reached)}, and above that some layers do."
 
 
 def advice(plan: Any) -> str:
@@ -143,6 +150,7 @@ def as_data(plan: Any) -> dict[str, Any]:
         "advice": advice(plan),
         "best": plan.best.candidate.name if plan.best else None,
         "gpus_needed": plan.gpus_needed[0] if plan.gpus_needed else None,
+        "kept_up_to": plan.kept,
         "rows": [_row_data(row) for row in plan.rows],
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from ds_minis.planner.settings import CHECKPOINTED, PLAIN, Candidate, candidates
 from ds_minis.planner.setup import GIB, Setup
 from ds_minis.planner.timing import StepTime, step_time
 from ds_minis.planner.trace import CannotTrace
+from ds_minis.tiling.memory.keep_budget import ALL, ATTENTION
+from ds_minis.tiling.memory.learned_memory import RESERVE
 
 UNIT, MOST_TOKENS, MOST_ELEMENTS = 1024, 2**24, 2**31
 # Of the host, for each process, where nothing is said: a node of 8 GPUs with 1 TiB. A node has at most 8.
@@ -47,6 +50,7 @@ class Plan:
         tokens: the asked length; None to find the longest.
         best: the row that is advised; None if nothing fits.
         gpus_needed: for a length that does not fit: the fewest GPUs with which it does, and the row then.
+        kept: "all" or "attention" -> the longest sequence for which each layer keeps that, where free memory decides it.
     """
 
     model: str
@@ -59,6 +63,7 @@ class Plan:
     best: Row | None = None
     gpus_needed: tuple[int, Row] | None = None
     host_capacity: float = HOST_MEMORY
+    kept: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -96,6 +101,7 @@ def compare(
     if all(failures):
         raise CannotTrace(failures[0])
     plan.best = _best(plan, plan.rows)
+    plan.kept = _kept(plan)
     if tokens is not None and plan.verdict == TOO_LARGE:
         plan.gpus_needed = _with_more_gpus(plan)
     return plan
@@ -114,6 +120,20 @@ def _row(plan: Plan, candidate: Candidate) -> Row:
     verdict = estimate.verdict(plan.capacity, host)
     time = step_time(setup, profile, planner.text, at)
     return Row(candidate, longest, estimate, verdict, time, overflow=overflow(planner, setup, at))
+
+
+def _kept(plan: Plan) -> dict[str, int]:
+    """The longest sequences at which all layers keep everything, and their attention's output; empty without a decision."""
+    own = plan.setup.settings or {}
+    decides = ("keep", "head_groups", "offload", "sequence_parallel", "memory_budget", "scope")
+    if any(name in own for name in decides) or plan.setup.sequence_parallel > 1:
+        return {}
+    found = {}
+    for level in (ALL, ATTENTION):
+        setup = plan.setup.replace(settings={**own, "keep": level})
+        with contextlib.suppress(CannotTrace):
+            found[level] = plan.planner.longest(setup, plan.capacity * (1 - RESERVE), unit=UNIT, most=MOST_TOKENS)
+    return found
 
 
 def _best(plan: Plan, rows: list[Row]) -> Row | None:

@@ -48,11 +48,13 @@ def test_the_longest_that_fits_of_each_way(model, capsys):
         "Advice: with",
         "counted",
         "slack",
+        "each layer keeps everything up to",
     ):
         assert said in out
     _, data = plan_json(capsys, model, "--gpu-memory", "12", "--gpus", "4", "--engine", "zero3", "--lora")
     rows = {row["name"]: row for row in data["rows"]}
     assert rows["plain"]["longest"] < rows["plain + checkpointing"]["longest"] < rows["ds_minis"]["longest"]
+    assert 0 < data["kept_up_to"]["all"] < data["kept_up_to"]["attention"] < rows["ds_minis"]["longest"]
     assert rows[data["best"]]["longest"] == max(row["longest"] for row in data["rows"])
     for row in data["rows"]:
         on_device = sum(term["bytes"] for term in row["terms"] if not term["on_host"])
