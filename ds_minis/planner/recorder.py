@@ -12,10 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 from ds_minis.planner.lengths import SYMBOLS, Lengths
 from ds_minis.planner.result_shapes import ResultShapes
-from ds_minis.planner.stubs import FLOPS, copy_between
+from ds_minis.planner.stubs import FLOPS, copy_between, grouped_product
 
 _aten = torch.ops.aten
 _MATMULS = {_aten.mm: (0, 1), _aten.bmm: (0, 1), _aten.addmm: (1, 2), _aten.baddbmm: (1, 2)}
+_MATMULS[_aten._grouped_mm] = 0, 1
 # Columns of an event beside those of SYMBOLS: bytes of gradients so far, and of those since the last layer's attention.
 GRADIENTS, OF_LAYER = len(SYMBOLS), len(SYMBOLS) + 1
 _ATTENTION = SYMBOLS.index("attention")
@@ -60,8 +61,8 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = copy_between(func, args, kwargs)
-        if out is None:
-            out = self._shapes.run(func, args, kwargs)
+        out = grouped_product(func, args, kwargs) if out is None else out
+        out = self._shapes.run(func, args, kwargs) if out is None else out
         packet = func.overloadpacket
         if packet in _MATMULS:
             a, b = (args[i] for i in _MATMULS[packet])

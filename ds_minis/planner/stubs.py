@@ -112,6 +112,22 @@ def copy_between(func, args: tuple, kwargs: dict) -> Tensor | None:
     return None
 
 
+def grouped_product(func, args: tuple, kwargs: dict) -> Tensor | None:
+    """The result of experts' products, whose meta kernel takes bfloat16 alone; None for any other operation.
+
+    Rows of all experts times a matrix of each, or (its gradient) a sum over each expert's rows.
+    """
+    if func is not torch.ops.aten._grouped_mm.default or not args[0].is_meta:
+        return None
+    a, b = args[:2]
+    offsets = args[2] if len(args) > 2 else kwargs.get("offs")
+    if a.dim() == b.dim() == 2:
+        shape = offsets.shape[0], a.shape[0], b.shape[1]
+    else:
+        shape = (*a.shape[-3:-1], b.shape[-1])
+    return a.new_empty(shape, dtype=kwargs.get("out_dtype") or a.dtype)
+
+
 class HostCopies(TorchDispatchMode):
     """Lets host and meta device copy to each other: only the memory of both counts."""
 

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from live_bytes import LiveBytes
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3Config, Qwen3MoeConfig
 
 from ds_minis import convert_to_mini_sequence
 from ds_minis.planner.adapters import add_lora
@@ -104,3 +104,14 @@ def test_offloaded_inputs_leave_the_device():
     expected = real(CONFIG, setup, TOKENS, register())
     assert planned(CONFIG, setup, TOKENS) == pytest.approx(expected, rel=0.06)
     assert expected < 0.9 * planned(CONFIG, Setup(dtype="float32"), TOKENS)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts(family):
+    sizes = SIZES | {"num_hidden_layers": 3, "intermediate_size": 128}
+    if family == "mixtral":
+        config = MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)
+    else:
+        config = Qwen3MoeConfig(**sizes, head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64)
+    setup = Setup(dtype="float32", settings={"chunk_size": 300})
+    assert planned(config, setup, 900) == pytest.approx(real(config, setup, 900, register()), rel=0.03)
