@@ -15,7 +15,7 @@ def test_two_ranks_hold_little_more_than_half_each(tmp_path):
     0.547 and 0.557 in steps that are the same.
     """
     script, found = ROOT / "scripts" / "bench" / "sequence_parallel.py", tmp_path / "found.json"
-    sizes = ["--tokens", "2048", "--layers", "12", "--chunk", "32", "--ranks", "2"]
+    sizes = ["--tokens", "2048", "--layers", "12", "--chunk", "64", "--ranks", "2"]
     subprocess.run([sys.executable, script, *sizes, "--json", found], check=True, capture_output=True, timeout=600)
     counted = json.loads(found.read_text())["results"]["counted"]
     shares = {row["mode"]: row["of_one"] for row in counted}
