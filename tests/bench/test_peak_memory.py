@@ -10,7 +10,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "bench" / "peak_memory.py"
 
 def test_peak_falls_below_half_of_plain_checkpointing(tmp_path):
     output = tmp_path / "peak.json"
-    small = ["--tokens", "6144", "--hidden_size", "128", "--layers", "2"]
+    small = ["--tokens", "3072", "--hidden_size", "128", "--layers", "2"]
     subprocess.run([sys.executable, SCRIPT, *small, "--repeats", "1", "--json", output], check=True)
     results = json.loads(output.read_text())["results"]
     plain, ours = results["plain checkpointing"], results["everything (the default)"]
