@@ -11,6 +11,7 @@ from transformers.trainer_callback import TrainerCallback
 from ds_minis.config import MiniSequenceConfig
 from ds_minis.config_sources import Request, reconcile, requested_by_environment
 from ds_minis.convert import convert, mini_sequence_report
+from ds_minis.integrations.trainer_advice import attach_advice
 from ds_minis.integrations.trainer_metrics import StepMetrics, attach_metrics
 from ds_minis.tiling.loss.output_logits import returning_logits
 from ds_minis.tiling.modules.cache_rule import CACHE_NAMES
@@ -44,6 +45,7 @@ class MiniSequenceCallback(TrainerCallback):
         from transformers import Trainer  # not above: this file is imported by the attaching of transformers.trainer
 
         attach_metrics(Trainer)
+        attach_advice(Trainer)
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         convert(model, self.config, source=_SOURCE)
@@ -62,8 +64,9 @@ class MiniSequenceCallback(TrainerCallback):
 
 
 def attach_trainer(trainer_module) -> None:
-    """Has the `Trainer` evaluate with less memory, and count replicas where ranks share their sequences."""
+    """Has the `Trainer` evaluate with less memory, count replicas where ranks share their sequences, and say what fits."""
     attach_evaluation(trainer_module)
+    attach_advice(trainer_module.Trainer)
     if hasattr(trainer_module, "Accelerator"):  # it is not, where accelerate is not installed
         from ds_minis.integrations.trainer_counts import attach_counts
 

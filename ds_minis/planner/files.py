@@ -70,7 +70,7 @@ def read_configuration(path: str | Path) -> dict[str, Any]:
     if "distributed_type" in content:
         return _read_accelerate(content, Path(path))
     if "zero_optimization" in content or any("batch_size" in key for key in content) or SECTION in content:
-        return _read_deepspeed(content, str(path))
+        return read_deepspeed(content, str(path))
     raise ValueError(f"{str(path)!r}: {_ALLOWED}, got the keys {', '.join(map(str, content)) or 'of nothing'}")
 
 
@@ -92,7 +92,7 @@ def _read_accelerate(content: dict[str, Any], path: Path) -> dict[str, Any]:
 def _read_stage(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     place = deepspeed_file(content, path)
     if place is not None:
-        return _read_deepspeed(load_mapping(place), str(place))
+        return read_deepspeed(load_mapping(place), str(place))
     nested = content.get("deepspeed_config") or {}
     found: dict[str, Any] = {"engine": f"zero{nested.get('zero_stage', 2)}"}
     if nested.get("offload_optimizer_device") in ("cpu", "nvme"):
@@ -104,7 +104,8 @@ def _read_stage(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return found
 
 
-def _read_deepspeed(content: Mapping[str, Any], source: str) -> dict[str, Any]:
+def read_deepspeed(content: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Fields of a `Setup` that a DeepSpeed JSON states."""
     zero = content.get("zero_optimization") or {}
     found: dict[str, Any] = {"engine": f"zero{zero.get('stage', 0)}"}
     for name in ("offload_optimizer", "offload_param"):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
+
+from ds_minis.integrations.trainer_metrics import StepMetrics, attach_metrics
 
 
 class Progress(TrainerCallback):
@@ -12,12 +14,20 @@ class Progress(TrainerCallback):
 
     Attributes:
         first_step, first_tokens: where this run began; more than 0 where it continues another one.
+        mini_sequence_metrics: what ds_minis adds to the logs, as with its `MiniSequenceCallback`: peak memory, tokens per
+            second, MFU. Here for runs without mini-sequences too, which one compares with.
     """
 
     first_step = first_tokens = 0
+    mini_sequence_metrics: StepMetrics | None = None
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.first_step, self.first_tokens = state.global_step, state.num_input_tokens_seen
+        attach_metrics(Trainer)
+        self.mini_sequence_metrics = StepMetrics(model, state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.mini_sequence_metrics = None
 
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs):
         line = line_of(logs or {}, state.global_step, state.max_steps)

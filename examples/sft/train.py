@@ -17,7 +17,6 @@ if __name__ == "__main__":
 
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +50,12 @@ logger = logging.get_logger("train")
 
 
 class MiniSequenceSFTTrainer(SFTTrainer):
-    """TRL's trainer, with tokens per second in its log, and complete checkpoints only."""
+    """TRL's trainer, with complete checkpoints only."""
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
         with writing(folder, self.state, self.args):
             super()._save_checkpoint(model, trial)
-
-    def log(self, logs, start_time=None):
-        now, tokens = time.perf_counter(), self.state.num_input_tokens_seen
-        if "loss" in logs and hasattr(self, "_last_log"):
-            last_time, last_tokens = self._last_log
-            logs["tokens_per_second"] = round((tokens - last_tokens) / (now - last_time), 1)
-        self._last_log = now, tokens
-        super().log(logs, start_time)
 
 
 def main() -> int:
