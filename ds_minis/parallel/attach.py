@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ds_minis.parallel import decoder as decoders
-from ds_minis.parallel import layers, loss
+from ds_minis.parallel import layers, loss, rotary
 from ds_minis.parallel.attention import parallel_attention
 from ds_minis.parallel.groups import require_divisible
 from ds_minis.parallel.state import Parallel
@@ -17,7 +17,10 @@ from ds_minis.tiling.modules.hooks import remove_hooks
 from ds_minis.tiling.modules.state import Chunking
 from ds_minis.tiling.passes.attention import wrap_attention
 
-_HOOKS = (decoders.CutInputs, decoders.GatherOutputs, layers.CheckLayer, loss.BeginLoss, loss.EndLoss)
+_HOOKS = (
+    decoders.CutInputs, decoders.GatherOutputs, rotary.AddLastPosition, rotary.DropLastPosition, layers.CheckLayer,
+    loss.BeginLoss, loss.EndLoss,
+)  # fmt: skip
 
 
 def sequence_parallel_fallback_reason(model: nn.Module, stack: Sequence[tuple[str, nn.Module, str]]) -> str:
@@ -81,7 +84,9 @@ def attach_sequence_parallel(
     parallel = chunking.parallel = Parallel(settings, chunking, layers.require_token_wise)
     wrap_attention(parallel_attention)
     modules = [layer for _, layer, _ in stack]
-    decoders.attach(find_decoder(model, modules), parallel)
+    decoder = find_decoder(model, modules)
+    decoders.attach(decoder, parallel)
+    rotary.attach(decoder, parallel)
     for layer in modules:
         layers.attach(layer, parallel)
     for loss_model in loss_models:

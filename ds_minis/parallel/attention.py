@@ -27,14 +27,17 @@ from ds_minis.parallel.cut import Cut
 from ds_minis.parallel.gathered import gathered_attention
 from ds_minis.parallel.groups import Group
 from ds_minis.parallel.masks import MaskRule, Refused, SequenceMask, is_cutting
-from ds_minis.parallel.ring import ring_attention
+from ds_minis.parallel.ring import in_autocast_dtype, ring_attention
 from ds_minis.tiling.passes.attention import AttentionRequest
 
 if TYPE_CHECKING:
     from ds_minis.parallel.state import Parallel
 
 # Arguments that transformers gives to its attention functions and that change nothing under the ring's own kernel.
-_HARMLESS = frozenset(("is_causal", "sliding_window", "position_ids", "cache_position", "use_cache", "layer_idx"))
+_HARMLESS = frozenset(
+    ("is_causal", "sliding_window", "position_ids", "cache_position", "use_cache", "layer_idx",
+     "output_hidden_states", "return_dict", "ignore_index")
+)  # fmt: skip
 _OF_A_RANK = ("position_ids", "cache_position")  # of its own tokens; flash attention would read documents there
 _STANDARD = ("sdpa_attention_forward", "flash_attention_forward")
 
@@ -181,6 +184,7 @@ class _Call:
 
     def _by_gather(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not self._ring_fallback_reason:  # the same attention, whose mask would have a byte for each query and key
+            q, k, v = in_autocast_dtype(q, k, v)
             keys, values = (gather_ranks(t, self._group) for t in (k, v))
             window, documents = self._rule.window or None, self._rule.sequence.documents_on_cpu
             return gathered_attention(q, keys, values, self._group.rank, self._scale, window, documents)

@@ -21,6 +21,7 @@ from ds_minis.parallel.collectives import gather, gather_sequence
 from ds_minis.parallel.cut import Cut
 from ds_minis.parallel.documents import OF_DOCUMENTS, names_in, positions_and_documents
 from ds_minis.parallel.masks import Refused, Sequence, masks_of
+from ds_minis.parallel.rotary import noise_of_whole
 from ds_minis.parallel.rows import gather_rows
 from ds_minis.parallel.state import Parallel
 from ds_minis.tiling.modules.arguments import argument_names
@@ -28,7 +29,9 @@ from ds_minis.tiling.modules.cache_rule import CACHE_NAMES
 from ds_minis.tiling.modules.compiling import outside_of_graphs
 
 _KNOWN = frozenset(("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"))
-_OF_THE_LOSS = frozenset(("labels", "shift_labels"))  # which models hand on with all other keywords
+_OF_THE_LOSS = frozenset(
+    ("labels", "shift_labels", "num_items_in_batch")
+)  # which models hand on with all other keywords
 _ATTRIBUTE = "_mini_sequence_pass"
 
 
@@ -64,7 +67,8 @@ class CutInputs:
         given = {n: v for n, v in given.items() if n not in left_out} | changed
         under = contextlib.ExitStack()
         under.enter_context(masks_of(Sequence(cut, padding, documents, parallel)))
-        under.enter_context(parallel.in_pass())
+        under.enter_context(parallel.in_pass(positions.max()))
+        under.enter_context(noise_of_whole(decoder, cut))
         if decoder.training:
             under.enter_context(parallel.own_random_numbers(tokens.device))
         decoder.__dict__[_ATTRIBUTE] = under, cut
@@ -84,8 +88,10 @@ class GatherOutputs:
         if _ATTRIBUTE not in decoder.__dict__:
             return output
         cut = _close(decoder)
-        if output is None or self._parallel.loss_is_local:
+        if output is None:
             return output
+        if self._parallel.loss_is_local:
+            return _gathered_beside_the_last(output, cut, self._parallel)
         return _gathered(output, cut, self._parallel)
 
 
@@ -113,6 +119,16 @@ def _gathered(value: Any, cut: Cut, parallel: Parallel) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(_gathered(v, cut, parallel) for v in value)
     return value
+
+
+def _gathered_beside_the_last(output: Any, cut: Cut, parallel: Parallel) -> Any:
+    """The last hidden states are the loss's, which takes this rank's; what else was asked for is of all tokens."""
+    if isinstance(output, dict) and dataclasses.is_dataclass(output):
+        names = list(output)
+        return type(output)(**{n: output[n] if n == names[0] else _gathered(output[n], cut, parallel) for n in names})
+    if isinstance(output, tuple | list) and output:
+        return type(output)([output[0], *(_gathered(v, cut, parallel) for v in output[1:])])
+    return output
 
 
 def _require_known(decoder: nn.Module, given: dict[str, Any], tokens: Any) -> None:
@@ -180,26 +196,28 @@ def _embeds_by_mask(decoder: nn.Module) -> bool:
 def _require_same_batch(tokens: Tensor, mask: Any, positions: Any, parallel: Parallel) -> None:
     """Refuses different batches in a group: a checksum of what the ranks were given, in one small collective."""
     group = parallel.group()
-    sums = [float(n) for n in tokens.shape[:2]]
-    for value in (tokens, mask, positions):
-        sums.append(_checksum(value) if isinstance(value, Tensor) else -1.0)
-    mine = torch.tensor(sums, dtype=torch.float64, device=tokens.device if tokens.device.type != "mps" else "cpu")
-    for rank, other in enumerate(gather(mine, group)):
-        if not torch.equal(mine, other):
+    shape = tokens.new_tensor(tokens.shape[:2], dtype=torch.int64)
+    mine = torch.cat([shape, *(_checksum(v, tokens.device) for v in (tokens, mask, positions))])
+    of_ranks = torch.stack(gather(mine, group)).tolist()
+    for rank, other in enumerate(of_ranks):
+        if other != of_ranks[group.rank]:
             raise Refused(
                 f"sequence_parallel: ranks {group.members[group.rank]} and {group.members[rank]} of one group were given "
-                f"different batches (shapes {tuple(tokens.shape[:2])} and {tuple(int(n) for n in other[:2])}): the "
+                f"different batches (shapes {tuple(tokens.shape[:2])} and {tuple(other[:2])}): the "
                 f"{group.size} ranks of a group must be given the same one. Loaders that go through Accelerator.prepare, the "
                 "Trainer or deepspeed.initialize(training_data=...) do so; for one of your own: "
                 "DistributedSampler(data, **ds_minis.sampler_arguments(model))"
             )
 
 
-def _checksum(value: Tensor) -> float:
-    """Of integers exact below 2**53; of hidden states their sum, which is the same for the same numbers."""
-    value = value.detach().double()
-    weights = torch.arange(1, value.shape[1] + 1, device=value.device, dtype=torch.float64) % 8191
-    return float((value * weights.view(1, -1, *[1] * (value.dim() - 2))).sum())
+def _checksum(value: Any, device: torch.device) -> Tensor:
+    """One number of 64 bits that tells what is at which place; of hidden states by their sum over H."""
+    if not isinstance(value, Tensor):
+        return torch.full((1,), -1, device=device)
+    value = value.detach()
+    numbers = value.flatten(2).sum(2, dtype=torch.float64).view(torch.int64) if value.dim() > 2 else value.long()
+    places = torch.arange(1, numbers.numel() + 1, device=device).view_as(numbers)
+    return (numbers * places).sum()[None]
 
 
 def attach(decoder: nn.Module, parallel: Parallel) -> None:

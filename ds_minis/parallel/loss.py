@@ -102,16 +102,18 @@ class _LocalLoss:
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         cut = Cut(shift_labels.shape[-1], group.size, group.rank)
-        count = num_items_in_batch
+        count, loss_of_none = num_items_in_batch, 0.0
         if count is None:
             count = (shift_labels != ignore_index).sum()
+            loss_of_none = torch.where(count == 0, torch.nan, 0.0)  # as transformers' mean; its gradients are zeros
+            count = count.clamp(min=1)
         # Divided here by N / size, the gradient that is computed in forward need not be scaled in backward.
         mine = self._function(
             logits=logits, labels=labels, vocab_size=vocab_size, num_items_in_batch=count / group.size,
             ignore_index=ignore_index,
             shift_labels=cut.mine(shift_labels, -1, ignore_index).contiguous(), **kwargs,
         )  # fmt: skip
-        total = summed(mine, group) / group.size
+        total = summed(mine, group) / group.size + loss_of_none
         if not torch.is_grad_enabled():
             return total
         return mine + (total - mine).detach()

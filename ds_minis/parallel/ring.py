@@ -83,16 +83,22 @@ def ring_attention(
     Raises:
         ValueError: for shapes, dtypes, a window or documents other than these.
     """
-    device = q.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+    q, k, v = in_autocast_dtype(q, k, v)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
         raise ValueError("ring_attention: this rank is not in the group that was given; give the one that it shares")
     _check(q, k, v, size, window, documents)
     plan = plan_ring(rank, size, q.shape[2] // 2, window, documents)
     return _RingAttention.apply(q, k, v, group, scale, plan)
+
+
+def in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
+    """Tensors as autocast gives them to torch's own attention: models leave queries in another dtype than values."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [x if x.dtype == torch.float64 else x.to(dtype) for x in tensors]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, size: int, window: int | None, documents: Tensor | None) -> None:

@@ -26,6 +26,7 @@ class Parallel:
         chunking: the model's shared state.
         loss_is_local: whether the loss of the pass in progress is computed from this rank's tokens.
         is_running: whether a decoder is running on a part of its tokens.
+        last_position: the largest position in the pass of that decoder, of all tokens.
         used: the modes that attention calls ran in, with the reason where it is not the one that was asked for.
         check_layer: see `ds_minis.parallel.layers.require_token_wise`.
         known_layers: kinds of layers that were found to be token-wise but for their attention.
@@ -34,6 +35,7 @@ class Parallel:
 
     UNREADABLE = "sequence parallelism has them for this rank's tokens only"
     loss_is_local = is_running = False
+    last_position: torch.Tensor | None = None
     rows: torch.Tensor | None = None
 
     def __init__(self, settings: SequenceParallel, chunking: Chunking, check_layer: Callable[..., None]):
@@ -42,6 +44,10 @@ class Parallel:
         self.known_layers: set[tuple] = set()
         self._group: Group | None = None
         self._grid: tuple[Group, Group] | None = None
+
+    def __getstate__(self) -> dict:
+        """A copy of a model, or another process that loads it, makes groups of its own."""
+        return self.__dict__ | {"_group": None, "_grid": None}
 
     def group(self) -> Group:
         """This rank's group; made at the first call, which all ranks of the job must make.
@@ -66,13 +72,13 @@ class Parallel:
         return torch.is_grad_enabled() or any(begun.with_labels for begun in self.chunking.passes)
 
     @contextlib.contextmanager
-    def in_pass(self) -> Iterator[None]:
+    def in_pass(self, last_position: torch.Tensor) -> Iterator[None]:
         """Context for a decoder that runs on this rank's tokens."""
-        self.is_running = True
+        self.is_running, self.last_position = True, last_position
         try:
             yield
         finally:
-            self.is_running = False
+            self.is_running, self.last_position = False, None
 
     @contextlib.contextmanager
     def with_local_loss(self) -> Iterator[None]:

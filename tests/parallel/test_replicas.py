@@ -1,5 +1,6 @@
 """What is decided without other processes: refusals, schedulers, slices of a dispatcher, random numbers of a group."""
 
+import copy
 from types import SimpleNamespace
 
 import accelerate  # before the integrations, which its own import attaches
@@ -8,12 +9,15 @@ import torch
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DummyScheduler
 from models import build
+from transformers.models.phimoe.modeling_phimoe import PhimoeConfig, PhimoeRotaryEmbedding
 
 from ds_minis import convert_to_mini_sequence, sampler_arguments
 from ds_minis.config_sources import Request
 from ds_minis.integrations.accelerate_replicas import Replicas
 from ds_minis.integrations.data import _of_first_ranks, _slice_of_replica, schedules_for_replicas, step_for_replicas
+from ds_minis.parallel.cut import Cut
 from ds_minis.parallel.loss import has_standard_loss
+from ds_minis.parallel.rotary import depends_on_length, noise_of_whole
 from ds_minis.parallel.state import Parallel
 
 SETTINGS = {"sequence_parallel": 2, "chunk_size": 5}
@@ -162,6 +166,30 @@ def test_two_passes_in_a_row_do_not_draw_the_same_numbers():
         with parallel_of(0).own_random_numbers(torch.device("cpu")):
             found.append(torch.rand(1).item())
     assert found[0] != found[1]
+
+
+def test_a_copy_of_a_model_makes_groups_of_its_own():
+    made = parallel_of(1)
+    made._grid, made.settings = (made._group, made._group), "kept"
+    copied = copy.deepcopy(made)
+    assert copied._group is None and copied._grid is None and copied.settings == "kept"
+    assert made._group.rank == 1
+
+
+def test_embeddings_that_depend_on_the_length_are_found():
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    found = [depends_on_length(m) for m in build("llama", rope_parameters=scaling).modules()]
+    assert sum(found) == 1 and not any(depends_on_length(m) for m in build("llama").modules())
+    assert depends_on_length(PhimoeRotaryEmbedding(PhimoeConfig()))
+
+
+def test_noise_of_embeddings_is_that_of_the_whole_length():
+    model = build("llama")
+    embeddings = model.get_input_embeddings()
+    embeddings.neftune_noise_alpha = 6.0
+    with noise_of_whole(model.model, Cut(36, 2, 1)):
+        assert embeddings.neftune_noise_alpha / 18**0.5 == pytest.approx(6.0 / 36**0.5)
+    assert embeddings.neftune_noise_alpha == 6.0
 
 
 def test_a_forward_that_replaced_the_models_has_a_loss_of_its_own():
