@@ -60,6 +60,7 @@ def test_default_run_trains_with_the_engine_and_mini_sequences(default_run):
         str(folder),
     ):
         assert line in printed, line
+    assert printed.count(" tokens/s") == len(losses) + 1  # of each step, by ds_minis, and in the summary
     assert (
         "loss: tiled, LM head ModulesToSaveWrapper; calls with fused_lm_head=True" in printed
         and "not tiled" not in printed
