@@ -12,8 +12,8 @@ from ds_minis.planner.adapters import BYTES_OF_4_BIT
 from ds_minis.planner.held import BytesAt, Counts, Held, Moment, Term, Varying, gradients, optimizer_states, weights
 from ds_minis.planner.setup import Setup
 
-# Defaults of `sub_group_size` and `stage3_max_reuse_distance`, and the elements of one all-reduce of stage 0.
-_SUB_GROUP, _REUSE_DISTANCE, _ALL_REDUCE = 1e9, 1e9, 5e8
+# DeepSpeed's defaults, and the elements of one all-reduce of stage 0.
+_SUB_GROUP, _REUSE_DISTANCE, _LIVE_PARAMETERS, _ALL_REDUCE = 1e9, 1e9, 1e9, 5e8
 
 
 def zero(setup: Setup, counts: Counts) -> Held:
@@ -134,6 +134,8 @@ def _stage_3(setup: Setup, counts: Counts) -> Held:
     why = (
         "the running decoder layer and the next one, the LM head, and what is used again within "
         f"{_reuse_distance(setup):,.0f} elements (stage3_max_reuse_distance)"
+        if setup.settings is not None
+        else f"what is fetched ahead, up to {_LIVE_PARAMETERS:,.0f} elements (stage3_max_live_parameters)"
     )
     varying = [Varying(Term("gathered weights", "engine", 0.0, False, why), _gathered(setup, counts))]
     varying.append(gradients("one parameter's, until it is reduced", _one_parameter(setup, counts)))
@@ -145,23 +147,24 @@ def _reuse_distance(setup: Setup) -> float:
 
 
 def _gathered(setup: Setup, counts: Counts) -> BytesAt:
-    """Bytes of weights that are there as a whole, by where the step is.
+    """Bytes of weights that are there as a whole, by where the step is."""
+    return _gathered_leaves(setup, counts) if setup.settings is not None else _gathered_linears(setup, counts)
 
-    The coordinator keeps what it meets again among the modules of the next `stage3_max_reuse_distance` elements. With
-    tiled layers, which are leaf modules, it meets every layer again in the whole model's backward, where backward begins;
-    without, in the layer's own backward, before which all that is behind the layer comes twice. The LM head, gathered for
-    the loss, stays.
+
+def _gathered_leaves(setup: Setup, counts: Counts) -> BytesAt:
+    """With tiled layers, which are leaf modules.
+
+    The coordinator keeps what it meets again among the modules of the next `stage3_max_reuse_distance` elements: every layer
+    in the whole model's backward, where backward begins. The LM head, gathered for the loss, stays.
     """
     layer, item, num_layers = counts.layer["all"], setup.itemsize, counts.num_layers
     largest = counts.model["largest_embedding"]
     tied = counts.model["embeddings"] == largest
     head = largest if tied else counts.model["embeddings"] - largest
-    leaves, distance = setup.settings is not None, _reuse_distance(setup)
-    times = 1 if leaves else 2
-    kept = min(max(np.ceil((distance - times * head) / (times * max(layer, 1))), 0), num_layers)
-    behind = 2 * head + (0 if leaves else 2 * num_layers * layer)
-    embedding = 0.0 if tied or behind >= distance else largest
-    scale = BYTES_OF_4_BIT / item if setup.train == "qlora" else 1
+    distance = _reuse_distance(setup)
+    kept = min(max(np.ceil((distance - head) / max(layer, 1)), 0), num_layers)
+    embedding = 0.0 if tied or 2 * head >= distance else largest
+    scale = _scale(setup)
 
     def bytes_at(where, sofar, since_layer):
         done = counts.layers_done(sofar, item) if where == "backward" else np.zeros_like(sofar)
@@ -170,3 +173,20 @@ def _gathered(setup: Setup, counts: Counts) -> BytesAt:
         return ((running + ahead) * layer * scale + embedding + head * (where != "forward")) * item
 
     return bytes_at
+
+
+def _gathered_linears(setup: Setup, counts: Counts) -> BytesAt:
+    """With linear layers gathered one by one: what is fetched ahead stays, up to `stage3_max_live_parameters`."""
+    in_layers, scale = counts.layer["all"] * counts.num_layers, _scale(setup)
+
+    def bytes_at(where, sofar, since_layer):
+        done = counts.layers_done(sofar, setup.itemsize) * (where == "backward")
+        left = counts.outside + (in_layers - done * counts.layer["all"]) * scale
+        return np.minimum(left, _LIVE_PARAMETERS) * setup.itemsize
+
+    return bytes_at
+
+
+def _scale(setup: Setup) -> float:
+    """Bytes of a layer's weight, of those of one that is not in 4 bits."""
+    return BYTES_OF_4_BIT / setup.itemsize if setup.train == "qlora" else 1.0

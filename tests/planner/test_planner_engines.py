@@ -32,6 +32,7 @@ CASES = {
     "ZeRO-2": ({"engine": "zero2", **WHOLE}, 650),
     "ZeRO-2, few tokens": ({"engine": "zero2", **HALF}, 64),  # the optimizer's step is the peak
     "ZeRO-3, all kept": ({"engine": "zero3", **HALF}, 650),
+    "ZeRO-3, not converted": ({"engine": "zero3", "reuse_distance": 1000, "settings": None, **WHOLE}, 200),
     "ZeRO-3, nothing kept": ({"engine": "zero3", "reuse_distance": 1000, **WHOLE}, 650),
 }
 
@@ -41,7 +42,7 @@ def counted(tmp_path_factory) -> dict[str, int]:
     """Bytes at the peak of the busier rank, by case."""
     folder = tmp_path_factory.mktemp("bytes")
     cases = {
-        name: (CONFIG.to_dict(), fields | {"settings": CHUNKS}, tokens) for name, (fields, tokens) in CASES.items()
+        name: (CONFIG.to_dict(), {"settings": CHUNKS} | fields, tokens) for name, (fields, tokens) in CASES.items()
     }
     (folder / "cases").write_text(json.dumps(cases))
     command = [warm.python(), str(WORKER), str(folder / "cases"), str(folder)]
@@ -62,5 +63,5 @@ def planner() -> Planner:
 @pytest.mark.parametrize("name", CASES)
 def test_planned_bytes_are_those_of_real_steps(name, counted, planner):
     fields, tokens = CASES[name]
-    estimate = planner.estimate(Setup(**fields, settings=CHUNKS, gpus=RANKS), tokens)
+    estimate = planner.estimate(Setup(**{"settings": CHUNKS} | fields, gpus=RANKS), tokens)
     assert estimate.allocated == pytest.approx(counted[name], rel=0.03), [(t.name, t.nbytes) for t in estimate.terms]
