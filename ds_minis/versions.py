@@ -11,7 +11,7 @@ from ds_minis.ranks import is_main_process
 logger = logging.getLogger("ds_minis")
 TESTED = {  # by CI, as constraints.txt has them
     "torch": "2.13.0",
-    "transformers": "5.23.0",
+    "transformers": "5.24.0",
     "accelerate": "1.15.0",
     "deepspeed": "0.19.8",
     "peft": "0.21.2",
