@@ -290,6 +290,17 @@ def test_more_is_kept_with_more_budget_and_the_last_layers_first():
     assert kept == sorted(kept) and kept[0] == 0 and kept[-1] == 6 and 0 < kept[1] < 6, kept
 
 
+@pytest.mark.parametrize(("attention", "grows"), [("sdpa", False), ("eager", True)])
+def test_bytes_for_pairs_of_tokens_are_not_those_of_a_width(attention, grows):
+    """With as many tokens as a width, a tensor of hidden states looks like one with a value for each pair."""
+    model = converted(build("llama", attention=attention), {"memory_budget": 1})
+    learned = []
+    for length in (32, 41):
+        loss_and_grads(model, batch(length, padding=3) if grows else batch(length, batch_size=1))
+        learned += [need.per_pair > 0 for need in budget_of(model)._all.values()]
+    assert learned == [False, grows]
+
+
 @pytest.mark.parametrize("num_tokens", [10, 10000])
 def test_levels(num_tokens):
     def levels(budget, layers=8, all_bytes=100.0, attention=10.0):

@@ -174,8 +174,10 @@ class KeepBudget:
 
     def learn(self, level: str, layer: nn.Module, x: Tensor, num_bytes: float, pair_bytes: float = 0.0) -> None:
         """Notes what a call keeps, of which `pair_bytes` grow with the square of the length."""
-        batch, num_tokens, _ = x.shape
+        batch, num_tokens, width = x.shape
         tokens = max(1, batch * num_tokens)
+        if pair_bytes and (num_tokens == width or any(num_tokens in p.shape for p in layer.parameters())):
+            pair_bytes = 0.0  # a width may look like as many tokens
         need = Need((num_bytes - pair_bytes) / tokens, pair_bytes / (tokens * max(1, num_tokens)))
         (self._all if level == ALL else self._attention)[kind_of(layer, x)] = need
 
