@@ -204,9 +204,13 @@ def untouched(tensor: Tensor) -> Tensor:
 def constants_of(module: nn.Module) -> Constants:
     """The settings of all submodules (training, a scale, whether an adapter is on), without DeepSpeed's counters."""
     return [
-        (part, {k: copy.copy(v) for k, v in part.__dict__.items() if _is_constant(v) and not k.startswith("ds_")})
+        (part, {k: _copied(v) for k, v in part.__dict__.items() if _is_constant(v) and not k.startswith("ds_")})
         for part in submodules(module)
     ]
+
+
+def _copied(value: object) -> object:
+    return value if type(value) in _CONSTANTS else copy.copy(value)
 
 
 _CONSTANTS = frozenset((bool, int, float, str, type(None)))
