@@ -57,7 +57,8 @@ def test_a_step_of_more_tokens_than_any_before_is_measured():
     assert step(memory, learned, 200, length=11) == 900 - 500
     # As many tokens in longer sequences have more pairs.
     assert step(memory, learned, 400, batch=2, length=10) == 900 - 500
-    assert step(memory, learned, 400, batch=1, length=21) is None
+    assert step(memory, learned, 100, batch=4, length=10) is None
+    assert step(memory, learned, 100, batch=1, length=30) is None
 
 
 def test_what_others_use_now_counts():

@@ -96,9 +96,9 @@ class LearnedMemory:
         shapes = (*(one.shapes[-1] for one in waiting), (batch * length, length))
         current = ForwardPass(self, shapes, in_use, self._memory.peak())
         work = min((noted.work for noted in self._noted if noted.covers(shapes)), default=None)
-        current.measured = work is None or any(one.measured for one in waiting)
+        current.measured = work is None
         self._waiting.add(current)
-        if current.measured or len(shapes) < self._most_at_once:
+        if work is None or len(shapes) < self._most_at_once:
             return current, None
         return current, (1 - RESERVE) * usable - in_use - work - self._gradients
 
