@@ -132,7 +132,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
         points = [(row["tokens"], 1e6 * row["seconds"][name] / row["tokens"]) for row in rows if name in row["seconds"]]
         axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=name)
         if len(points) < len(rows):
-            axes.annotate("out of memory", points[-1], (8, -4), textcoords="offset points", fontsize="small")
+            axes.annotate("out of memory beyond", points[-1], (8, -4), textcoords="offset points", fontsize="small")
     axes.set_xscale("log", base=2)
     axes.set_xticks([row["tokens"] for row in rows], [f"{row['tokens']:,}" for row in rows])
     axes.set_ylim(bottom=0)
@@ -150,10 +150,10 @@ def draw(content: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("hidden", 256), ("layers", 6), ("vocab", 1024), ("rounds", 5), ("card_mib", 120)):
+    for name, default in (("hidden", 512), ("layers", 4), ("vocab", 1024), ("rounds", 4), ("card_mib", 200)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--train", choices=["full", "lora"], default="lora")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048])
     parser.add_argument("--json", help="write the results to this file")
     parser.add_argument("--draw", metavar="PNG", help="draw benchmarks/kept_by_length_cpu.json, and measure nothing")
     args = parser.parse_args()

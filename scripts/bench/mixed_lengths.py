@@ -1,9 +1,10 @@
 """Steps of a mix of lengths, as in supervised fine-tuning: a memory budget beside checkpointing and no checkpointing.
 
-python scripts/bench/mixed_lengths.py --json mixed_lengths.json
+python scripts/bench/mixed_lengths.py --json benchmarks/mixed_lengths_cpu.json
 
-Lengths are lognormal: most short, few at the maximum. Products are counted in all steps. Seconds are taken in rounds, with
-the variants in turn. "no checkpointing" has no budget: it shows what keeping everything always takes.
+Lengths are lognormal: most short, few at the maximum. Products are counted in all steps. Seconds are of one thread's CPU
+time, in rounds with the variants in another order each, so that other programs hardly matter. "no checkpointing" has no
+budget: it shows what keeping everything always takes.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import contextlib
 import copy
 import io
 import json
-import statistics
 import time
 
 import torch
 from common import envelope, write
 from flops import Flops
+from paired import compared, interleaved
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
@@ -56,12 +57,10 @@ def variants(args, lora: bool) -> dict[str, torch.nn.Module]:
     return models
 
 
-def step(model: torch.nn.Module, length: int, vocab: int) -> float:
+def step(model: torch.nn.Module, length: int, vocab: int) -> None:
     ids = torch.randint(vocab, (1, length), generator=torch.Generator().manual_seed(length))
     model.zero_grad(set_to_none=True)
-    start = time.perf_counter()
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    return time.perf_counter() - start
 
 
 def measured(args, lora: bool) -> list[dict]:
@@ -77,21 +76,19 @@ def measured(args, lora: bool) -> list[dict]:
                 report = mini_sequence_report(model)
                 kept[name].append("" if report is None else report.last_kept)
         products[name] = counter.total
-    seconds = {name: [] for name in models}
-    for _ in range(args.rounds):
-        for name, model in models.items():
-            seconds[name].append(sum(step(model, length, args.vocab) for length in lengths))
-    base = "checkpointing"
+    ways = {
+        name: (lambda model=model: [step(model, length, args.vocab) for length in lengths])
+        for name, model in models.items()
+    }
+    times = compared(interleaved(ways, args.rounds, clock=time.process_time), "checkpointing")
     rows = []
     for name in models:
-        ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
         rows.append(
             {
                 "train": "lora" if lora else "full",
                 "variant": name,
-                "products": products[name] / products[base],
-                "seconds": round(statistics.median(seconds[name]), 3),
-                "times checkpointing": round(ratio, 3),
+                "products": products[name] / products["checkpointing"],
+                **times[name],
                 "kept, longest": kept[name][0],
                 "kept, median": kept[name][sorted(range(len(lengths)), key=lengths.__getitem__)[len(lengths) // 2]],
             }

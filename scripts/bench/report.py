@@ -202,6 +202,49 @@ def right_gradients(content: dict[str, Any]) -> Iterator[str]:
     yield table(["", "by", "engine", "loss / true", "gradient / true"], rows)
 
 
+def kept_by_length(content: dict[str, Any]) -> Iterator[str]:
+    arguments, rows = content["arguments"], content["results"]["rows"]
+    names = list(rows[0]["peak_bytes"])
+    yield (
+        f"A step of a Llama of {arguments['layers']} layers of {arguments['hidden']}, {arguments['train']}, float32, on a "
+        f"card of {arguments['card_mib']} MiB beside the parameters (counted). CPU seconds, and MiB at the peak:\n"
+    )
+    lines = []
+    for row in rows:
+        cells = [
+            f"{row['seconds'][name]:.3f} s, {row['peak_bytes'][name] / MIB:.0f} MiB"
+            if name in row["seconds"]
+            else f"out of memory ({row['peak_bytes'][name] / MIB:.0f} MiB)"
+            for name in names
+        ]
+        lines.append([f"{row['tokens']:,}", *cells, row["kept"]])
+    yield table(["tokens", *names, "kept by ds_minis"], lines)
+    yield "![Time of a step against its length](../docs/images/kept_by_length.png)\n"
+
+
+def mixed_lengths(content: dict[str, Any]) -> Iterator[str]:
+    arguments, results = content["arguments"], content["results"]
+    lengths = sorted(results["lengths"])
+    yield (
+        f"{len(lengths)} steps of {lengths[0]:,} to {lengths[-1]:,} tokens, median {lengths[len(lengths) // 2]:,}: a Llama "
+        f"of {arguments['layers']} layers of {arguments['hidden']}, float32. ds_minis, auto: `memory_budget` of "
+        f"{arguments['budget_mib']} MiB. Products counted, CPU seconds beside checkpointing's in the same round.\n"
+    )
+    rows = [
+        [
+            row["train"],
+            row["variant"],
+            f"{row['products']:.3f}x",
+            f"{row['seconds']:.2f} s",
+            f"{row['ratio']:.3f}x",
+            row["kept, median"] or "-",
+            row["kept, longest"] or "-",
+        ]
+        for row in results["rows"]
+    ]
+    yield table(["", "", "products", "median", "of checkpointing", "kept, median length", "kept, longest"], rows)
+
+
 TITLES: dict[str, tuple[str, Callable[[dict], Iterator[str]]]] = {
     "transient_memory": ("Transient memory", transient_memory),
     "step_time": ("Time of a step", step_time),
@@ -209,6 +252,8 @@ TITLES: dict[str, tuple[str, Callable[[dict], Iterator[str]]]] = {
     "loss_head": ("LM head and loss", loss_head),
     "right_gradients": ("Who is right", right_gradients),
     "sequence_parallel": ("Sequence parallelism", sequence_parallel),
+    "kept_by_length": ("Free memory kept, by length", kept_by_length),
+    "mixed_lengths": ("A mix of lengths", mixed_lengths),
 }
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from models import CHUNKS, assert_same_training, batch, build, checkpointed, loss_and_grads, twins
 
-from ds_minis import convert_to_mini_sequence
+from ds_minis import convert_to_mini_sequence, mini_sequence_report
 from ds_minis.tiling.core import grad_accum
 from ds_minis.tiling.kernels import cross_entropy
 
@@ -59,6 +59,21 @@ def test_an_attention_that_is_kept_runs_once(padding, settings, monkeypatch):
         calls.clear()
         loss_and_grads(model, inputs)
         assert len(calls) == 2
+
+
+@pytest.mark.parametrize("settings", [{}, {"offload": "auto"}], ids=str)
+def test_free_memory_is_used_once_a_step_was_seen(settings):
+    """By default, and nobody's statistics are set back for it."""
+    model, reference = (checkpointed(m.cuda()) for m in twins("llama", attention="sdpa"))
+    convert_to_mini_sequence(model, CHUNKS | settings)
+    everything = torch.empty(2**27, device="cuda")  # a peak that hides those of steps
+    del everything
+    peak = torch.cuda.max_memory_allocated()
+    for number, length in enumerate((43, 17, 43, 44, 44)):
+        assert_same_training(model, reference, on_gpu(batch(length, padding=4)), rtol=1e-4)
+        kept = mini_sequence_report(model).last_kept
+        assert kept.startswith("2 layers kept everything") == (number not in (0, 3)), (length, kept)
+    assert torch.cuda.max_memory_allocated() == peak
 
 
 def test_dropout_replays_the_random_state_of_the_device():
@@ -160,7 +175,7 @@ def test_peak_memory_falls():
     for converted in (False, True):
         model = checkpointed(build("llama").cuda())
         if converted:
-            convert_to_mini_sequence(model, {"chunk_size": 1024, "loss_chunk_size": 256})
+            convert_to_mini_sequence(model, {"chunk_size": 1024, "loss_chunk_size": 256, "keep": "input"})
         inputs = on_gpu(batch(128, batch_size=256))
         loss_and_grads(model, inputs)
         torch.cuda.reset_peak_memory_stats()
