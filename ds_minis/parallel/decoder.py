@@ -53,7 +53,9 @@ class CutInputs:
         _require_known(decoder, given, tokens)
         group = parallel.group()
         batch, num_tokens = tokens.shape[:2]
-        _require_same_batch(tokens, given.get("attention_mask"), given.get("position_ids"), parallel)
+        _require_same_batch(
+            tokens, [given.get("attention_mask"), given.get("position_ids"), *parallel.labels], parallel
+        )
         cut = Cut(num_tokens, group.size, group.rank)
         positions, documents = positions_and_documents(decoder, given, batch, num_tokens, tokens.device)
         padding = _padding(decoder, given, num_tokens)
@@ -193,11 +195,11 @@ def _embeds_by_mask(decoder: nn.Module) -> bool:
     return any("attention_mask" in argument_names(m) for m in decoder.children() if "osition" in type(m).__name__)
 
 
-def _require_same_batch(tokens: Tensor, mask: Any, positions: Any, parallel: Parallel) -> None:
-    """Refuses different batches in a group: a checksum of what the ranks were given, in one small collective."""
+def _require_same_batch(tokens: Tensor, others: list[Any], parallel: Parallel) -> None:
+    """Refuses different batches in a group: checksums of what the ranks were given, in one small collective."""
     group = parallel.group()
     shape = tokens.new_tensor(tokens.shape[:2], dtype=torch.int64)
-    mine = torch.cat([shape, *(_checksum(v, tokens.device) for v in (tokens, mask, positions))])
+    mine = torch.cat([shape, *(_checksum(v, tokens.device) for v in (tokens, *others))])
     of_ranks = torch.stack(gather(mine, group)).tolist()
     for rank, other in enumerate(of_ranks):
         if other != of_ranks[group.rank]:
@@ -214,7 +216,7 @@ def _checksum(value: Any, device: torch.device) -> Tensor:
     """One number of 64 bits that tells what is at which place; of hidden states by their sum over H."""
     if not isinstance(value, Tensor):
         return torch.full((1,), -1, device=device)
-    value = value.detach()
+    value = value.detach().to(device)
     numbers = value.flatten(2).sum(2, dtype=torch.float64).view(torch.int64) if value.dim() > 2 else value.long()
     places = torch.arange(1, numbers.numel() + 1, device=device).view_as(numbers)
     return (numbers * places).sum()[None]

@@ -40,6 +40,7 @@ class BeginLoss:
     @outside_of_graphs
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         _end(model, self._parallel)  # of a pass that Ctrl-C ended, for which torch calls no hook
+        self._parallel.labels = [argument(model, name, args, kwargs) for name in ("labels", "shift_labels")]
         if self._parallel.loss_is_local:
             return  # a model around this one has decided
         config = self._parallel.chunking.config
@@ -65,6 +66,7 @@ class EndLoss:
 
 
 def _end(model: nn.Module, parallel: Parallel) -> None:
+    parallel.labels = []
     if _BEFORE not in model.__dict__:
         return
     before = model.__dict__.pop(_BEFORE)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ class Parallel:
         loss_is_local: whether the loss of the pass in progress is computed from this rank's tokens.
         is_running: whether a decoder is running on a part of its tokens.
         last_position: the largest position in the pass of that decoder, of all tokens.
+        labels: those of the pass in progress, shifted or not, which a group must be given alike too.
         used: the modes that attention calls ran in, with the reason where it is not the one that was asked for.
         check_layer: see `ds_minis.parallel.layers.require_token_wise`.
         known_layers: kinds of layers that were found to be token-wise but for their attention.
@@ -36,6 +38,7 @@ class Parallel:
     UNREADABLE = "sequence parallelism has them for this rank's tokens only"
     loss_is_local = is_running = False
     last_position: torch.Tensor | None = None
+    labels: Sequence[Any] = ()
     rows: torch.Tensor | None = None
 
     def __init__(self, settings: SequenceParallel, chunking: Chunking, check_layer: Callable[..., None]):

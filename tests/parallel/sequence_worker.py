@@ -181,6 +181,8 @@ def refused(case: dict) -> str:
     batch = make_batch(case, 0)
     if case.get("other_batches"):
         batch["input_ids"] = batch["input_ids"] + dist.get_rank() % 2
+    if case.get("other_labels"):
+        batch["labels"][0, -1] += dist.get_rank() % 2
     if case.get("rows_swapped") and dist.get_rank() % 2:
         batch = {name: rows.flip(0) for name, rows in batch.items()}
     if case.get("four_dimensions"):

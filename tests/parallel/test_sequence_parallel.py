@@ -87,6 +87,7 @@ REFUSED = {
         {"other_batches": True},
         r"Refused: sequence_parallel: ranks \d and \d of one group were given different batches",
     ),
+    "other labels in a group": ({"other_labels": True}, r"of one group were given different batches"),
     "a group's batches in another order": ({"rows_swapped": True}, r"of one group were given different batches"),
     "masks of one's own": (
         {"four_dimensions": True},
