@@ -73,6 +73,8 @@ CASES = {
     "loss of the logits, ZeRO-2": Case(zero_stage=2, loss="logits", uneven=True),
     "loss of the logits, ZeRO-3": Case(zero_stage=3, loss="logits", uneven=True),
     "loss of the logits, ZeRO-3, LoRA on the head": Case(zero_stage=3, loss="logits", lora=True, lora_head=True),
+    "loss of the logits, FSDP2, a frozen head": Case(engine="fsdp2", loss="logits", lora=True, uneven=True),
+    "loss of the logits, ZeRO-3, a frozen head": Case(zero_stage=3, loss="logits", lora=True, uneven=True),
     "accumulation and a rank that is masked": Case(zero_stage=3, masked_rank=0),
     **SETTINGS,
     "LoRA dropout": Case(engine="ddp", lora=True, dropout=0.1, accumulation=1, seeds=24),

@@ -103,6 +103,24 @@ def test_a_caller_may_write_to_the_numbers(trained):
     compared(Numbers(trained=trained), lambda a, b, c: (a.mul_(2) * b.masked_fill_(b > 0.5, 0)).sum())
 
 
+def test_random_numbers_are_those_of_forward_where_a_chunk_is_run_again():
+    numbers = Numbers()
+    numbers.module = nn.Sequential(numbers.module, nn.Dropout(0.5))
+    results = []
+    for tiled in (True, False):
+        torch.manual_seed(1)
+        if tiled:
+            columns = of(numbers)
+        else:
+            chunks = zip(numbers.x.split(CHUNK), numbers.factors.split(CHUNK), strict=True)
+            columns = torch.cat([numbers(*chunk) for chunk in chunks]).unbind(-1)
+        torch.manual_seed(2)
+        LOSSES["all"](*columns).backward()
+        results.append((*columns, *(grad for grad in numbers.grads() if grad is not None)))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_gradients_of_gradients_are_refused():
     numbers = Numbers()
     first, *_ = of(numbers)

@@ -22,7 +22,6 @@ from ds_minis.tiling.core.params import ParameterSlots, constants_of, restored_f
 from ds_minis.tiling.core.replay import (
     AutocastState,
     Replay,
-    graph_is_kept,
     refuse_gradients_of_gradients,
     unseen_graph,
 )
@@ -95,7 +94,7 @@ class _Columns(torch.autograd.Function):
         refuse_gradients_of_gradients('set "loss": false')
         rows, needs_grad = ctx.saved_tensors, ctx.needs_input_grad[1:]  # raises torch's own error if they are freed
         first, others = grads_N[0], [grad for grad in grads_N[1:] if grad is not None]
-        if others or ctx.grads is None or first is None or graph_is_kept():
+        if others or ctx.grads is None or first is None:
             return None, *ctx.call.grads_again(rows, needs_grad, grads_N)
         # Scaled in place and handed over without a copy.
         grads, ctx.grads = ctx.grads, None
