@@ -13,6 +13,12 @@ _ALLOWED = "an accelerate YAML (with distributed_type) or a DeepSpeed JSON (with
 _ENGINES = {"NO": "single", "MULTI_GPU": "ddp", "MULTI_CPU": "ddp", "FSDP": "fsdp2", "DEEPSPEED": "zero0"}
 _OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "cpuadam": "adamw", "fusedadam": "adamw", "sgd": "sgd"}
 
+_SIZES = {
+    "bucket": "reduce_bucket_size",
+    "reuse_distance": "stage3_max_reuse_distance",
+    "live_parameters": "stage3_max_live_parameters",
+}
+
 
 def load_mapping(path: str | Path) -> dict[str, Any]:
     """The content of a YAML or JSON file, a mapping.
@@ -111,10 +117,9 @@ def read_deepspeed(content: Mapping[str, Any], source: str) -> dict[str, Any]:
     for name in ("offload_optimizer", "offload_param"):
         if (zero.get(name) or {}).get("device") in ("cpu", "nvme"):
             found[name] = True
-    if isinstance(zero.get("reduce_bucket_size"), int | float):
-        found["bucket"] = int(zero["reduce_bucket_size"])
-    if isinstance(zero.get("stage3_max_reuse_distance"), int | float):
-        found["reuse_distance"] = int(zero["stage3_max_reuse_distance"])
+    for field, name in _SIZES.items():
+        if isinstance(zero.get(name), int | float):
+            found[field] = int(zero[name])
     if isinstance(content.get("gradient_accumulation_steps"), int):
         found["accumulation"] = content["gradient_accumulation_steps"]
     optimizer = str((content.get("optimizer") or {}).get("type", "")).lower()

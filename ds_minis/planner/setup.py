@@ -33,7 +33,8 @@ class Setup:
         optimizer_in_backward: each parameter is stepped as soon as it has its gradient, which is freed then.
         offload_optimizer, offload_param: ZeRO's and FSDP's, to host memory.
         bucket: parameters in a bucket of gradients to be reduced; None: the engine's default under the HF Trainer.
-        reuse_distance: `stage3_max_reuse_distance` of ZeRO-3; None: its default, 1e9.
+        reuse_distance, live_parameters: `stage3_max_reuse_distance` and `stage3_max_live_parameters` of ZeRO-3; None: their
+            default, 1e9.
     """
 
     engine: str = "single"
@@ -53,6 +54,7 @@ class Setup:
     offload_param: bool = False
     bucket: int | None = None
     reuse_distance: int | None = None
+    live_parameters: int | None = None
 
     def __post_init__(self):
         for name, allowed in (("engine", ENGINES), ("train", ADAPTERS), ("dtype", DTYPES), ("optimizer", OPTIMIZERS)):

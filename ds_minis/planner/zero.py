@@ -135,7 +135,7 @@ def _stage_3(setup: Setup, counts: Counts) -> Held:
         "the running decoder layer and the next one, the LM head, and what is used again within "
         f"{_reuse_distance(setup):,.0f} elements (stage3_max_reuse_distance)"
         if setup.settings is not None
-        else f"what is fetched ahead, up to {_LIVE_PARAMETERS:,.0f} elements (stage3_max_live_parameters)"
+        else f"what is fetched ahead, up to {_live_parameters(setup):,.0f} elements (stage3_max_live_parameters)"
     )
     varying = [Varying(Term("gathered weights", "engine", 0.0, False, why), _gathered(setup, counts))]
     varying.append(gradients("one parameter's, until it is reduced", _one_parameter(setup, counts)))
@@ -144,6 +144,10 @@ def _stage_3(setup: Setup, counts: Counts) -> Held:
 
 def _reuse_distance(setup: Setup) -> float:
     return _REUSE_DISTANCE if setup.reuse_distance is None else setup.reuse_distance
+
+
+def _live_parameters(setup: Setup) -> float:
+    return _LIVE_PARAMETERS if setup.live_parameters is None else setup.live_parameters
 
 
 def _gathered(setup: Setup, counts: Counts) -> BytesAt:
@@ -178,11 +182,12 @@ def _gathered_leaves(setup: Setup, counts: Counts) -> BytesAt:
 def _gathered_linears(setup: Setup, counts: Counts) -> BytesAt:
     """With linear layers gathered one by one: what is fetched ahead stays, up to `stage3_max_live_parameters`."""
     in_layers, scale = counts.layer["all"] * counts.num_layers, _scale(setup)
+    most = max(_live_parameters(setup), counts.model["largest_embedding"], counts.model["largest_linear"])
 
     def bytes_at(where, sofar, since_layer):
         done = counts.layers_done(sofar, setup.itemsize) * (where == "backward")
         left = counts.outside + (in_layers - done * counts.layer["all"]) * scale
-        return np.minimum(left, _LIVE_PARAMETERS) * setup.itemsize
+        return np.minimum(left, most) * setup.itemsize
 
     return bytes_at
 

@@ -116,6 +116,7 @@ def test_the_setup_of_zero_with_adapters(tmp_path):
         "reduce_bucket_size": "auto",
         "offload_optimizer": {"device": "cpu"},
         "stage3_max_reuse_distance": 0,
+        "stage3_max_live_parameters": 1e8,
     }
     config = {"zero_optimization": zero, "bf16": {"enabled": "auto"}, "mini_sequence": {"offload": "cpu"}}
     state = SimpleNamespace(
@@ -126,6 +127,5 @@ def test_the_setup_of_zero_with_adapters(tmp_path):
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", bf16=True)
     trainer = SimpleNamespace(args=args, model=model, accelerator=SimpleNamespace(state=state))
     setup = trainer_advice.setup_of(trainer, 1, {})
-    assert setup == Setup(
-        engine="zero3", gpus=4, train="lora", lora_rank=4, offload_optimizer=True, reuse_distance=0, optimizer="adamw"
-    )
+    own = {"train": "lora", "lora_rank": 4, "offload_optimizer": True, "reuse_distance": 0, "live_parameters": 10**8}
+    assert setup == Setup(engine="zero3", gpus=4, **own)
