@@ -17,9 +17,12 @@ import pytest
 HERE = Path(__file__).parent
 TOLERANCE = 1e-5
 GRID = {"ulysses": 2, "ring": 2}
-LONGROPE = {  # others for more than 32 tokens, which rank 1 of 2 does not see of 36
-    "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32,
-    "short_factor": [1.0] * 4, "long_factor": [3.0, 2.0, 5.0, 4.0],
+LONGROPE = {  # other frequencies for more than 32 tokens, which rank 1 of 2 does not see of 36
+    "original_max_position_embeddings": 32,
+    "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32,
+        "short_factor": [1.0] * 4, "long_factor": [3.0, 2.0, 5.0, 4.0],
+    },
 }  # fmt: skip
 
 
@@ -80,7 +83,7 @@ CASES = [
     case("tied embeddings", "gather", 2, family="llama-tied-bias"),
     case("norms of queries and keys", "ring", 2, family="qwen3"),
     *(case(f"{mode} under autocast", mode, 2, autocast=True, tolerance=0.05) for mode in ("gather", "ring")),
-    case("frequencies of the whole length", "gather", 2, 36, "phi3", config={"rope_parameters": LONGROPE}),
+    case("frequencies of the whole length", "gather", 2, 36, "phi3", config=LONGROPE),
 ]
 REFUSED = {
     "other batches in a group": (
