@@ -100,13 +100,13 @@ def measured(args, lora: bool) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (
-        ("hidden", 256),
+        ("hidden", 512),
         ("layers", 4),
         ("vocab", 1024),
-        ("count", 12),
-        ("longest", 2048),
+        ("count", 8),
+        ("longest", 1024),
         ("rounds", 3),
-        ("budget_mib", 60),
+        ("budget_mib", 100),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", help="write the results to this file")
