@@ -208,6 +208,13 @@ def test_arguments_of_a_sampler_need_a_size_or_a_converted_model(wrong):
         sampler_arguments(2)
 
 
+@pytest.mark.parametrize("rank", range(6))
+def test_a_sampler_reads_the_data_of_its_ranks_group(monkeypatch, rank):
+    for name, value in (("is_initialized", True), ("get_world_size", 6), ("get_rank", rank)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    assert sampler_arguments(3) == {"num_replicas": 2, "rank": [0, 0, 0, 1, 1, 1][rank]}
+
+
 def test_accelerators_that_were_made_before_share_nothing():
     from ds_minis.integrations.accelerate import models_of
 
