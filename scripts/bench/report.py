@@ -189,6 +189,26 @@ def sequence_parallel(content: dict[str, Any]) -> Iterator[str]:
     yield table(["model", "ranks", "mode", "received"], simulated)
 
 
+def sequence_parallel_planned(content: dict[str, Any]) -> Iterator[str]:
+    yield (
+        "By the planner (docs/planner.md): full fine-tuning in bfloat16 with AdamW under ZeRO-3, "
+        f"{content['arguments']['tokens']:,} tokens on each rank. Transient: layer inputs, and what the computation needs beside "
+        "weights, gradients, optimizer states and the engine's buffers. \"whole\": a rank that has the whole sequence.\n"
+    )
+    rows = [
+        [
+            row["model"],
+            f"{content['arguments']['tokens'] * row['ranks']:,}",
+            str(row["ranks"]),
+            row["mode"] or "whole",
+            f"{row['transient'] / GIB:.1f} GiB",
+            f"{sum(row['parts'].values()) / GIB:.1f} GiB",
+        ]
+        for row in content["results"]
+    ]
+    yield table(["model", "tokens", "ranks", "mode", "transient", "in all"], rows)
+
+
 def right_gradients(content: dict[str, Any]) -> Iterator[str]:
     yield (
         "Loss of the HF Trainer's step with one sequence on two processes, and its gradient by the weights, over "
@@ -252,6 +272,7 @@ TITLES: dict[str, tuple[str, Callable[[dict], Iterator[str]]]] = {
     "loss_head": ("LM head and loss", loss_head),
     "right_gradients": ("Who is right", right_gradients),
     "sequence_parallel": ("Sequence parallelism", sequence_parallel),
+    "sequence_parallel_planned": ("Sequence parallelism at the size of real models", sequence_parallel_planned),
     "kept_by_length": ("Free memory kept, by length", kept_by_length),
     "mixed_lengths": ("A mix of lengths", mixed_lengths),
 }
