@@ -192,8 +192,8 @@ def sequence_parallel(content: dict[str, Any]) -> Iterator[str]:
 def sequence_parallel_planned(content: dict[str, Any]) -> Iterator[str]:
     yield (
         "By the planner (docs/planner.md): full fine-tuning in bfloat16 with AdamW under ZeRO-3, "
-        f"{content['arguments']['tokens']:,} tokens on each rank. Transient: layer inputs, and what the computation needs beside "
-        "weights, gradients, optimizer states and the engine's buffers. \"whole\": a rank that has the whole sequence.\n"
+        f"{content['arguments']['tokens']:,} tokens on each rank. Transient: layer inputs, and what the computation needs "
+        'beside weights, gradients, optimizer states and engine buffers. "whole": a rank that has the whole sequence.\n'
     )
     rows = [
         [
