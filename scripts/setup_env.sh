@@ -4,7 +4,7 @@
 #   PYTHON=/path/to/python   use that one (nothing is installed into it)
 
 if [ -z "${PYTHON:-}" ]; then
-    complete="import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, 'ds_minis deepspeed accelerate peft trl datasets bitsandbytes pytest xdist ruff importlinter matplotlib PIL mkdocs material'.split())))"
+    complete="import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, 'ds_minis deepspeed accelerate peft trl datasets bitsandbytes pytest xdist ruff importlinter matplotlib PIL mkdocs material tensorboard'.split())))"
     PYTHON=python3
     if ! "$PYTHON" -c "$complete" 2>/dev/null; then
         PYTHON=$ROOT/.venv/bin/python

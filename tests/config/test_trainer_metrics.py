@@ -64,6 +64,18 @@ def test_reporters_get_memory_and_speed(counted, tmp_path, monkeypatch):
     assert callback.mini_sequence_metrics is None
 
 
+def test_tensorboard_gets_memory_and_speed(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    trained(tmp_path, MiniSequenceCallback(chunk_size=8), report_to="tensorboard")
+    (folder,) = {file.parent for file in (tmp_path / "events").rglob("events.out.tfevents.*")}
+    events = EventAccumulator(str(folder)).Reload()
+    for name in ("peak_memory_gib", "tokens_per_second", "loss"):
+        assert [event.step for event in events.Scalars(f"train/{name}")] == [1, 2, 3]
+    assert all(event.value > 0.01 for event in events.Scalars("train/peak_memory_gib"))
+
+
 def test_without_the_callback_logs_stay_as_they_are(tmp_path):
     attach_metrics(Trainer)
     reporter = Reporter()
