@@ -110,16 +110,18 @@ def test_attentions_are_kept_in_every_step(results, name):
 def test_one_rank_keeps_more_layers_than_the_other(results, name):
     case = CASES[name]
     first, last = results[case.name]["converted"]["kept_layers"]
-    # bitsandbytes holds weights by itself, which an engine might free: refused on several processes.
-    assert last < first == NUM_LAYERS * STEPS * case.accumulation or (case.quantized and first == last == 0)
+    calls = NUM_LAYERS * STEPS * case.accumulation
+    # bitsandbytes holds weights by itself, which an engine might free: refused on several processes. gloo's thread may do so
+    # for a moment after a gather; such a call keeps its input.
+    assert (last < first and calls - 4 <= first <= calls) or (case.quantized and first == last == 0)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.keep == "free"])
 def test_free_memory_is_used_once_a_step_was_seen(results, name):
     """On either rank, whose first micro batch has the most tokens."""
     case = CASES[name]
-    kept = results[case.name]["converted"]["kept_layers"]
-    assert kept == (NUM_LAYERS * (STEPS * case.accumulation - 1),) * RANKS
+    most = NUM_LAYERS * (STEPS * case.accumulation - 1)
+    assert all(most - 4 <= kept <= most for kept in results[case.name]["converted"]["kept_layers"])
 
 
 def test_every_row_and_every_column_is_tested():

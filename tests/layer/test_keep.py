@@ -5,6 +5,7 @@ import gc
 
 import pytest
 import torch
+import torch.nn.functional as F
 from flops import Flops
 from kept import assert_same_gradients_twice
 from live_bytes import LiveBytes
@@ -233,6 +234,23 @@ def test_an_operation_that_holds_a_weight_by_itself(monkeypatch):
         assert_same_training(model, reference, batch(23))
     assert "holds a weight until backward by itself" in str(mini_sequence_report(model).unkept)
     assert "everything" not in mini_sequence_report(model).last_kept
+
+
+def test_a_weight_that_somebody_lets_go_of_during_the_forward(monkeypatch):
+    """As gloo's own thread does after a gather: that call keeps the layer's input alone, and later ones everything."""
+    monkeypatch.setattr("ds_minis.tiling.kept.layer_graph.has_other_ranks", lambda: True)
+    model, reference = twins("llama", attention="sdpa")
+    held = []
+    for layer in model.model.layers:
+        layer.mlp.down_proj.forward = lambda x, own=layer.mlp.down_proj: held.clear() or F.linear(x, own.weight)
+    converted(model, {"keep": "all"})
+    assert_same_training(model, reference, batch(23))
+    held += [layer.mlp.down_proj.weight.detach() for layer in model.model.layers]
+    assert_same_training(model, reference, batch(23))
+    assert mini_sequence_report(model).last_kept.startswith("1 layer kept everything, 1 layer kept the input alone")
+    assert_same_training(model, reference, batch(23))
+    assert mini_sequence_report(model).last_kept.startswith("2 layers kept everything")
+    assert not mini_sequence_report(model).unkept
 
 
 @pytest.mark.parametrize("number", range(3))

@@ -390,7 +390,8 @@ def test_a_cache_that_is_asked_for_and_one_that_is_there_by_default(tiled_calls)
     tiled_calls.clear()
     assert_same_training(model, reference, batch(23), use_cache=True)
     assert {name for name, _ in tiled_calls} == {"LlamaMLP", "LlamaRMSNorm", "Linear"}
-    assert "past_key_values" in mini_sequence_report(model).untiled[LAYERS[0]][1]
+    # `past_key_values` before transformers 5.24, `cache` from then on
+    assert "is a DynamicCache, which may hold anything" in mini_sequence_report(model).untiled[LAYERS[0]][1]
     tiled_calls.clear()
     assert_same_training(checkpointed(model), checkpointed(reference), batch(23))  # which goes without a cache
     assert ("LlamaDecoderLayer", 46) in tiled_calls

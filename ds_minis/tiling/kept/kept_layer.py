@@ -90,6 +90,9 @@ class KeptLayer(TiledOp):
         if graph is not None and graph.reason:
             self._refuse(graph.reason)
             graph = None
+        elif graph is not None and graph.is_uncertain:
+            budget.fell_back(ALL)
+            graph = None
         if graph is not None:
             budget.learn(ALL, module, x, graph.num_bytes, graph.pair_bytes)
             self._reservation = budget.reserve(x, graph.num_bytes)

@@ -40,10 +40,14 @@ class LayerGraph:
         pair_bytes: the part of it with a value for each pair of tokens.
         reason: why the graph cannot be kept; empty if it can be.
         used: the indices of the trainable tensors that the graph reaches.
+        is_uncertain: whether somebody let go of a weight meanwhile, as a collective's own thread does a moment after its end:
+            an operation that holds one may not have been noticed.
 
     Raises:
         TooLarge: the graph saves more than `limit` bytes.
     """
+
+    is_uncertain = False
 
     def __init__(
         self, run: Callable[[Tensor], Tensor], x: Tensor, x_needs_grad: bool, slots: ParameterSlots, limit: float
@@ -87,8 +91,10 @@ class LayerGraph:
             return ""
         if self._weights.has_casts(autocast_dtype(x.device.type)):
             return "autocast copies weights that are not trained, which would stay beside those that an engine frees"
-        if self._weights.uses() != before:
+        now = self._weights.uses()
+        if any(uses > earlier for uses, earlier in zip(now, before, strict=True)):
             return "an operation holds a weight until backward by itself, where an engine may free it"
+        self.is_uncertain = now != before
         return ""
 
     @staticmethod
