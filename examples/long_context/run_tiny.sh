@@ -2,7 +2,7 @@
 # A needle in a haystack of 2,048 tokens, from nothing: trains a tiny model from 64 tokens on, in 2 CPU processes that share each
 # sequence, once with RoPE's base from the schedule and once with it left fixed, and draws what each of them finds.
 #
-#   sh run_tiny.sh                        about 4 minutes on 2 idle cores; pictures and models in outputs/tiny-needle
+#   sh run_tiny.sh                        4 min 43 s on 2 idle cores; pictures and models in outputs/tiny-needle
 #   SEED=1 OUTPUT_DIR=out sh run_tiny.sh  other weights, text and tests
 #   SCALE=0.02 sh run_tiny.sh             a trial of all parts, which learns nothing
 set -eu
