@@ -253,14 +253,10 @@ def run_plot(args: argparse.Namespace) -> int:
     from ds_minis.context import needle_plot
     from ds_minis.context.needle_run import OtherRun, read
 
-    if args.output.suffix.lower() not in (*PICTURES, ".gif") or args.output.is_dir():
-        names = ", ".join((*PICTURES, ".gif"))
-        print(
-            f"ds-minis needle-plot: --output: a file whose name ends in {names} is allowed, got {args.output}",
-            file=sys.stderr,
-        )
-        return 2
     try:
+        if args.output.suffix.lower() not in (*PICTURES, ".gif") or args.output.is_dir():
+            names = ", ".join((*PICTURES, ".gif"))
+            raise WrongTask(f"--output: a file whose name ends in {names} is allowed, got {args.output}")
         groups = [[read(Path(name)) for name in group.split(",")] for group in args.results]
         if args.output.suffix.lower() == ".gif":
             needle_plot.plot_animation(groups, args.output, args.titles, args.frame_titles)

@@ -99,6 +99,7 @@ def plan(args: argparse.Namespace, settings: dict[str, Any]):
     """
     setup = base_setup(args, settings)
     from ds_minis.planner.compare import compare
+    from ds_minis.planner.profile import cache_folder
     from ds_minis.planner.trace import CannotTrace
 
     config = configuration(args.model, args.trust_remote_code)
@@ -183,15 +184,6 @@ def configuration(model: str, trust_remote_code: bool) -> Any:
     from ds_minis.cli.check import load_config
 
     return load_config(model, trust_remote_code)
-
-
-def cache_folder():
-    """Where traces are kept between runs."""
-    from pathlib import Path
-
-    from ds_minis.environment import cache_home
-
-    return Path(cache_home()) / "ds_minis" / "plan"
 
 
 def _positive(text: str) -> float:

@@ -9,16 +9,13 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ds_minis.convert import mini_sequence_report
-from ds_minis.environment import cache_home
 from ds_minis.tiling.core.out_of_memory import is_out_of_memory
 
-_ENGINES = {"NO": "single", "MULTI_GPU": "ddp", "MULTI_CPU": "ddp", "FSDP": "fsdp2", "DEEPSPEED": "zero"}
 _OPTIMIZERS = {"paged": "paged_adamw_8bit", "8bit": "adamw_8bit", "adafactor": "adafactor", "sgd": "sgd"}
 
 
@@ -66,12 +63,13 @@ def advice(trainer: Any, inputs: Any) -> str:
 
 def setup_of(trainer: Any, batch: int, settings: Mapping[str, Any]) -> Any:
     """The planner's `Setup` of a Trainer's run."""
-    from ds_minis.planner.files import read_deepspeed
+    from ds_minis.planner.files import ENGINES, read_deepspeed
     from ds_minis.planner.setup import Setup
 
     args, model, state = trainer.args, trainer.model, trainer.accelerator.state
-    fields: dict[str, Any] = {"engine": _ENGINES[state.distributed_type.name], "gpus": state.num_processes}
-    if fields["engine"] == "zero":
+    kind = state.distributed_type.name
+    fields: dict[str, Any] = {"engine": ENGINES[kind], "gpus": state.num_processes}
+    if kind == "DEEPSPEED":
         fields |= read_deepspeed(state.deepspeed_plugin.deepspeed_config, "the engine's configuration")
     weights = [(getattr(p, "ds_numel", p.numel()), p.requires_grad, p.dtype) for p in model.parameters()]
     trained = sum(number for number, requires_grad, _ in weights if requires_grad)
@@ -102,9 +100,10 @@ def what_fits(config: Any, setup: Any, tokens: int, capacity: float) -> str:
         CannotTrace: a step of this configuration cannot be planned.
     """
     from ds_minis.planner.planner import FITS, Planner
+    from ds_minis.planner.profile import cache_folder
     from ds_minis.planner.settings import candidates
 
-    planner = Planner(config, cache=Path(cache_home()) / "ds_minis" / "plan")
+    planner = Planner(config, cache=cache_folder())
     unit = max(1, min(1024, tokens // 64))
 
     def longest(one):

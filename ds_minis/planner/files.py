@@ -10,7 +10,7 @@ from typing import Any
 from ds_minis.config_sources import SECTION, read_section
 
 _ALLOWED = "an accelerate YAML (with distributed_type) or a DeepSpeed JSON (with zero_optimization) is allowed"
-_ENGINES = {"NO": "single", "MULTI_GPU": "ddp", "MULTI_CPU": "ddp", "FSDP": "fsdp2", "DEEPSPEED": "zero0"}
+ENGINES = {"NO": "single", "MULTI_GPU": "ddp", "MULTI_CPU": "ddp", "FSDP": "fsdp2", "DEEPSPEED": "zero0"}
 _OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "cpuadam": "adamw", "fusedadam": "adamw", "sgd": "sgd"}
 
 _SIZES = {
@@ -82,9 +82,9 @@ def read_configuration(path: str | Path) -> dict[str, Any]:
 
 def _read_accelerate(content: dict[str, Any], path: Path) -> dict[str, Any]:
     kind = str(content["distributed_type"]).upper()
-    if kind not in _ENGINES:
-        raise ValueError(f"{str(path)!r}: distributed_type {', '.join(_ENGINES)} can be planned, got {kind!r}")
-    found: dict[str, Any] = {"engine": _ENGINES[kind]}
+    if kind not in ENGINES:
+        raise ValueError(f"{str(path)!r}: distributed_type {', '.join(ENGINES)} can be planned, got {kind!r}")
+    found: dict[str, Any] = {"engine": ENGINES[kind]}
     if isinstance(content.get("num_processes"), int):
         found["gpus"] = content["num_processes"]
     if kind == "DEEPSPEED":

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ds_minis.environment import cache_home
 from ds_minis.planner.held import BytesAt
 from ds_minis.planner.lengths import SYMBOLS
 
@@ -173,6 +174,11 @@ def _pruned(events: list[list[float]]) -> np.ndarray:
 def cache_key(config_fields: dict[str, Any], way_key: list, versions: list[str]) -> str:
     text = json.dumps([FORMAT, config_fields, way_key, versions], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def cache_folder() -> Path:
+    """Where traces are kept between runs."""
+    return Path(cache_home()) / "ds_minis" / "plan"
 
 
 def read_cached(folder: Path | None, key: str) -> Profile | None:
