@@ -35,12 +35,15 @@ def _stage_0(setup: Setup, counts: Counts) -> Held:
     if item == 2:
         why = "of all parameters, for the optimizer's step"
         moments.append(Moment("optimizer", [whole, Term("gradients in float32", "gradients", 4 * trained, False, why)]))
+    return Held(terms, [], [_whole_gradients(setup, trained * item)], moments)
+
+
+def _whole_gradients(setup: Setup, nbytes: float) -> Varying:
+    """Gradients of all parameters, of so many bytes, none of which is reduced before backward has ended."""
     if setup.accumulation > 1:
         why = "those of earlier steps of the accumulation exist from the start"
-        growing = gradients(why, lambda where, sofar, layer: np.full_like(sofar, trained * item))
-    else:
-        growing = gradients("grow during backward", lambda where, sofar, layer: sofar)
-    return Held(terms, [], [growing], moments)
+        return gradients(why, lambda where, sofar, layer: np.full_like(sofar, nbytes))
+    return gradients("grow during backward", lambda where, sofar, layer: sofar)
 
 
 def _master_weights(setup: Setup, counts: Counts, host: bool) -> list[Term]:
@@ -67,16 +70,11 @@ def _stage_1(setup: Setup, counts: Counts) -> Held:
     whole = Term("gradients", "gradients", trained * item, True, "of all parameters, which stage 1 keeps")
     why = f"{trained:,.0f} / {n}, in the computation's dtype"
     shards = Term("gradient shards", "gradients", trained * item / n, False, why, host)
-    if setup.accumulation > 1:
-        why = "those of earlier steps of the accumulation exist from the start"
-        growing = gradients(why, lambda where, sofar, layer: np.full_like(sofar, trained * item))
-    else:
-        growing = gradients("grow during backward", lambda where, sofar, layer: sofar)
     moments = [
         Moment("reduction", [whole, shards, bucket]),
         _optimizer_step(setup, trained * item / n, trained / n, host),
     ]
-    return Held(terms, [], [growing, _once_begun(bucket)], moments)
+    return Held(terms, [], [_whole_gradients(setup, trained * item), _once_begun(bucket)], moments)
 
 
 def _stage_2(setup: Setup, counts: Counts) -> Held:
