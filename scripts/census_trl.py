@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import inspect
 import io
 import json
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
 from ds_minis.check.errors import in_short
-from ds_minis.check.exactness import FLOOR, LAST_BIT, LIMIT, ROUNDING, SETTINGS, gives_router_outputs, text_batch
+from ds_minis.check.exactness import FLOOR, LIMIT, ROUNDING, SETTINGS, gives_router_outputs, nudged, text_batch
 from ds_minis.check.tiny import tiny_model, without_dropout
 
 STATISTICS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -94,7 +93,7 @@ def _attempt(model: nn.Module, batch: dict, options: dict, expected: Values, pla
     errors = _errors(got, expected)
     worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
     if LIMIT < errors[worst] <= 100 * LIMIT:  # may be rounding, see check/exactness.py
-        moved = _errors(_passes(_nudged(plain), batch, options, _from_logits), expected)
+        moved = _errors(_passes(nudged(plain), batch, options, _from_logits), expected)
         errors = {n: error for n, error in errors.items() if not LIMIT < error <= ROUNDING * moved.get(n, 0.0)}
         worst = max(errors, key=errors.get)
     return {"error": errors[worst], "where": worst, "exact": errors[worst] <= LIMIT}
@@ -173,17 +172,6 @@ def _errors(got: Values, expected: Values) -> dict[str, float]:
             floor = FLOOR * largest if name.startswith("gradient") else 1e-6
             errors[name] = float((a.float() - b.float()).abs().max()) / max(float(b.float().abs().max()), floor, 1e-30)
     return errors
-
-
-def _nudged(plain: nn.Module) -> nn.Module:
-    """The plain model with every weight moved by its last bit."""
-    generator, nudged = torch.Generator().manual_seed(4), copy.deepcopy(plain)
-    nudged.zero_grad()
-    with torch.no_grad():
-        for param in nudged.parameters():
-            signs = torch.randint(0, 2, param.shape, generator=generator).mul_(2).sub_(1)
-            param.mul_(1 + LAST_BIT * signs)
-    return nudged
 
 
 def verdict(result: Mapping[str, Any]) -> str:

@@ -37,7 +37,7 @@ SETTINGS = {"chunk_size": 41, "loss_chunk_size": 29}  # neither divides the numb
 BATCH_SIZE, LENGTH = 2, 150
 # An error is rounding if it is at most so many times the change of the plain model's own gradient when every weight moves by
 # its last bit. Decay rates of linear attention are so ill-conditioned that no two float32 runs agree to LIMIT.
-ROUNDING, LAST_BIT = 4, 2.0**-23
+ROUNDING, _LAST_BIT = 4, 2.0**-23
 
 Batch = dict[str, torch.Tensor]
 
@@ -253,14 +253,19 @@ def _grad_errors(got: _Step, expected: _Step) -> dict[str, float]:
 
 
 def _rounding(plain: nn.Module, batch: Batch, expected: _Step, **kwargs) -> dict[str, float]:
-    """Errors of the plain model's own gradients when each of its weights moves by its last bit, up or down."""
-    generator = torch.Generator().manual_seed(4)
-    nudged = copy.deepcopy(plain)
+    """Errors of the plain model's own gradients when its weights move by their last bit."""
+    return _grad_errors(_step(nudged(plain), batch, **kwargs), expected)
+
+
+def nudged(plain: nn.Module) -> nn.Module:
+    """A copy in which each weight is moved by its last bit, up or down; it has no gradients."""
+    generator, copied = torch.Generator().manual_seed(4), copy.deepcopy(plain)
+    copied.zero_grad()
     with torch.no_grad():
-        for param in nudged.parameters():
+        for param in copied.parameters():
             signs = torch.randint(0, 2, param.shape, generator=generator).mul_(2).sub_(1)
-            param.mul_(1 + LAST_BIT * signs)
-    return _grad_errors(_step(nudged, batch, **kwargs), expected)
+            param.mul_(1 + _LAST_BIT * signs)
+    return copied
 
 
 def _router_error(got: _Step, expected: _Step, rounding: Mapping[str, float] | None = None) -> float:
