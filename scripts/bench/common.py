@@ -88,6 +88,34 @@ def build(config, *, attention: str, dtype: torch.dtype, device: str = "cpu") ->
     return checkpointed(model.train())
 
 
+def small_llama(args: argparse.Namespace, *, lora: bool) -> PreTrainedModel:
+    """A Llama in float32 of `args.hidden`, `args.layers` and `args.vocab`, trained in full or by adapters."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=args.vocab,
+        hidden_size=args.hidden,
+        intermediate_size=args.hidden * 11 // 4,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 64,
+        num_key_value_heads=max(1, args.hidden // 256),
+        max_position_embeddings=2**22,
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+    if lora:
+        from ds_minis.planner.adapters import add_lora
+
+        add_lora(model, 16)
+    return model
+
+
+def train_step(model: torch.nn.Module, length: int, vocab: int) -> None:
+    """Forward and backward of one sequence, which is the same for a length."""
+    ids = torch.randint(vocab, (1, length), generator=torch.Generator().manual_seed(length))
+    model.zero_grad(set_to_none=True)
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+
 def checkpointed(model: PreTrainedModel) -> PreTrainedModel:
     # The successors of what is deprecated here are not in the oldest transformers that is supported.
     warnings.filterwarnings("ignore", ".*is deprecated and will be removed in v6", FutureWarning)

@@ -22,13 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import MIB, RESULTS, checkpointed, envelope, write
+from common import MIB, RESULTS, checkpointed, envelope, small_llama, train_step, write
 from live_bytes import LiveBytes
 from paired import interleaved
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
-from ds_minis.planner.adapters import add_lora
 from ds_minis.tiling.memory.learned_memory import RESERVE
 from ds_minis.tiling.modules.swap import Tiled
 
@@ -54,36 +52,13 @@ class Card:
         return self._usable
 
 
-def build(args: argparse.Namespace) -> torch.nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=args.vocab,
-        hidden_size=args.hidden,
-        intermediate_size=args.hidden * 11 // 4,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden // 64,
-        num_key_value_heads=max(1, args.hidden // 256),
-        max_position_embeddings=max(args.lengths),
-    )
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
-    if args.train == "lora":
-        add_lora(model, 16)
-    return model
-
-
-def step(model: torch.nn.Module, length: int, vocab: int) -> None:
-    ids = torch.randint(vocab, (1, length), generator=torch.Generator().manual_seed(length))
-    model.zero_grad(set_to_none=True)
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-
-
 def counted(model: torch.nn.Module, length: int, vocab: int, card: Card | None = None) -> int:
     """The most bytes of a step beside the parameters."""
     model.zero_grad(set_to_none=True)
     with LiveBytes(apart=[*model.parameters(), *model.buffers()]) as live:
         if card is not None:
             card.live = live
-        step(model, length, vocab)
+        train_step(model, length, vocab)
     if card is not None:
         card.peak()
         card.live = None
@@ -91,14 +66,14 @@ def counted(model: torch.nn.Module, length: int, vocab: int, card: Card | None =
 
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
-    plain = build(args)
+    plain = small_llama(args, lora=args.train == "lora")
     models = {PLAIN: plain, CHECKPOINTING: checkpointed(copy.deepcopy(plain)), OURS: copy.deepcopy(plain)}
     card = Card(args.card_mib * MIB)
     with contextlib.redirect_stdout(io.StringIO()):
         convert_to_mini_sequence(checkpointed(models[OURS]), {"memory_budget": "auto"})
     store = next(m for m in models[OURS].modules() if isinstance(m, Tiled)).mini_sequence_chunking.layer_inputs
     store.budget.memory_of = lambda device: card
-    step(models[OURS], 64, args.vocab)  # what is found out at a first call
+    train_step(models[OURS], 64, args.vocab)  # what is found out at a first call
     rows = []
     for length in args.lengths:
         peaks = {}
@@ -108,7 +83,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         rows.append({"tokens": length, "peak_bytes": peaks, "kept": mini_sequence_report(models[OURS]).last_kept})
     for row in rows:
         ways = {
-            name: (lambda model=model, n=row["tokens"]: step(model, n, args.vocab))
+            name: (lambda model=model, n=row["tokens"]: train_step(model, n, args.vocab))
             for name, model in models.items()
             if row["peak_bytes"][name] <= args.card_mib * MIB
         }

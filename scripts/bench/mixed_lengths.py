@@ -17,13 +17,11 @@ import json
 import time
 
 import torch
-from common import envelope, write
+from common import checkpointed, envelope, small_llama, train_step, write
 from flops import Flops
 from paired import compared, interleaved
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
-from ds_minis.planner.adapters import add_lora
 
 
 def mix(count: int, longest: int, seed: int = 0) -> list[int]:
@@ -34,22 +32,10 @@ def mix(count: int, longest: int, seed: int = 0) -> list[int]:
 
 
 def variants(args, lora: bool) -> dict[str, torch.nn.Module]:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=args.vocab,
-        hidden_size=args.hidden,
-        intermediate_size=args.hidden * 11 // 4,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden // 64,
-        num_key_value_heads=max(1, args.hidden // 256),
-    )
-    plain = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
-    if lora:
-        add_lora(plain, 16)
+    plain = small_llama(args, lora=lora)
     models = {"no checkpointing": plain}
     for name in ("checkpointing", "ds_minis, input", "ds_minis, auto"):
-        models[name] = copy.deepcopy(plain)
-        models[name].gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        models[name] = checkpointed(copy.deepcopy(plain))
     settings = {"ds_minis, input": {"keep": "input"}, "ds_minis, auto": {"memory_budget": args.budget_mib / 1024}}
     for name, own in settings.items():
         with contextlib.redirect_stdout(io.StringIO()):
@@ -57,27 +43,21 @@ def variants(args, lora: bool) -> dict[str, torch.nn.Module]:
     return models
 
 
-def step(model: torch.nn.Module, length: int, vocab: int) -> None:
-    ids = torch.randint(vocab, (1, length), generator=torch.Generator().manual_seed(length))
-    model.zero_grad(set_to_none=True)
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-
-
 def measured(args, lora: bool) -> list[dict]:
     models, lengths = variants(args, lora), mix(args.count, args.longest)
     products, kept = {}, {}
     for name, model in models.items():
-        step(model, min(lengths), args.vocab)
-        step(model, sorted(lengths)[len(lengths) // 2], args.vocab)
+        train_step(model, min(lengths), args.vocab)
+        train_step(model, sorted(lengths)[len(lengths) // 2], args.vocab)
         with Flops() as counter:
             kept[name] = []
             for length in lengths:
-                step(model, length, args.vocab)
+                train_step(model, length, args.vocab)
                 report = mini_sequence_report(model)
                 kept[name].append("" if report is None else report.last_kept)
         products[name] = counter.total
     ways = {
-        name: (lambda model=model: [step(model, length, args.vocab) for length in lengths])
+        name: (lambda model=model: [train_step(model, length, args.vocab) for length in lengths])
         for name, model in models.items()
     }
     times = compared(interleaved(ways, args.rounds, clock=time.process_time), "checkpointing")
