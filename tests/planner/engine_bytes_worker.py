@@ -54,7 +54,7 @@ def model_of(setup: Setup, config: dict, attention: str) -> torch.nn.Module:
 
 
 def engine_of(setup: Setup, model: torch.nn.Module):
-    """A function that runs a step."""
+    """The engine, and a function that runs a step."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if setup.engine[:4] == "zero":
         return _deepspeed(setup, model, trained)
@@ -78,7 +78,7 @@ def engine_of(setup: Setup, model: torch.nn.Module):
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    return engine, step
 
 
 def _deepspeed(setup: Setup, model: torch.nn.Module, trained: list):
@@ -110,7 +110,13 @@ def _deepspeed(setup: Setup, model: torch.nn.Module, trained: list):
         engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
         engine.step()
 
-    return step
+    return engine, step
+
+
+def ran(engine: torch.nn.Module) -> list:
+    """The engine's class, ZeRO's stage, and the number of processes: what a silent fallback would change."""
+    stage = engine.zero_optimization_stage() if hasattr(engine, "zero_optimization_stage") else None
+    return [type(engine).__name__, stage, dist.get_world_size()]
 
 
 def measure(config: dict, fields: dict, tokens: int, trace: bool) -> dict:
@@ -119,12 +125,12 @@ def measure(config: dict, fields: dict, tokens: int, trace: bool) -> dict:
         model = model_of(setup, config, register())
         for tensor in (*model.parameters(), *model.buffers()):
             live.hold(tensor, "model")
-        step = engine_of(setup, model)
+        engine, step = engine_of(setup, model)
         ids = torch.zeros(1, tokens, dtype=torch.int64)
         for _ in range(3 if setup.engine == "zero3" else 2):
             live.peak, live.at_peak = live.now, []
             step(ids)
-    return {"peak": live.peak, "now": live.now, "summary": live.summary(30)}
+    return {"ran": ran(engine), "peak": live.peak, "now": live.now, "summary": live.summary(30)}
 
 
 def main(rank: int, cases: dict, folder: Path) -> None:

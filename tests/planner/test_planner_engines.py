@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from planner_models import SIZES
 from support import warm
 from transformers import LlamaConfig
 
@@ -12,15 +13,12 @@ from ds_minis.planner.planner import Planner
 from ds_minis.planner.setup import Setup
 
 WORKER, RANKS = Path(__file__).with_name("engine_bytes_worker.py"), 2
-CONFIG = LlamaConfig(
-    hidden_size=128,
-    intermediate_size=352,
-    num_hidden_layers=4,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    vocab_size=2000,
-    max_position_embeddings=2**20,
-)
+CONFIG = LlamaConfig(**SIZES | {"num_hidden_layers": 4})
+ENGINES = {  # their classes, and ZeRO's stage
+    "ddp": ("DistributedDataParallel", None),
+    "fsdp2": ("FSDPLlamaForCausalLM", None),
+    **{f"zero{stage}": ("DeepSpeedEngine", stage) for stage in range(4)},
+}
 HALF, WHOLE = {"dtype": "bfloat16"}, {"dtype": "float32"}
 CHUNKS = {"chunk_size": 200, "loss_chunk_size": 150}
 CASES = {
@@ -39,7 +37,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory) -> dict[str, int]:
-    """Bytes at the peak of the busier rank, by case."""
+    """Bytes at the peak of the busier rank, by case, in the engine that was asked for."""
     folder = tmp_path_factory.mktemp("bytes")
     cases = {
         name: (CONFIG.to_dict(), {"settings": CHUNKS} | fields, tokens) for name, (fields, tokens) in CASES.items()
@@ -50,6 +48,7 @@ def counted(tmp_path_factory) -> dict[str, int]:
     found = {}
     for name in CASES:
         ranks = [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(RANKS)]
+        assert [rank["ran"] for rank in ranks] == [[*ENGINES[CASES[name][0]["engine"]], RANKS]] * RANKS, name
         found[name] = max(rank["peak"] for rank in ranks)
     return found
 

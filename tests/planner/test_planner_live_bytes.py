@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from live_bytes import LiveBytes
+from planner_models import SIZES
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3Config, Qwen3MoeConfig
 
 from ds_minis import convert_to_mini_sequence
@@ -15,15 +16,6 @@ from ds_minis.planner.planner import Planner
 from ds_minis.planner.setup import Setup
 from ds_minis.planner.stubs import register
 
-SIZES = {
-    "hidden_size": 128,
-    "intermediate_size": 352,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "vocab_size": 2000,
-    "max_position_embeddings": 2**20,
-}
 CONFIG = LlamaConfig(**SIZES)
 TOKENS = 3500
 

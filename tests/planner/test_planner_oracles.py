@@ -13,6 +13,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from planner_models import SIZES
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -27,15 +28,7 @@ from ds_minis.planner.setup import Setup
 from ds_minis.planner.stubs import register
 
 TOKENS = 2000
-CONFIG = LlamaConfig(
-    hidden_size=128,
-    intermediate_size=352,
-    num_hidden_layers=5,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    vocab_size=2000,
-    max_position_embeddings=2**20,
-)
+CONFIG = LlamaConfig(**SIZES)
 
 
 def tracked(setup: Setup) -> int:
