@@ -29,9 +29,8 @@ from ds_minis.tiling.modules.cache_rule import CACHE_NAMES
 from ds_minis.tiling.modules.compiling import outside_of_graphs
 
 _KNOWN = frozenset(("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"))
-_OF_THE_LOSS = frozenset(
-    ("labels", "shift_labels", "num_items_in_batch")
-)  # which models hand on with all other keywords
+# Which models hand on with all other keywords.
+_OF_THE_LOSS = frozenset(("labels", "shift_labels", "num_items_in_batch"))
 _ATTRIBUTE = "_mini_sequence_pass"
 
 
