@@ -6,11 +6,14 @@ import sys
 
 import pytest
 import yaml
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
 from ds_minis.cli import main
+from ds_minis.planner.compare import UNIT, compare
 from ds_minis.planner.files import read_configuration
 from ds_minis.planner.models import MODELS, known_name
+from ds_minis.planner.planner import FITS
+from ds_minis.planner.setup import Setup
 
 SIZES = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8}
 
@@ -59,6 +62,15 @@ def test_the_longest_that_fits_of_each_way(model, capsys):
     for row in data["rows"]:
         on_device = sum(term["bytes"] for term in row["terms"] if not term["on_host"])
         assert on_device == pytest.approx(row["device_bytes"])
+
+
+def test_what_is_kept_leaves_a_tenth_of_the_card_free(model):
+    plan = compare(AutoConfig.from_pretrained(model), Setup(train="lora"), model=model, gpu_memory=12)
+    assert set(plan.kept) == {"all", "attention"}
+    for level, tokens in plan.kept.items():
+        setup = plan.setup.replace(settings={"keep": level})
+        at, beyond = (plan.planner.estimate(setup, n).verdict(0.9 * plan.capacity) for n in (tokens, tokens + UNIT))
+        assert at == FITS != beyond, level
 
 
 def test_three_statuses_for_a_length(model, capsys):

@@ -27,6 +27,7 @@ CASES = {
     "FSDP2, LoRA": ({"engine": "fsdp2", "train": "lora", **HALF}, 650),
     "ZeRO-0": ({"engine": "zero0", **HALF}, 64),
     "ZeRO-1": ({"engine": "zero1", **HALF}, 650),
+    "ZeRO-1, few tokens": ({"engine": "zero1", **WHOLE}, 64),  # the reduction of all gradients is the peak
     "ZeRO-2": ({"engine": "zero2", **WHOLE}, 650),
     "ZeRO-2, few tokens": ({"engine": "zero2", **HALF}, 64),  # the optimizer's step is the peak
     "ZeRO-3, all kept": ({"engine": "zero3", **HALF}, 650),
