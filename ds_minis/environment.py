@@ -3,6 +3,7 @@
 DS_MINIS_AUTOLOAD   "0", "false" or "off": `import torch` attaches nothing
 DS_MINIS_CONFIG     settings, as JSON (a launcher hands them to its ranks in it); DS_MINIS_CONFIG_SOURCE where they came from
 DS_MINIS_RUN        set where `python -m ds_minis.run` started this process
+DS_MINIS_TOLD       set where a variable with a misspelt name was told of, for the processes that this one starts
 TORCH_DEVICE_BACKEND_AUTOLOAD  torch's: "0" and it calls no entry point
 DEEPSPEED_TIMEOUT   DeepSpeed's, minutes for its process groups
 XDG_CACHE_HOME      where caches of programs are; ~/.cache if it is not set
@@ -14,12 +15,40 @@ from __future__ import annotations
 import os
 
 CONFIG = "DS_MINIS_CONFIG"
-_CONFIG_SOURCE, _RUN = "DS_MINIS_CONFIG_SOURCE", "DS_MINIS_RUN"
+_AUTOLOAD, _CONFIG_SOURCE, _RUN, _TOLD = "DS_MINIS_AUTOLOAD", "DS_MINIS_CONFIG_SOURCE", "DS_MINIS_RUN", "DS_MINIS_TOLD"
+_ON, _OFF = ("", "1", "true", "on"), ("0", "false", "off")
 
 
 def autoload_enabled() -> bool:
     """Whether `import torch` may attach ds_minis to the engines: `DS_MINIS_AUTOLOAD` is not "0", "false" or "off"."""
-    return os.environ.get("DS_MINIS_AUTOLOAD", "1").lower() not in ("0", "false", "off")
+    return os.environ.get(_AUTOLOAD, "1").lower() not in _OFF
+
+
+def wrong_variables() -> list[str]:
+    """Variables that are meant for ds_minis and that nothing here reads, and values that mean nothing: a line each."""
+    if _TOLD in os.environ:
+        return []
+    known = (CONFIG, _AUTOLOAD, _CONFIG_SOURCE, _RUN)
+    lines = [
+        f"{name}={value}: no variable has this name; did you mean {_nearest(name, known)}?"
+        for name, value in os.environ.items()
+        if name.upper().startswith("DS") and "MINI" in name.upper() and name not in known and _nearest(name, known)
+    ]
+    if os.environ.get(_AUTOLOAD, "").lower() not in _ON + _OFF:
+        allowed = ", ".join(filter(None, _OFF + _ON))
+        lines.append(f"{_AUTOLOAD}={os.environ[_AUTOLOAD]}: one of {allowed} is allowed; taken for 1")
+    return lines
+
+
+def _nearest(name: str, known: tuple[str, ...]) -> str:
+    import difflib
+
+    return next(iter(difflib.get_close_matches(name.upper(), known[:2], n=1, cutoff=0.8)), "")
+
+
+def mark_told() -> None:
+    """Notes that `wrong_variables` were told, so that no process that this one starts tells them again."""
+    os.environ[_TOLD] = "1"
 
 
 def process_rank() -> int:

@@ -18,26 +18,29 @@ _CONVERTED = "_mini_sequence"  # a converted model's report, see `ds_minis.conve
 
 def watch() -> None:
     """To be called where the environment has settings: looks at the first optimizer step, and once more at the end."""
-    try:
-        request = requested_by_environment()
-    except ValueError:
-        return  # which whoever reads them says
-    if request is None or not request.config.enabled or environment.process_rank() != 0:
+    if environment.process_rank() != 0:
         return
+    try:
+        request, wrong = requested_by_environment(), ""
+    except ValueError as error:  # who reads them raises it, and no step is made
+        request, wrong = None, str(error)
+    if not wrong and (request is None or not request.config.enabled):
+        return
+    asks = f"{wrong}. Nobody has read it:" if wrong else f"{request.source} asks for mini-sequences, and"
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     def first_step(optimizer, args, kwargs) -> None:
         handle.remove()
         if not _has_converted_model():
-            atexit.register(_tell, request.source)
+            atexit.register(_tell, asks)
 
     handle = register_optimizer_step_post_hook(first_step)
 
 
-def _tell(source: str) -> None:
+def _tell(asks: str) -> None:
     if not _has_converted_model():
         print(
-            f"ds_minis: {source} asks for mini-sequences, and this process has trained without converting a model. Only "
+            f"ds_minis: {asks} this process has trained without converting a model. Only "
             "accelerate (Accelerator.prepare, so every HF Trainer) and deepspeed.initialize read these settings: call "
             "convert_to_mini_sequence(model) in your own loop, or take the settings out",
             file=sys.stderr,

@@ -274,7 +274,7 @@ def axolotl(adapter: str) -> Callable[[Path], list[str]]:
     return prepare
 
 
-_TRL = {"package": "trl==1.16.0", "pins": ("transformers==5.23.0", "peft==0.21.2", "accelerate==1.15.0")}
+_TRL = {"package": "trl==1.16.0", "pins": ("transformers==5.24.0", "peft==0.21.2", "accelerate==1.15.0")}
 _DDP = {"engine": "2 processes, DDP", "launch_yaml": True}
 _FACTORY = {
     "package": "llamafactory==0.9.5",
@@ -305,8 +305,8 @@ _ENGINES = {
     "ZeRO-2": {"ran": "DEEPSPEED 2", "yaml": {"distributed_type": "DEEPSPEED", "deepspeed_config": _ZERO2}},
     "ZeRO-3": {"ran": "DEEPSPEED 2", "yaml": {"distributed_type": "DEEPSPEED", "deepspeed_config": _ZERO3}},
 }
-_RUN_CLM = {"package": "transformers==5.23.0", "pins": ("evaluate==0.4.6", "accelerate==1.15.0", "datasets==5.2.0")}
-_PEFT = {"package": "peft==0.21.2", "pins": ("trl==1.16.0", "transformers==5.23.0", "accelerate==1.15.0")}
+_RUN_CLM = {"package": "transformers==5.24.0", "pins": ("evaluate==0.4.6", "accelerate==1.15.0", "datasets==5.2.0")}
+_PEFT = {"package": "peft==0.21.2", "pins": ("trl==1.16.0", "transformers==5.24.0", "accelerate==1.15.0")}
 
 
 def _under(engine: str) -> dict:
@@ -337,7 +337,7 @@ CLIENTS = (
             ),
             (
                 "benchmark.py of mini-s",
-                "transformers==5.23.0",
+                "transformers==5.24.0",
                 "a training loop of its own on a GPU: no configuration reaches it, but a line of code "
                 "(`convert_to_mini_sequence`)",
             ),

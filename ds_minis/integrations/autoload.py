@@ -13,7 +13,7 @@ import importlib.machinery
 import sys
 import warnings
 
-from ds_minis.environment import autoload_enabled, config_text
+from ds_minis.environment import autoload_enabled, config_text, mark_told, process_rank, wrong_variables
 
 # module of an engine -> the function that attaches ds_minis to it, called with that module right after its import
 ATTACH = {
@@ -30,12 +30,22 @@ ATTACH = {
 def autoload() -> None:
     """What `import torch` calls. Never raises; `DS_MINIS_AUTOLOAD=0` turns it off."""
     try:
+        tell_wrong_variables()
         if autoload_enabled():
             register()
             if config_text()[0]:
                 importlib.import_module("ds_minis.unread_settings").watch()
     except Exception as error:  # `import torch` must work whatever happens here
         warnings.warn(f"ds_minis could not attach itself to the training engines: {error!r}", stacklevel=2)
+
+
+def tell_wrong_variables() -> None:
+    """One line for each misspelt variable, which would change nothing without a word; once for a launcher and its ranks."""
+    lines = wrong_variables()
+    for line in lines if process_rank() == 0 else ():
+        print(f"ds_minis: {line}", file=sys.stderr)
+    if lines:
+        mark_told()
 
 
 def register() -> None:

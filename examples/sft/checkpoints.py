@@ -32,15 +32,20 @@ _WEIGHTS = (
 )  # fmt: skip
 
 
+def asks_to_resume(args: SFTConfig) -> bool:
+    """Whether `--resume_from_checkpoint` was given, as anything but false."""
+    return args.resume_from_checkpoint not in (None, False, "False", "false")
+
+
 def checkpoint_to_resume(args: SFTConfig) -> str | None:
     """The folder that `--resume_from_checkpoint` means, None if it was not given; the same one on every rank.
 
     Raises:
         ValueError: it is not complete, or, for `last`, there is none that is (`last_if_any` then starts anew).
     """
-    wanted = args.resume_from_checkpoint
-    if wanted in (None, False, "False", "false"):
+    if not asks_to_resume(args):
         return None
+    wanted = args.resume_from_checkpoint
     complete, passed_over = _complete_everywhere(args)
     there = f"Complete in {args.output_dir}: {', '.join(complete) or 'none'}"
     if wanted not in (True, "True", "true", "last", "last_if_any"):

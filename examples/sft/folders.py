@@ -63,6 +63,7 @@ def claim_output(name: str, run: dict[str, Any], *, overwrite: bool, resumes: bo
     """Makes an output folder this run's: records what it is, or refuses the folder of another run.
 
     A second run there would load the first one's base model in place of its own, and leave its weights beside the other's.
+    One that starts anew beside complete checkpoints, with other data, say, would later be continued from those.
 
     Args:
         name: the output folder.
@@ -81,6 +82,7 @@ def claim_output(name: str, run: dict[str, Any], *, overwrite: bool, resumes: bo
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     elif left and not overwrite:
         _require_same(name, run, folder / RECORD, left, resumes)
+        _require_no_checkpoint(name, left, resumes)
     if writes:
         (folder / RECORD).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
 
@@ -97,4 +99,17 @@ def _require_same(name: str, run: dict[str, Any], record: Path, left: list[Path]
         raise ValueError(
             f"--output_dir {name} is another run's: {'; '.join(differing)}. Give another --output_dir (OUTPUT_DIR of the run "
             "scripts), or --overwrite_output_dir True to remove what that run left"
+        )
+
+
+def _require_no_checkpoint(name: str, left: list[Path], resumes: bool) -> None:
+    from checkpoints import find_problem
+
+    found = [path.name for path in left if path.name.startswith("checkpoint-")] if not resumes else []
+    complete = [checkpoint for checkpoint in found if find_problem(Path(name, checkpoint)) is None]
+    if complete:
+        raise ValueError(
+            f"--output_dir {name} holds {', '.join(complete)} of an earlier run, from which this one, if interrupted, "
+            "would be continued: continue that run with --resume_from_checkpoint last (RESUME=last of the run scripts), give "
+            "another --output_dir (OUTPUT_DIR), or --overwrite_output_dir True to remove what that run left"
         )

@@ -20,7 +20,8 @@ RESUME PYTHON
 REMOVED = {
     "MINI_SEQUENCE_LOSS": "leave it out: ds_minis answers TRL's calls for a loss from the model's own LM head, by chunks",
 }
-_MISSPELT = 0.86  # how much alike a variable and a setting are, at least; a plural of a short one is not
+_MISSPELT = 0.86  # how much alike a variable and a setting are, at least
+_SHORT = 7  # letters up to which a setting's plural (MODELS), or PYTHON3, may be somebody else's variable
 
 
 def wrong_settings(environ: dict[str, str], root: Path) -> list[str]:
@@ -29,14 +30,24 @@ def wrong_settings(environ: dict[str, str], root: Path) -> list[str]:
     for name, value in environ.items():
         if name in REMOVED:
             lines.append(f"{name}={value}: this setting has been removed; {REMOVED[name]}")
-        near = difflib.get_close_matches(name, NAMES, n=1, cutoff=_MISSPELT)
-        if near and name not in NAMES and len(name) > 6:
-            lines.append(f"{name}={value}: no setting has this name; did you mean {near[0]}? (README.md lists them)")
+        near = _nearest(name)
+        if near:
+            lines.append(f"{name}={value}: no setting has this name; did you mean {near}? (README.md lists them)")
     stage = environ.get("ZERO_STAGE")
     stages = sorted(path.stem.removeprefix("zero") for path in (root / "deepspeed_configs").glob("zero*.json"))
     if stage is not None and stage not in stages and "DEEPSPEED_CONFIG" not in environ:
         lines.append(f"ZERO_STAGE={stage}: one of {', '.join(stages)} is allowed (deepspeed_configs/zero*.json)")
     return lines
+
+
+def _nearest(name: str) -> str:
+    """The setting that a variable is a misspelling of; empty if it is one itself, or somebody else's."""
+    if name in NAMES or len(name) < 4:
+        return ""
+    swapped = [known for known in NAMES if sorted(known) == sorted(name.upper())]  # MODLE, or model
+    alike = difflib.get_close_matches(name, NAMES, n=1, cutoff=_MISSPELT) if len(name) > 4 else []
+    near = next(iter(swapped or alike), "")
+    return "" if near and name in (f"{near}S", f"{near}3") and len(name) <= _SHORT else near
 
 
 if __name__ == "__main__":

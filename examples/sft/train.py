@@ -32,7 +32,7 @@ from arguments import (
     fsdp_launched,
     parse_arguments,
 )
-from checkpoints import checkpoint_to_resume, writing
+from checkpoints import asks_to_resume, checkpoint_to_resume, writing
 from data import load_splits
 from folders import claim_output, describe_run, require_input, require_output
 from long_context import STOPPED, StopFile, callbacks
@@ -109,14 +109,14 @@ def main() -> int:
 
 def claim_folder(model_args: ModelArguments, data_args: DataArguments, training_args: SFTConfig) -> dict[str, Any]:
     """Refuses the output folder of another run; gives the model's configuration."""
-    if data_args.overwrite_output_dir and training_args.resume_from_checkpoint:
+    if data_args.overwrite_output_dir and asks_to_resume(training_args):
         raise ValueError("--overwrite_output_dir and --resume_from_checkpoint exclude each other: give one of them")
     name = model_args.model_name_or_path
     configuration = AutoConfig.from_pretrained(name, trust_remote_code=training_args.trust_remote_code).to_dict()
     run = describe_run(name, configuration, training_args.seed, model_args.mode)
     how = {
         "overwrite": data_args.overwrite_output_dir,
-        "resumes": bool(training_args.resume_from_checkpoint),
+        "resumes": asks_to_resume(training_args),
         "writes": training_args.process_index == 0,
     }
     with training_args.main_process_first(local=False, desc="looking at the output folder"):

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from ds_minis import environment, unread_settings
 
 ROOT = Path(__file__).parents[2]
 TRAINS = """
@@ -46,7 +49,7 @@ def printed(code: str, **env: str) -> str:
         (TRAINS, {"DS_MINIS_CONFIG": "false"}, False),
         (TRAINS, {"DS_MINIS_CONFIG": "true", "RANK": "1"}, False),
         (TRAINS, {"DS_MINIS_CONFIG": ""}, False),
-        (TRAINS, {"DS_MINIS_CONFIG": "maybe"}, False),
+        (FAILS, {"DS_MINIS_CONFIG": "maybe"}, False),
         (FAILS, {"DS_MINIS_CONFIG": "true"}, False),
         (CONVERTS, {"DS_MINIS_CONFIG": "true"}, False),
     ],
@@ -62,3 +65,52 @@ def test_one_line_where_a_process_has_trained_and_converted_nothing(code, env, t
         f"ds_minis: {source} asks for mini-sequences, and this process has trained without converting"
     )
     assert "convert_to_mini_sequence(model)" in text and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [("maybe", "true, false or"), ('{"chunk_sise": 5}', "chunk_size"), ("true", ""), ("false", None)],
+)
+def test_wrong_settings_that_nobody_read_are_told_after_a_training_too(monkeypatch, capsys, value, words):
+    told = []
+    monkeypatch.setenv("DS_MINIS_CONFIG", value)
+    monkeypatch.setattr(unread_settings.atexit, "register", lambda *call: told.append(call))
+    monkeypatch.setattr(unread_settings, "_has_converted_model", lambda: False)
+    unread_settings.watch()
+    model = torch.nn.Linear(2, 2)
+    model(torch.ones(1, 2)).sum().backward()
+    torch.optim.SGD(model.parameters()).step()
+    for call, *args in told:
+        call(*args)
+    text = capsys.readouterr().err
+    if words is None:
+        assert text == ""
+        return
+    assert "environment variable DS_MINIS_CONFIG" in text and "has trained without converting" in text
+    assert words in text and text.count("\n") == 1
+
+
+BEGINS = "from ds_minis.integrations.autoload import autoload; autoload()"  # as `import torch` does, in less time
+LAUNCHES = f"{BEGINS}\nimport subprocess, sys\nsubprocess.run([sys.executable, '-c', {BEGINS!r}])"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("DS_MINIS_CONFG", "true", "did you mean DS_MINIS_CONFIG?"),
+        ("DS_MINI_CONFIG", "true", "did you mean DS_MINIS_CONFIG?"),
+        ("DS_MINIS_AUTO_LOAD", "0", "did you mean DS_MINIS_AUTOLOAD?"),
+        ("DS_MINIS_AUTOLOAD", "flase", "one of 0, false, off, 1, true, on is allowed"),
+    ],
+)
+def test_a_misspelt_variable_is_told_once_by_a_launcher_and_what_it_starts(name, value, words):
+    text = printed(LAUNCHES, **{name: value})
+    assert text.startswith(f"ds_minis: {name}={value}: ") and words in text and "\n" not in text
+
+
+def test_other_peoples_variables_are_left_alone(monkeypatch):
+    for name in ("MINI_BATCH", "GEMINI_API_KEY", "DS_MINIS_HUGE", "MINIO_CONFIG", "DS_CONFIG", "MINI_SEQUENCE_LOSS"):
+        monkeypatch.setenv(name, "1")
+    for value in ("", "0", "Off", "1", "true", "ON"):
+        monkeypatch.setenv("DS_MINIS_AUTOLOAD", value)
+        assert environment.wrong_variables() == []

@@ -75,6 +75,31 @@ def test_weights_without_a_record_are_somebody_elses_unless_they_are_continued(f
     claim(folders, tmp_path)
 
 
+def leave_checkpoint(path, step, *, complete):
+    import torch
+
+    folder = path / f"checkpoint-{step}"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({}, folder / name)
+    if complete:
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+
+
+def test_a_run_that_starts_anew_is_never_continued_from_an_earlier_ones_checkpoint(folders, tmp_path):
+    claim(folders, tmp_path)
+    leave_checkpoint(tmp_path, 4, complete=False)
+    claim(folders, tmp_path)  # nothing could be continued from it
+    leave_checkpoint(tmp_path, 20, complete=True)
+    with pytest.raises(ValueError, match="holds checkpoint-20 of an earlier run") as error:
+        claim(folders, tmp_path)
+    assert all(way in str(error.value) for way in ("RESUME=last", "OUTPUT_DIR", "--overwrite_output_dir True"))
+    claim(folders, tmp_path, resumes=True)
+    claim(folders, tmp_path, overwrite=True)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
 @pytest.mark.engine
 def test_a_second_model_is_not_trained_from_the_first_ones_base(tmp_path):
     """As was seen: base_model/ of the first was loaded, and the second was never trained."""

@@ -38,9 +38,22 @@ def test_right_settings_and_other_peoples_variables_are_left_alone(example):
 
     right = dict.fromkeys(settings.NAMES, "1") | {"ZERO_STAGE": "3_offload"}
     others = {"MODELS": "x", "SEEDS": "1", "LORA": "1", "PYTHONPATH": "x", "MASTER_PORT": "1", "WORLD_SIZE": "2"}
+    others |= {"HOME": "/", "SHELL": "sh", "MODE": "1", "USER": "u", "PYTHONHOME": "/", "PYTHON3": "x", "RANK": "0"}
     assert settings.wrong_settings(right | others | dict(os.environ), sft_runs.ROOT) == []
     own = {"ZERO_STAGE": "mine", "DEEPSPEED_CONFIG": "mine.json"}
     assert settings.wrong_settings(own, sft_runs.ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("DATSET", "DATASET"), ("MODLE", "MODEL"), ("RESUM", "RESUME"), ("SPLIT", "SPLITS"), ("FLUL", "FULL"), ("SEDE", "SEED"),
+     ("DATASETS", "DATASET"), ("MAX_STEP", "MAX_STEPS"), ("model", "MODEL"), ("NUM_PROCESES", "NUM_PROCESSES")],
+)  # fmt: skip
+def test_short_names_are_misspelt_too(example, name, meant):
+    import settings
+
+    (line,) = settings.wrong_settings({name: "1"}, sft_runs.ROOT)
+    assert line.startswith(f"{name}=1: ") and f"did you mean {meant}?" in line
 
 
 def test_every_setting_of_the_scripts_is_known(example):
