@@ -32,6 +32,7 @@ def add_bench(commands) -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.wrong = WRONG
     parser.add_argument("name", nargs="?", help=f"one of {', '.join(NAMES)}")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the benchmark's own")
     parser.set_defaults(run=run)

@@ -11,6 +11,7 @@ from ds_minis.cli.check import add_check
 from ds_minis.cli.config import add_config
 from ds_minis.cli.env import add_env
 from ds_minis.cli.needle import add_needle, add_needle_plot
+from ds_minis.cli.parser import Parser
 from ds_minis.cli.plan import add_plan
 
 FAILED, INTERRUPTED = 3, 130
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(prog="ds-minis", description=__doc__)
+    parser = Parser(prog="ds-minis", description=__doc__)
     parser.add_argument("--version", action="version", version=f"ds-minis {__version__}")
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(title="commands", metavar="command", dest="command", required=True)

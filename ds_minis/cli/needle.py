@@ -8,10 +8,9 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
+from ds_minis.cli.wrong_argument import PICTURES
 from ds_minis.context.needle_task import PROMPTS, VARIANTS, NeedleTask, WrongTask
 from ds_minis.environment import local_rank, world_size
-
-PICTURES = (".png", ".jpg", ".pdf", ".svg")  # kinds that matplotlib writes
 
 DESCRIPTION = """Hides a number in a text and asks the model for it, at each length and depth: teacher-forced, without a
 cache, the LM head run at the answer's tokens alone, which is right exactly where greedy decoding writes the answer. Started

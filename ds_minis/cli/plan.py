@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from ds_minis.cli.plan_output import as_data, as_text
-from ds_minis.cli.wrong_argument import WRONG, WrongArgument, settings_of_pairs
+from ds_minis.cli.wrong_argument import PICTURES, WRONG, WrongArgument, settings_of_pairs
 
 DESCRIPTION = """Prints the longest sequence that fits on a GPU for plain training, for checkpointing and for ds_minis in each
 setting worth having, with the memory of each part; or, with --seq, whether a length fits. A step of a few layers of the model
@@ -25,14 +25,6 @@ exit status: 0 fits, 1 uncertain (fits only without the listed slack), 2 does no
 FITS, UNCERTAIN, TOO_LARGE = 0, 1, 2
 
 
-class _Parser(argparse.ArgumentParser):
-    """A wrong argument ends with status 64: 2 is "does not fit"."""
-
-    def error(self, message):
-        self.print_usage(sys.stderr)
-        self.exit(WRONG, f"{self.prog}: {message}\n")
-
-
 def add_plan(commands) -> argparse.ArgumentParser:
     """Adds the command to the subparsers of `ds-minis`."""
     parser = commands.add_parser(
@@ -42,7 +34,7 @@ def add_plan(commands) -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.__class__ = _Parser
+    parser.wrong = WRONG  # 2 is "does not fit"
     parser.add_argument("model", help="a hub id, a folder with a config.json, or a configuration as a JSON file")
     parser.add_argument("--gpu-memory", type=_positive, default=80.0, metavar="GB", help="of one card (default 80)")
     parser.add_argument("--gpus", type=_count, help="number of processes, one GPU each (default 1)")
@@ -97,6 +89,8 @@ def plan(args: argparse.Namespace, settings: dict[str, Any]):
     Raises:
         WrongArgument: no such model, setting or engine; the message says what is allowed.
     """
+    if args.plot and not args.plot.endswith(PICTURES):
+        raise WrongArgument(f"--plot: a name that ends in {', '.join(PICTURES)} is allowed, got {args.plot!r}")
     setup = base_setup(args, settings)
     from ds_minis.planner.compare import compare
     from ds_minis.planner.profile import cache_folder

@@ -8,6 +8,7 @@ from typing import Any
 from ds_minis.config import MiniSequenceConfig
 
 WRONG = 64  # exit status of a wrong argument, where 2 is an answer
+PICTURES = (".png", ".jpg", ".pdf", ".svg")  # kinds that matplotlib writes
 
 
 class WrongArgument(ValueError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import json
 import os
 import sys
@@ -187,6 +189,49 @@ def tiles_loss(model_args: ModelArguments) -> bool:
     return config.enabled and config.loss and not config.return_logits
 
 
+class Parser(HfArgumentParser):
+    """Its errors are a ValueError each, and not the usage of some two hundred flags."""
+
+    def error(self, message):
+        raise ValueError(f"{message} (--help lists what is allowed)")
+
+    def parse_args_into_dataclasses(self, args=None):
+        *parsed, unknown = super().parse_args_into_dataclasses(args, return_remaining_strings=True)
+        if unknown:
+            raise ValueError(f"no such argument: {' '.join(unknown)}{self._near(unknown[0].partition('=')[0])}")
+        return parsed
+
+    def parse_file(self, file: str, defaults: dict[str, Any]):
+        """The arguments in a YAML or JSON file, with the types that they have on the command line: YAML's 1e-4 is a text."""
+        try:
+            given = yaml.safe_load(Path(file).read_text(encoding="utf-8"))  # JSON too
+        except yaml.YAMLError as error:
+            raise ValueError(f"{file} is no YAML: {error}") from None
+        if not isinstance(given, dict):
+            raise ValueError(f"{file}: a mapping of arguments is allowed, got {type(given).__name__}")
+        return self.parse_dict(defaults | {key: self._typed(file, str(key), value) for key, value in given.items()})
+
+    def _typed(self, file: str, key: str, value: Any) -> Any:
+        action = self._option_string_actions.get(f"--{key}")
+        if action is None:
+            raise ValueError(f"{file}: no such argument: {key} (value {value!r}){self._near(f'--{key}')}")
+        if action.type in (None, str) or not isinstance(value, str | int | float):
+            return value
+        try:
+            if isinstance(value, bool) and action.type in (int, float):
+                raise ValueError("true and false are no numbers")
+            typed = action.type(str(value))
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise ValueError(f"{file}: {key}: {value!r} is not allowed: {error}") from None
+        if action.choices is not None and typed not in action.choices:
+            raise ValueError(f"{file}: {key}: one of {', '.join(map(str, action.choices))} is allowed, got {value!r}")
+        return typed
+
+    def _near(self, flag: str) -> str:
+        near = difflib.get_close_matches(flag, list(self._option_string_actions), n=1)
+        return f"; did you mean {near[0]}?" if near else " (--help lists what is allowed)"
+
+
 def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, SFTConfig]:
     """The parsed command line, or, as PEFT's script does, the one JSON or YAML file it names.
 
@@ -197,7 +242,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
     # `deepspeed train.py --deepspeed_config ds.json` is how DeepSpeed's own examples write it.
     argv = [arg.replace("--deepspeed_config", "--deepspeed", 1) for arg in argv]
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--deepspeed=") else [arg])]
-    parser = HfArgumentParser((ModelArguments, DataArguments, SFTConfig))
+    parser = Parser((ModelArguments, DataArguments, SFTConfig))
     on_cpu = not torch.accelerator.is_available()
     deepspeed = deepspeed_launched(argv)
     if on_cpu and deepspeed:
@@ -207,8 +252,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
     if on_cpu:
         defaults |= {"ddp_backend": "gloo"} if deepspeed else {"use_cpu": True}
     if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
-        given = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8"))  # JSON too
-        model_args, data_args, training_args = parser.parse_dict(defaults | given)
+        model_args, data_args, training_args = parser.parse_file(argv[0], defaults)
     else:
         parser.set_defaults(**defaults)
         model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv)

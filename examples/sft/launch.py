@@ -19,7 +19,9 @@ INTERRUPTED = 130
 
 def main(argv: list[str]) -> int:
     """Runs the training processes; gives their exit status."""
-    args = launch_command_parser().parse_args(argv)
+    parser = launch_command_parser()
+    parser.error = lambda message: parser.exit(2, f"launch.py: {message}\n")  # not a hundred lines of usage
+    args = parser.parse_args(argv)
     if "--debug" in args.training_script_args:
         launch_command(args)
         return 0
@@ -35,8 +37,9 @@ def main(argv: list[str]) -> int:
         return error.returncode if error.returncode > 0 else 128 - error.returncode
     except (SignalException, KeyboardInterrupt):
         return INTERRUPTED
-    except (ValueError, OSError) as error:  # accelerate's, or of the mini_sequence section of its file
-        print(f"launch.py: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+    except Exception as error:  # accelerate's, or of the mini_sequence section of its file
+        text = " ".join(str(error).split())
+        print(f"launch.py: {type(error).__name__}: {text} (--debug shows where)", file=sys.stderr)
         return 1
     return 0
 

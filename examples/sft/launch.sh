@@ -8,7 +8,7 @@ HERE=$(cd "$(dirname "$0")" && pwd)
 ROOT=$(cd "$HERE/../.." && pwd)
 . "$ROOT/scripts/setup_env.sh"
 
-"$PYTHON" -S "$HERE/settings.py" "$ROOT"
+"$PYTHON" -S "$HERE/settings.py" "$ROOT" "$ENGINE"
 
 GPUS=$("$PYTHON" -c 'import torch; print(torch.accelerator.device_count())')
 ON_CPU=$([ "$GPUS" -gt 0 ] && echo False || echo True)
@@ -50,6 +50,7 @@ if [ "$MODEL" = "$HERE/default/model" ]; then
     LEARNING_RATE=${LEARNING_RATE:-3e-3}
     LORA_MODULES_TO_SAVE=${LORA_MODULES_TO_SAVE-embed_tokens,lm_head}  # a random base has nothing to adapt there
     MAX_LENGTH=${MAX_LENGTH:-2048}
+    MAX_STEPS=${MAX_STEPS:-${NUM_TRAIN_EPOCHS:+-1}}
     MAX_STEPS=${MAX_STEPS:-20}
     PER_DEVICE_BATCH_SIZE=${PER_DEVICE_BATCH_SIZE:-2}
     GRADIENT_ACCUMULATION_STEPS=${GRADIENT_ACCUMULATION_STEPS:-2}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,31 @@ _TEMPLATES = Path(__file__).parent / "chat_templates"
 _TEMPLATE_TOKENS = {"chatml": ["<|im_start|>", "<|im_end|>"], "zephyr": ["<|system|>", "<|user|>", "<|assistant|>"]}
 
 
-def load_tokenizer(args: ModelArguments, training_args: SFTConfig) -> PreTrainedTokenizerBase:
+@contextlib.contextmanager
+def looked_for(name: str) -> Iterator[None]:
+    """Says what was looked for where neither a folder nor the hub has it: transformers' error may name the hub alone.
+
+    Raises:
+        ValueError: instead of an OSError.
+    """
     try:
+        yield
+    except OSError as error:
+        if Path(name).exists():
+            raise
+        near = difflib.get_close_matches(name, [path.name for path in Path().iterdir()], n=1)
+        raise ValueError(
+            f"--model_name_or_path {name}: there is no such folder here"
+            + (f" (did you mean {near[0]}?)" if near else "")
+            + f", and the hub was asked in vain: {error}"
+        ) from error
+
+
+def load_tokenizer(args: ModelArguments, training_args: SFTConfig) -> PreTrainedTokenizerBase:
+    with looked_for(args.model_name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(
             args.model_name_or_path, trust_remote_code=training_args.trust_remote_code
         )
-    except OSError as error:  # neither a folder nor on the hub
-        near = difflib.get_close_matches(args.model_name_or_path, [path.name for path in Path().iterdir()], n=1)
-        if near and not Path(args.model_name_or_path).exists():
-            error.add_note(f"There is no folder {args.model_name_or_path} here; did you mean {near[0]}?")
-        raise
     if args.chat_template_format != "none":
         tokenizer.chat_template = (_TEMPLATES / f"{args.chat_template_format}.jinja").read_text(encoding="utf-8")
         tokenizer.add_special_tokens({"additional_special_tokens": _TEMPLATE_TOKENS[args.chat_template_format]})

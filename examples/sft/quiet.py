@@ -65,7 +65,8 @@ def end(kind: type[BaseException], error: BaseException, _: TracebackType | None
     else:
         if rank != "0":
             time.sleep(2)  # the launcher ends this process, where rank 0 has failed in the same way
-        text = "\n".join([f"{kind.__name__}: {error}", *getattr(error, "__notes__", ())])
+        lines = [f"{kind.__name__}: {error}", *getattr(error, "__notes__", ())]
+        text = "\n".join(" ".join(str(line).split()) for line in lines)
         text = f"train.py{f', rank {rank}' if others and rank != '0' else ''}: {text} (--debug shows where)"
     with contextlib.suppress(Exception):
         sys.stdout.flush()

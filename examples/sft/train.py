@@ -36,7 +36,7 @@ from checkpoints import asks_to_resume, checkpoint_to_resume, writing
 from data import load_splits
 from folders import claim_output, describe_run, require_input, require_output
 from long_context import STOPPED, StopFile, callbacks
-from modeling import is_config_only, is_dense, load_model, load_tokenizer, lora_config
+from modeling import is_config_only, is_dense, load_model, load_tokenizer, looked_for, lora_config
 from progress import Progress
 from summary import summarize
 from transformers import AutoConfig, PrinterCallback, TrainerCallback, set_seed
@@ -112,7 +112,8 @@ def claim_folder(model_args: ModelArguments, data_args: DataArguments, training_
     if data_args.overwrite_output_dir and asks_to_resume(training_args):
         raise ValueError("--overwrite_output_dir and --resume_from_checkpoint exclude each other: give one of them")
     name = model_args.model_name_or_path
-    configuration = AutoConfig.from_pretrained(name, trust_remote_code=training_args.trust_remote_code).to_dict()
+    with looked_for(name):
+        configuration = AutoConfig.from_pretrained(name, trust_remote_code=training_args.trust_remote_code).to_dict()
     run = describe_run(name, configuration, training_args.seed, model_args.mode)
     how = {
         "overwrite": data_args.overwrite_output_dir,

@@ -56,6 +56,27 @@ def test_an_interrupt_is_one_line(capsys, monkeypatch, llama):
     assert main(["check", llama]) == 130 and capsys.readouterr().err == "ds-minis check: interrupted\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "ds-minis: the following arguments are required: command"),
+        (["chekc", "x"], "'chekc'; did you mean check?"),
+        (["check"], "ds-minis check: the following arguments are required: model"),
+        (["check", "x", "--jsn"], "ds-minis check: no such argument: --jsn; did you mean --json?"),
+        (["config", "valdate", "x"], "did you mean validate?"),
+        (["config", "validate", "x", "--quite"], "ds-minis config validate: no such argument: --quite ("),
+        (["env", "x"], "ds-minis env: no such argument: x ("),
+        (["needle", "x", "--max-context-length", "x"], "invalid int value: 'x'"),
+        (["needle-plot", "x.json"], "--output"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_with_what_is_nearest(capsys, words, said):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and said in line and line.endswith("--help)")
+
+
 def test_settings(capsys, llama):
     settings = ["--set", "scope=tokens", "--set", "chunk_size=37", "--set", 'exclude=["model.norm"]']
     assert main(["check", "--json", llama, *settings]) == 0

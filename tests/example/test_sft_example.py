@@ -192,6 +192,51 @@ def test_wrong_arguments_say_what_is_allowed(arguments, wrong, words):
         arguments.ModelArguments(model_name_or_path="m", **wrong).mini_sequence_settings()
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--learning_rate", "fast"], "argument --learning_rate.*invalid float value: 'fast'"),
+        (["--lerning_rate", "1"], "no such argument: --lerning_rate 1; did you mean --learning_rate?"),
+        (["--learning_rate"], "expected one argument"),
+        (["extra"], "no such argument: extra"),
+        (["--save_strategy", "always"], "'no', 'steps', 'epoch', 'best'"),
+    ],
+)
+def test_a_wrong_command_line_is_an_error_of_one_line(arguments, tmp_path, flags, words):
+    with pytest.raises(ValueError, match=words) as error:
+        arguments.parse_arguments([*REQUIRED, "--output_dir", str(tmp_path), *flags])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("learning_rate: fast", "learning_rate: 'fast' is not allowed: could not convert"),
+        ("max_length: 12.5", "max_length: 12.5 is not allowed"),
+        ("seed: true", "seed: True is not allowed: true and false are no numbers"),
+        ("use_peft_lora: maybe", "use_peft_lora: 'maybe' is not allowed"),
+        ("save_strategy: always", "save_strategy"),
+        ("lora_rank: 3", r"no such argument: lora_rank \(value 3\)"),
+        ("max_stepps: 3", "did you mean --max_steps?"),
+        ("- a list", "is no YAML"),
+    ],
+)
+def test_a_file_of_arguments_is_checked_as_the_command_line_is(arguments, tmp_path, line, words):
+    file = tmp_path / "train.yaml"
+    begin = f"model_name_or_path: m\ndataset_name: d\noutput_dir: {tmp_path}\n"
+    file.write_text(f"{begin}{line}\n")
+    with pytest.raises(ValueError, match=words):
+        arguments.parse_arguments([str(file)])
+    file.write_text(
+        f"{begin}learning_rate: 1e-4\nuse_peft_lora: 'false'\nlogging_steps: 3\nresume_from_checkpoint: last\n"
+    )
+    model_args, _, training_args = arguments.parse_arguments([str(file)])
+    assert training_args.learning_rate == 1e-4 and model_args.use_peft_lora is False
+    file.write_text("[1, 2]")
+    with pytest.raises(ValueError, match="a mapping of arguments is allowed, got list"):
+        arguments.parse_arguments([str(file)])
+
+
 def test_missing_split_lists_those_there_are(arguments):
     import data
 

@@ -138,3 +138,24 @@ def test_idle_adapters_are_looked_for_where_there_may_be_some(quiet):
 
     assert all(is_dense(config().to_dict()) for config in (LlamaConfig, Qwen3Config))
     assert not any(is_dense(config().to_dict()) for config in (MixtralConfig, Qwen3MoeConfig, LlavaConfig))
+
+
+@pytest.mark.parametrize("words", [["--num_processes", "two", "x.py"], ["--num_procesess"], []])
+def test_a_wrong_argument_of_the_launcher_is_one_line(quiet, capsys, words):
+    import launch
+
+    with pytest.raises(SystemExit) as end:
+        launch.main(words)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and line.startswith("launch.py: ")
+
+
+def test_whatever_the_launcher_raises_is_one_line(quiet, capsys, monkeypatch):
+    import launch
+
+    def fail(args):
+        raise OverflowError("port must be\n0-65535")
+
+    monkeypatch.setattr(launch, "launch_command", fail)
+    assert launch.main(["x.py"]) == 1
+    assert capsys.readouterr().err == "launch.py: OverflowError: port must be 0-65535 (--debug shows where)\n"

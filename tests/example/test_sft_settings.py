@@ -36,12 +36,28 @@ def test_a_wrong_setting_stops_the_script_with_one_line(tmp_path, variables, wor
 def test_right_settings_and_other_peoples_variables_are_left_alone(example):
     import settings
 
-    right = dict.fromkeys(settings.NAMES, "1") | {"ZERO_STAGE": "3_offload"}
+    right = {"ZERO_STAGE": "3_offload", "FULL": "1", "MAX_STEPS": "-1", "LEARNING_RATE": "1e-4", "LOGGING_STEPS": "0.1"}
+    right |= {
+        "PACKING": "true",
+        "USE_FLASH_ATTN": "False",
+        "SAVE_STRATEGY": "steps",
+        "EVAL_STRATEGY": "no",
+        "SEED": "0",
+    }
+    right |= {"NUM_MACHINES": "2", "MACHINE_RANK": "1", "MAIN_PROCESS_IP": "10.0.0.1", "MAIN_PROCESS_PORT": "29500"}
+    right |= {
+        "NUM_PROCESSES": "16",
+        "DATASET": "x",
+        "MODEL": "x",
+        "RESUME": "last",
+        "LORA_R": "",
+        "ACCELERATE_CONFIG": "",
+    }
     others = {"MODELS": "x", "SEEDS": "1", "LORA": "1", "PYTHONPATH": "x", "MASTER_PORT": "1", "WORLD_SIZE": "2"}
     others |= {"HOME": "/", "SHELL": "sh", "MODE": "1", "USER": "u", "PYTHONHOME": "/", "PYTHON3": "x", "RANK": "0"}
-    assert settings.wrong_settings(right | others | dict(os.environ), sft_runs.ROOT) == []
-    own = {"ZERO_STAGE": "mine", "DEEPSPEED_CONFIG": "mine.json"}
-    assert settings.wrong_settings(own, sft_runs.ROOT) == []
+    assert settings.wrong_settings(right | others | dict(os.environ), sft_runs.ROOT, "deepspeed") == []
+    own = {"ZERO_STAGE": "mine", "DEEPSPEED_CONFIG": str(sft_runs.ROOT / "deepspeed_configs" / "zero2.json")}
+    assert settings.wrong_settings(own, sft_runs.ROOT, "deepspeed") == []
 
 
 @pytest.mark.parametrize(
@@ -52,8 +68,103 @@ def test_right_settings_and_other_peoples_variables_are_left_alone(example):
 def test_short_names_are_misspelt_too(example, name, meant):
     import settings
 
-    (line,) = settings.wrong_settings({name: "1"}, sft_runs.ROOT)
+    (line,) = settings.wrong_settings({name: "1"}, sft_runs.ROOT, "multigpu")
     assert line.startswith(f"{name}=1: ") and f"did you mean {meant}?" in line
+
+
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+    *launch.py*) echo "$@" ;;
+    *-c*) echo 0 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "flags"),
+    [
+        ({}, "--num_train_epochs 1 --max_steps 20 "),
+        ({"NUM_TRAIN_EPOCHS": "3"}, "--num_train_epochs 3 --max_steps -1 "),
+        ({"NUM_TRAIN_EPOCHS": "3", "MAX_STEPS": "7"}, "--num_train_epochs 3 --max_steps 7 "),
+        ({"MAX_STEPS": "", "SEED": "3"}, "--seed 3 "),
+        ({"FULL": "1"}, "--use_peft_lora False "),
+    ],
+)
+def test_what_is_given_reaches_the_training(tmp_path, given, flags):
+    """As was seen: the default's 20 steps were taken in the place of the epochs that were asked for."""
+    python = tmp_path / "python"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    env = {"PATH": os.environ["PATH"], "PYTHON": str(python)} | given
+    command = ["sh", str(sft_runs.EXAMPLE / "run_peft_deepspeed.sh")]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=True)
+    assert flags in done.stdout and done.stderr == ""
+
+
+WRONG = {
+    "NUM_PROCESSES": ("two", "0", "-1", "1.5"),
+    "NUM_MACHINES": ("x", "0"),
+    "MACHINE_RANK": ("x", "-1"),
+    "MAIN_PROCESS_PORT": ("x", "99999"),
+    "FULL": ("yes", "2"),
+    "FSDP_VERSION": ("3",),
+    "ACCELERATE_CONFIG": ("/no.yaml", "."),
+    "DEEPSPEED_CONFIG": ("/no.json",),
+    "QUANT_DTYPE": ("float8",),
+    "LORA_R": ("x", "0"),
+    "LORA_ALPHA": ("x",),
+    "LORA_DROPOUT": ("x", "1", "nan"),
+    "MAX_LENGTH": ("x", "0", "8K"),
+    "PACKING": ("maybe",),
+    "LEARNING_RATE": ("fast", "0", "inf"),
+    "NUM_TRAIN_EPOCHS": ("x", "0"),
+    "MAX_STEPS": ("x", "0", "-2"),
+    "PER_DEVICE_BATCH_SIZE": ("x", "0"),
+    "GRADIENT_ACCUMULATION_STEPS": ("x", "0"),
+    "CHAT_TEMPLATE": ("chatlm",),
+    "USE_FLASH_ATTN": ("perhaps",),
+    "LOGGING_STEPS": ("x", "0"),
+    "EVAL_STRATEGY": ("epochs",),
+    "SAVE_STRATEGY": ("sometimes",),
+    "SEED": ("x", "-1"),
+}
+
+
+def test_every_wrong_value_is_one_line_with_what_is_allowed(example):
+    import settings
+
+    assert WRONG.keys() == settings.RULES.keys()
+    for name, values in WRONG.items():
+        for value in values:
+            (line,) = settings.wrong_settings({name: value}, sft_runs.ROOT, "multigpu")
+            assert line.startswith(f"{name}={value}: ") and " is allowed" in line
+    (line,) = settings.wrong_settings({"CHAT_TEMPLATE": "chatlm"}, sft_runs.ROOT, "multigpu")
+    assert line.endswith("did you mean chatml?")
+
+
+@pytest.mark.parametrize(
+    ("engine", "given", "words"),
+    [
+        ("multigpu", {"ZERO_STAGE": "2"}, ["ZERO_STAGE=2: this script does not read it, but run_peft_deepspeed.sh"]),
+        ("qlora-zero3", {"ZERO_STAGE": "2"}, ["ZERO_STAGE=2"]),
+        ("deepspeed", {"FSDP_VERSION": "1"}, ["FSDP_VERSION=1"]),
+        ("fsdp", {"DEEPSPEED_CONFIG": __file__}, ["DEEPSPEED_CONFIG="]),
+        ("fsdp", {"QUANT_DTYPE": "float16"}, ["QUANT_DTYPE=float16"]),
+        ("fsdp", {"FULL": "1", "LORA_R": "4", "LORA_DROPOUT": "0"}, ["LORA_R=4: FULL=1", "LORA_DROPOUT=0: FULL=1"]),
+        ("fsdp", {"MACHINE_RANK": "5"}, ["MACHINE_RANK=5: 0 to 0 is allowed"]),
+        ("fsdp", {"MAIN_PROCESS_IP": "10.0.0.1"}, ["MAIN_PROCESS_IP=10.0.0.1"]),
+        ("fsdp", {"NUM_MACHINES": "2"}, ["MAIN_PROCESS_IP", "NUM_PROCESSES"]),
+        ("fsdp", {"NUM_MACHINES": "2", "MAIN_PROCESS_IP": "a", "NUM_PROCESSES": "5"}, ["a multiple of NUM_MACHINES=2"]),
+        ("fsdp", {"FSDP_VERSION": "2", "FULL": "1"}, []),
+        ("qlora-zero3", {"DEEPSPEED_CONFIG": __file__, "QUANT_DTYPE": "float16"}, []),
+        ("qlora-fsdp", {"QUANT_DTYPE": "float16", "LORA_R": "4"}, []),
+    ],
+)
+def test_a_setting_that_would_change_nothing_is_an_error(example, engine, given, words):
+    import settings
+
+    lines = settings.wrong_settings(given, sft_runs.ROOT, engine)
+    assert len(lines) == len(words) and all(word in line for word, line in zip(words, lines, strict=True))
 
 
 def test_every_setting_of_the_scripts_is_known(example):
@@ -105,9 +216,11 @@ def test_a_model_that_is_not_there_names_the_folder_beside_it(example, tmp_path,
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(modeling.AutoTokenizer, "from_pretrained", _not_on_the_hub)
-    with pytest.raises(OSError) as error:
+    words = r"--model_name_or_path mdoel: there is no such folder here \(did you mean model\?\).*: not on the hub"
+    with pytest.raises(ValueError, match=words):
         modeling.load_tokenizer(ModelArguments(model_name_or_path="mdoel"), SimpleNamespace(trust_remote_code=False))
-    assert error.value.__notes__ == ["There is no folder mdoel here; did you mean model?"]
+    with pytest.raises(OSError, match="^not on the hub$"):  # of a folder that is there
+        modeling.load_tokenizer(ModelArguments(model_name_or_path="model"), SimpleNamespace(trust_remote_code=False))
 
 
 def _not_on_the_hub(*_, **__):

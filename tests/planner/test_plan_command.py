@@ -117,6 +117,8 @@ def test_a_tensor_of_more_than_2_to_the_31_elements_is_named(model, capsys):
         (["--set", "chunksize=3"], "chunk_size"),
         (["--from", "nowhere.yaml"], "no such file"),
         (["--lora", "--qlora"], "not allowed"),
+        (["--gpu-memry", "8"], "no such argument: --gpu-memry 8; did you mean --gpu-memory?"),
+        (["--plot", "memory.xyz"], "a name that ends in .png"),
     ],
 )
 def test_wrong_arguments_end_with_64_and_one_line(model, arguments, said, capsys):
@@ -125,7 +127,8 @@ def test_wrong_arguments_end_with_64_and_one_line(model, arguments, said, capsys
     except SystemExit as ended:
         status = ended.code
     assert status == 64
-    assert said in capsys.readouterr().err.splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
 
 
 def test_a_model_that_is_not_there(capsys):
