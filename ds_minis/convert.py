@@ -20,6 +20,7 @@ from ds_minis.detect import (
     find_models_with_loss,
     find_wrappers,
     has_several_heads,
+    require_model,
 )
 from ds_minis.parallel.attach import attach_sequence_parallel, detach_sequence_parallel
 from ds_minis.ranks import is_main_process
@@ -78,6 +79,10 @@ def convert_to_mini_sequence(
     """
     source = "convert_to_mini_sequence"
     config = MiniSequenceConfig.from_arguments(config, settings, source=source)
+    if module_filter is not None and not callable(module_filter):
+        raise ValueError(
+            f"{source}: module_filter: a function of a module and its name is allowed, got {module_filter!r}"
+        )
     return convert(model, config, source=source, module_filter=module_filter)
 
 
@@ -90,7 +95,7 @@ def convert(
 ) -> nn.Module:
     """`convert_to_mini_sequence` for every source: `source` names where the settings came from."""
     config = MiniSequenceConfig.from_value(config, source=source)
-    _require_model(model, source)
+    require_model(model, source)
     earlier = mini_sequence_report(model)
     if earlier is not None and source == BY_RUN:
         return model  # which asks for defaults only where nobody asked for anything
@@ -151,20 +156,6 @@ def convert(
     return model
 
 
-def _require_model(model: Any, source: str) -> None:
-    """Raises ValueError for what is no module: a name, a class, a trainer."""
-    if isinstance(model, nn.Module):
-        return
-    way_out = ""
-    if isinstance(model, str):
-        way_out = f"; did you mean AutoModelForCausalLM.from_pretrained({model!r})?"
-    elif isinstance(getattr(model, "model", None), nn.Module):
-        way_out = f"; did you mean the {type(model).__name__}'s .model?"
-    elif isinstance(model, type):
-        way_out = f"; did you mean an instance, such as {model.__name__}.from_pretrained(...)?"
-    raise ValueError(f"{source}: model: a torch.nn.Module is allowed, got {model!r} ({type(model).__name__}){way_out}")
-
-
 def _require_groups(layers: list[nn.Module], config: MiniSequenceConfig, source: str) -> None:
     """Refuses groups of heads that layers cannot have, as far as their attention tells; else their first call does."""
     for heads in {num_kv_heads(layer) for layer in layers} - {None} if config.head_groups != 1 else ():
@@ -189,7 +180,7 @@ def revert_mini_sequence(model: nn.Module) -> nn.Module:
         ValueError: `model` is no module.
         RuntimeError: an engine has wrapped the tiled modules since (FSDP2).
     """
-    _require_model(model, "revert_mini_sequence")
+    require_model(model, "revert_mini_sequence")
     for module in model.modules():
         if isinstance(module, Tiled):
             untile(module)
@@ -202,6 +193,7 @@ def revert_mini_sequence(model: nn.Module) -> nn.Module:
 
 def mini_sequence_report(model: nn.Module) -> ConversionReport | None:
     """The report of a model's conversion, also where the model has been wrapped since; None if it was never converted."""
+    require_model(model, "mini_sequence_report")
     report = next((module.__dict__[_STATE] for module in model.modules() if _STATE in module.__dict__), None)
     if report is None:
         return None

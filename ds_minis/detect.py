@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -24,6 +25,20 @@ _LAYER = re.compile(r"(layer|block)$", re.IGNORECASE)
 _MOE = re.compile(r"(moe|moe_?block|experts)$", re.IGNORECASE)
 _NO_INTERFACE = "no attention in it goes through transformers' attention interface"
 REPLACED = "its forward was replaced on the instance"
+
+
+def require_model(model: Any, source: str) -> None:
+    """Raises ValueError for what is no module: a name, a class, a trainer."""
+    if isinstance(model, nn.Module):
+        return
+    way_out, got = "", " ".join(repr(model).split())
+    if isinstance(model, str):
+        way_out = f"; did you mean AutoModelForCausalLM.from_pretrained({model!r})?"
+    elif isinstance(getattr(model, "model", None), nn.Module):
+        way_out = f"; did you mean the {type(model).__name__}'s .model?"
+    elif isinstance(model, type):
+        way_out = f"; did you mean an instance, such as {model.__name__}.from_pretrained(...)?"
+    raise ValueError(f"{source}: model: a torch.nn.Module is allowed, got {got} ({type(model).__name__}){way_out}")
 
 
 @dataclass(frozen=True)

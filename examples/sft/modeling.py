@@ -107,6 +107,27 @@ def lora_config(args: ModelArguments):
     )
 
 
+def require_adapted_modules(args: ModelArguments, model: PreTrainedModel) -> None:
+    """Refuses names of modules that the model has none of: PEFT passes over them, unless it finds nothing at all.
+
+    Raises:
+        ValueError: with the nearest name that there is.
+    """
+    targets = [] if args.lora_target_modules == "all-linear" else args.lora_target_modules.split(",")
+    given = {"--lora_target_modules": targets, "--lora_modules_to_save": (args.lora_modules_to_save or "").split(",")}
+    modules = [name for name, _ in model.named_modules()]
+    for flag, name in ((flag, name) for flag, names in given.items() for name in filter(None, names)):
+        if not any(module == name or module.endswith(f".{name}") for module in modules):
+            allowed = sorted({module.rpartition(".")[2] for module in modules} - {""})
+            allowed = [leaf for leaf in allowed if not leaf.isdigit()]
+            near = difflib.get_close_matches(name, allowed, n=1)
+            raise ValueError(
+                f"{flag}: no module of this model is called {name!r}"
+                + (f"; did you mean {near[0]}?" if near else ".")
+                + f" Allowed: {', '.join(allowed)}"
+            )
+
+
 def is_config_only(path: str) -> bool:
     """Whether a model is to be made from its configuration."""
     folder = Path(path)

@@ -36,7 +36,15 @@ from checkpoints import asks_to_resume, checkpoint_to_resume, writing
 from data import load_splits
 from folders import claim_output, describe_run, require_input, require_output
 from long_context import STOPPED, StopFile, callbacks
-from modeling import is_config_only, is_dense, load_model, load_tokenizer, looked_for, lora_config
+from modeling import (
+    is_config_only,
+    is_dense,
+    load_model,
+    load_tokenizer,
+    looked_for,
+    lora_config,
+    require_adapted_modules,
+)
 from progress import Progress
 from summary import summarize
 from transformers import AutoConfig, PrinterCallback, TrainerCallback, set_seed
@@ -85,6 +93,8 @@ def main() -> int:
     require_chat_template(tokenizer, train_dataset, model_args)
     deepspeed = training_args.distributed_state.distributed_type == DistributedType.DEEPSPEED
     model = load_model(model_args, training_args, tokenizer, deepspeed=deepspeed)
+    if model_args.use_peft_lora:
+        require_adapted_modules(model_args, model)
     if mini_sequence is not None:
         convert_to_mini_sequence(model, mini_sequence)
 

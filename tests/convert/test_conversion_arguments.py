@@ -25,14 +25,23 @@ def refusal(*args, **kwargs) -> str:
         (LlamaForCausalLM, "did you mean an instance, such as LlamaForCausalLM.from_pretrained(...)?"),
         (SimpleNamespace(model=torch.nn.Linear(1, 1)), "did you mean the SimpleNamespace's .model?"),
         (None, "got None (NoneType)"),
+        (torch.optim.SGD([torch.ones(1)]), "weight_decay: 0 ) (SGD)"),
     ],
-    ids=["name", "class", "trainer", "nothing"],
+    ids=["name", "class", "trainer", "nothing", "several lines"],
 )
 def test_what_is_no_model(model, words):
     message = refusal(model)
     assert "model: a torch.nn.Module is allowed" in message and message.endswith(words)
     with pytest.raises(ValueError, match="^revert_mini_sequence: model: a torch.nn.Module is allowed"):
         revert_mini_sequence(model)
+    with pytest.raises(ValueError, match="^mini_sequence_report: model: a torch.nn.Module is allowed"):
+        mini_sequence_report(model)
+
+
+def test_a_filter_that_is_no_function():
+    assert refusal(build("llama"), module_filter="mlp").endswith(
+        "a function of a module and its name is allowed, got 'mlp'"
+    )
 
 
 def test_settings_as_keywords_are_those_of_a_mapping():

@@ -223,6 +223,29 @@ def test_a_model_that_is_not_there_names_the_folder_beside_it(example, tmp_path,
         modeling.load_tokenizer(ModelArguments(model_name_or_path="model"), SimpleNamespace(trust_remote_code=False))
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"lora_modules_to_save": "embed_tokens,lmhead"}, "--lora_modules_to_save: .* 'lmhead'; did you mean lm_head?"),
+        ({"lora_target_modules": "q_proj,nope"}, r"--lora_target_modules: .* 'nope'\. Allowed: act_fn, .*q_proj"),
+        ({"lora_target_modules": "self_attn.q_proj,v_proj", "lora_modules_to_save": "lm_head"}, ""),
+        ({}, ""),
+    ],
+)
+def test_names_of_modules_that_the_model_has_not(example, given, words):
+    """As was seen: PEFT passes over them, and nothing of that name is trained."""
+    import modeling
+    from arguments import ModelArguments
+    from models import build
+
+    arguments = ModelArguments(model_name_or_path="m", use_peft_lora=True, **given)
+    if not words:
+        modeling.require_adapted_modules(arguments, build("llama"))
+        return
+    with pytest.raises(ValueError, match=words):
+        modeling.require_adapted_modules(arguments, build("llama"))
+
+
 def _not_on_the_hub(*_, **__):
     raise OSError("not on the hub")
 
