@@ -60,9 +60,11 @@ def reconcile(*requests: Request | None) -> Request | None:
     given = [request for request in requests if request is not None]
     for request in given[1:]:
         if request.config != given[0].config:
+            one, other = given[0].config.to_dict(), request.config.to_dict()
+            ours, theirs = ({k: v for k, v in d.items() if one[k] != other[k]} for d in (one, other))
             raise ValueError(
-                f"two places ask for different mini-sequence settings:\n  {given[0].source}: {given[0].config.to_dict()}\n"
-                f"  {request.source}: {request.config.to_dict()}\nGive the same settings in both, or in one of them only "
+                f"two places ask for different mini-sequence settings:\n  {given[0].source}: {ours}\n"
+                f"  {request.source}: {theirs}\nGive the same settings in both, or in one of them only "
                 "(on a model that is converted already: after revert_mini_sequence)"
             )
     return given[0] if given else None

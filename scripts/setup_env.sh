@@ -9,7 +9,7 @@ if [ -z "${PYTHON:-}" ]; then
     if ! "$PYTHON" -c "$complete" 2>/dev/null; then
         PYTHON=$ROOT/.venv/bin/python
         if [ ! -x "$PYTHON" ]; then
-            echo "ds_minis is not installed here: making $ROOT/.venv" >&2
+            echo "python3 has not all that the examples and tests import: making $ROOT/.venv" >&2
             python3 -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
             python3 -m venv "$ROOT/.venv"
         fi
@@ -22,6 +22,16 @@ if [ -z "${PYTHON:-}" ]; then
             echo "installed in $ROOT/.venv" >&2
         fi
     fi
+elif ! command -v "$PYTHON" >/dev/null; then
+    echo "PYTHON=$PYTHON: there is no such program; give a Python that has ds_minis, or leave PYTHON out" >&2
+    exit 2
+else
+    "$PYTHON" -c '
+import importlib.util as u, os, sys
+missing = [name for name in "ds_minis torch transformers accelerate peft trl datasets".split() if u.find_spec(name) is None]
+if missing:
+    print("PYTHON=" + os.environ.get("PYTHON", sys.executable) + ": it lacks " + ", ".join(missing) + "; leave PYTHON out, and an environment is made", file=sys.stderr)
+sys.exit(2 if missing else 0)'
 fi
 PATH=$(dirname "$(command -v "$PYTHON")"):$PATH
 export PATH

@@ -119,16 +119,18 @@ class ModelArguments:
         """The value of `--mini_sequence` for `convert_to_mini_sequence`; None when it was not given.
 
         Raises:
-            ValueError: it is neither true, false nor JSON.
+            ValueError: it is neither true, false nor JSON, or its settings are wrong.
         """
         if self.mini_sequence is None:
             return None
         try:
-            return json.loads(self.mini_sequence.lower() if self.mini_sequence[:1] in "TF" else self.mini_sequence)
+            given = json.loads(self.mini_sequence.lower() if self.mini_sequence[:1] in "TF" else self.mini_sequence)
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"--mini_sequence: true, false or a JSON mapping is allowed, got {self.mini_sequence!r} ({error})"
             ) from None
+        MiniSequenceConfig.from_value(given, source="--mini_sequence")
+        return given
 
 
 @dataclass

@@ -50,7 +50,7 @@ def checkpoint_to_resume(args: SFTConfig) -> str | None:
     there = f"Complete in {args.output_dir}: {', '.join(complete) or 'none'}"
     if wanted not in (True, "True", "true", "last", "last_if_any"):
         if not os.path.isdir(wanted):
-            raise ValueError(f"{_FLAG} {wanted}: there is no such folder. {there}")
+            raise ValueError(f"{_FLAG} {wanted}: there is no such folder; give one, or last for the newest. {there}")
         broken = find_problem(Path(wanted))
         if broken:
             raise ValueError(

@@ -30,6 +30,8 @@ _LINES = {
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
     # The number is the Trainer's, and stands in DeepSpeed's configuration alone; accelerate uses that one, which is right.
     "accelerate.accelerator": ("Gradient accumulation steps mismatch",),
+    # The error that follows says the same, once for all ranks.
+    "datasets.packaged_modules.json.json": ("Failed to load JSON from file",),
 }
 _AGAIN_SECONDS = 2  # a second Ctrl-C after so long ends the process where it stands; a launcher passes the first one on
 

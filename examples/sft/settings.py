@@ -6,6 +6,7 @@ python settings.py ROOT ENGINE    exits with 2, and one line for each wrong sett
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import os
 import sys
@@ -61,7 +62,15 @@ def _is_bool(text: str) -> bool:
     return text.lower() in ("true", "false", "yes", "no", "t", "f", "y", "n", "1", "0")
 
 
+def _is_json(file: Path) -> bool:
+    try:
+        return isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
+
+
 _FILE = Rule("a file that exists", lambda text: Path(text).is_file())
+_JSON = Rule("a file with JSON in it, without comments", lambda text: _is_json(Path(text)))
 _BOOL = Rule("True or False", _is_bool)
 RULES = {
     "NUM_PROCESSES": whole(1),
@@ -71,7 +80,7 @@ RULES = {
     "FULL": one_of("0", "1"),
     "FSDP_VERSION": one_of("1", "2"),
     "ACCELERATE_CONFIG": _FILE,
-    "DEEPSPEED_CONFIG": _FILE,
+    "DEEPSPEED_CONFIG": _JSON,
     "QUANT_DTYPE": one_of("float32", "bfloat16", "float16"),
     "LORA_R": whole(1),
     "LORA_ALPHA": whole(1),
@@ -157,7 +166,10 @@ def _nearest(name: str) -> str:
 
 
 if __name__ == "__main__":
-    wrong = wrong_settings(dict(os.environ), Path(sys.argv[1]), sys.argv[2])
+    sys.path.insert(0, sys.argv[1])
+    from ds_minis.environment import wrong_variables
+
+    wrong = wrong_settings(dict(os.environ), Path(sys.argv[1]), sys.argv[2]) + wrong_variables()
     for line in wrong:
         print(line, file=sys.stderr)
     sys.exit(2 if wrong else 0)

@@ -84,7 +84,7 @@ def main() -> int:
     training_args.resume_from_checkpoint = checkpoint_to_resume(training_args)
     set_seed(training_args.seed)
 
-    train_dataset, eval_dataset = load_splits(data_args)
+    train_dataset, eval_dataset = load_splits(data_args, training_args.dataset_text_field)
     if eval_dataset is None and training_args.eval_strategy != "no":
         if training_args.process_index == 0:
             logger.warning(f"no evaluation: {data_args.dataset_name} has no second split (--splits)")

@@ -244,8 +244,10 @@ OTHER = {"chunk_size": 7}
 
 def assert_both_doors_are_shown(run: Run, first: str, second: str) -> None:
     assert run.returncode != 0 and "two places ask for different mini-sequence settings" in run.printed
-    for source, settings in ((first, CHUNKS), (second, OTHER)):
-        assert f"  {source}: {MiniSequenceConfig(**settings).to_dict()}" in run.printed, run.printed[-3000:]
+    one, other = MiniSequenceConfig(**CHUNKS).to_dict(), MiniSequenceConfig(**OTHER).to_dict()
+    for source, settings in ((first, one), (second, other)):
+        differs = {key: value for key, value in settings.items() if one[key] != other[key]}
+        assert f"  {source}: {differs}" in run.printed, run.printed[-3000:]
     assert "loss " not in run.printed and not run.facts
 
 

@@ -185,6 +185,10 @@ def test_mini_sequence_flag(arguments, value, settings):
         ({"use_4bit_quantization": True}, "use_peft_lora"),
         ({"use_4bit_quantization": True, "use_8bit_quantization": True, "use_peft_lora": True}, "exclude each other"),
         ({"mini_sequence": "{chunk: 3}"}, "JSON"),
+        (
+            {"mini_sequence": '{"chunk_sise": 3}'},
+            "--mini_sequence: unknown key 'chunk_sise' .*did you mean \"chunk_size\"",
+        ),
     ],
 )
 def test_wrong_arguments_say_what_is_allowed(arguments, wrong, words):

@@ -3,12 +3,15 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import sft_runs
 from support import warm
+
+ZERO2 = str(sft_runs.ROOT / "deepspeed_configs" / "zero2.json")
 
 
 @pytest.fixture
@@ -21,6 +24,7 @@ def example(monkeypatch):
     [
         ({"MAX_LENGHT": "128"}, ["MAX_LENGHT=128", "did you mean MAX_LENGTH?"]),
         ({"LEARNING_RATES": "1"}, ["LEARNING_RATES=1", "did you mean LEARNING_RATE?"]),
+        ({"DS_MINIS_CONFG": "true"}, ["DS_MINIS_CONFG=true", "did you mean DS_MINIS_CONFIG?"]),
         ({"ZERO_STAGE": "4"}, ["ZERO_STAGE=4", "0, 1, 2, 2_offload, 3, 3_offload"]),
         ({"MINI_SEQUENCE_LOSS": "True"}, ["MINI_SEQUENCE_LOSS=True", "removed", "leave it out"]),
     ],
@@ -31,6 +35,21 @@ def test_a_wrong_setting_stops_the_script_with_one_line(tmp_path, variables, wor
     done = subprocess.run(["sh", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
     (line,) = done.stderr.strip().splitlines()
     assert done.returncode == 2 and all(word in line for word in words) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("python", "words"), [("/no/python", "there is no such program"), ("bare", "it lacks ds_minis, torch")]
+)
+def test_a_python_that_cannot_run_it_is_one_line(tmp_path, python, words):
+    if python == "bare":
+        python = tmp_path / "python"
+        python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+        python.chmod(0o755)
+    env = {"PATH": os.environ["PATH"], "PYTHON": str(python)}
+    command = ["sh", str(sft_runs.EXAMPLE / "run_peft_fsdp.sh")]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith(f"PYTHON={python}: ") and words in line
 
 
 def test_right_settings_and_other_peoples_variables_are_left_alone(example):
@@ -56,7 +75,7 @@ def test_right_settings_and_other_peoples_variables_are_left_alone(example):
     others = {"MODELS": "x", "SEEDS": "1", "LORA": "1", "PYTHONPATH": "x", "MASTER_PORT": "1", "WORLD_SIZE": "2"}
     others |= {"HOME": "/", "SHELL": "sh", "MODE": "1", "USER": "u", "PYTHONHOME": "/", "PYTHON3": "x", "RANK": "0"}
     assert settings.wrong_settings(right | others | dict(os.environ), sft_runs.ROOT, "deepspeed") == []
-    own = {"ZERO_STAGE": "mine", "DEEPSPEED_CONFIG": str(sft_runs.ROOT / "deepspeed_configs" / "zero2.json")}
+    own = {"ZERO_STAGE": "mine", "DEEPSPEED_CONFIG": ZERO2}
     assert settings.wrong_settings(own, sft_runs.ROOT, "deepspeed") == []
 
 
@@ -109,7 +128,7 @@ WRONG = {
     "FULL": ("yes", "2"),
     "FSDP_VERSION": ("3",),
     "ACCELERATE_CONFIG": ("/no.yaml", "."),
-    "DEEPSPEED_CONFIG": ("/no.json",),
+    "DEEPSPEED_CONFIG": ("/no.json", __file__),
     "QUANT_DTYPE": ("float8",),
     "LORA_R": ("x", "0"),
     "LORA_ALPHA": ("x",),
@@ -148,7 +167,7 @@ def test_every_wrong_value_is_one_line_with_what_is_allowed(example):
         ("multigpu", {"ZERO_STAGE": "2"}, ["ZERO_STAGE=2: this script does not read it, but run_peft_deepspeed.sh"]),
         ("qlora-zero3", {"ZERO_STAGE": "2"}, ["ZERO_STAGE=2"]),
         ("deepspeed", {"FSDP_VERSION": "1"}, ["FSDP_VERSION=1"]),
-        ("fsdp", {"DEEPSPEED_CONFIG": __file__}, ["DEEPSPEED_CONFIG="]),
+        ("fsdp", {"DEEPSPEED_CONFIG": ZERO2}, ["DEEPSPEED_CONFIG="]),
         ("fsdp", {"QUANT_DTYPE": "float16"}, ["QUANT_DTYPE=float16"]),
         ("fsdp", {"FULL": "1", "LORA_R": "4", "LORA_DROPOUT": "0"}, ["LORA_R=4: FULL=1", "LORA_DROPOUT=0: FULL=1"]),
         ("fsdp", {"MACHINE_RANK": "5"}, ["MACHINE_RANK=5: 0 to 0 is allowed"]),
@@ -156,7 +175,7 @@ def test_every_wrong_value_is_one_line_with_what_is_allowed(example):
         ("fsdp", {"NUM_MACHINES": "2"}, ["MAIN_PROCESS_IP", "NUM_PROCESSES"]),
         ("fsdp", {"NUM_MACHINES": "2", "MAIN_PROCESS_IP": "a", "NUM_PROCESSES": "5"}, ["a multiple of NUM_MACHINES=2"]),
         ("fsdp", {"FSDP_VERSION": "2", "FULL": "1"}, []),
-        ("qlora-zero3", {"DEEPSPEED_CONFIG": __file__, "QUANT_DTYPE": "float16"}, []),
+        ("qlora-zero3", {"DEEPSPEED_CONFIG": ZERO2, "QUANT_DTYPE": "float16"}, []),
         ("qlora-fsdp", {"QUANT_DTYPE": "float16", "LORA_R": "4"}, []),
     ],
 )
@@ -197,6 +216,33 @@ def test_a_file_of_chats_is_training_data(example, chats):
         ValueError, match=r"chats.txt: a file that ends in one of .jsonl, .json, .parquet, .csv is allowed"
     ):
         data.load_splits(data.DataArguments(dataset_name=str(chats.with_suffix(".txt"))))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("not json", "JSON parse error"),
+        ("", "no rows|Couldn't infer|empty"),
+        ('{"texts": "hello"}', "rows with messages, or .* are allowed, got texts"),
+        ('{"prompt": "hello"}', "prompt and completion, .* got prompt"),
+        ('{"messages": "hello"}', "messages: a list of .* is allowed, got 'hello'"),
+        ('{"messages": [{"from": "user", "value": "hi"}]}', "messages: a list of"),
+        ('{"text": "hello"}', ""),
+        ('{"prompt": "hello", "completion": "world"}', ""),
+        ('{"conversations": [{"from": "user", "value": "hi"}]}', ""),
+    ],
+)
+def test_data_that_cannot_be_trained_on_is_named(example, tmp_path, text, words):
+    import data
+
+    file = tmp_path / "own.jsonl"
+    file.write_text(f"{text}\n" if text else "")
+    arguments = data.DataArguments(dataset_name=str(file))
+    if not words:
+        assert len(data.load_splits(arguments)[0]) == 1
+        return
+    with pytest.raises(ValueError, match=f"--dataset_name {file}: .*({words})"):
+        data.load_splits(arguments)
 
 
 def test_a_file_that_is_not_there_is_not_asked_for_on_the_hub(example, chats):
