@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import re
 import sys
 from typing import Any
 
@@ -23,6 +25,7 @@ EXAMPLES = """examples:
 exit status: 0 fits, 1 uncertain (fits only without the listed slack), 2 does not fit, 64 a wrong argument,
 3 the command failed"""
 FITS, UNCERTAIN, TOO_LARGE = 0, 1, 2
+MOST_GB = 16_384  # of a card or a host; more is a unit that was mistaken
 
 
 def add_plan(commands) -> argparse.ArgumentParser:
@@ -49,7 +52,7 @@ def add_plan(commands) -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="bfloat16", help="of weights and activations: bfloat16, float16 or float32")
     parser.add_argument("--master-weights", action="store_true", help="weights in float32, autocast to --dtype")
     parser.add_argument("--optimizer", help="adamw (default), adamw_8bit, paged_adamw_8bit, adafactor or sgd")
-    parser.add_argument("--batch", type=_count, default=1, help="sequences on each GPU at once (default 1)")
+    parser.add_argument("--batch", type=_count, help="sequences on each GPU at once (default 1)")
     parser.add_argument("--accumulation", type=_count, help="steps of gradient accumulation (default 1)")
     parser.add_argument("--offload-optimizer", action="store_true", help="optimizer states in host memory (ZeRO)")
     parser.add_argument("--offload-param", action="store_true", help="weights in host memory (ZeRO-3, FSDP2)")
@@ -95,6 +98,7 @@ def plan(args: argparse.Namespace, settings: dict[str, Any]):
     from ds_minis.planner.compare import compare
     from ds_minis.planner.profile import cache_folder
     from ds_minis.planner.trace import CannotTrace
+    from ds_minis.tiling.passes.head_groups import WrongGroups
 
     config = configuration(args.model, args.trust_remote_code)
     try:
@@ -109,6 +113,12 @@ def plan(args: argparse.Namespace, settings: dict[str, Any]):
         )
     except CannotTrace as error:
         raise WrongArgument(f"{args.model}: {error}") from None
+    except WrongGroups as error:
+        raise WrongArgument(f"--set: {error}") from None
+    if args.source:
+        from ds_minis.planner.files import assumptions
+
+        result.notes += assumptions(args.source, setup.gpus, args.gpus is not None)
     if args.plot:
         from ds_minis.planner.picture import NoPicture, draw
 
@@ -126,7 +136,7 @@ def plan(args: argparse.Namespace, settings: dict[str, Any]):
 
 def base_setup(args: argparse.Namespace, settings: dict[str, Any]):
     """The setup that arguments and a configuration file describe; arguments go before the file."""
-    from ds_minis.planner.setup import Setup
+    from ds_minis.planner.setup import OFFLOADING, Setup
 
     found: dict[str, Any] = {}
     if args.source:
@@ -142,11 +152,23 @@ def base_setup(args: argparse.Namespace, settings: dict[str, Any]):
         "engine": args.engine and args.engine.lower(),
         "optimizer": args.optimizer,
         "accumulation": args.accumulation,
+        "batch": args.batch,
         "offload_optimizer": args.offload_optimizer or None,
         "offload_param": args.offload_param or None,
     }
     found |= {key: value for key, value in given.items() if value is not None}
     found.setdefault("engine", "zero3" if found.get("gpus", 1) > 1 else "single")
+    if "gpus" not in found and found["engine"] != "single":
+        shared = settings.get("sequence_parallel", 1)
+        found["gpus"] = shared["size"] if isinstance(shared, dict) else shared
+    for name, engines in OFFLOADING.items():
+        if found["engine"] not in engines:
+            if getattr(args, name):
+                flag = f"--{name.replace('_', '-')}"
+                raise WrongArgument(
+                    f"{flag}: the engines {', '.join(engines)} have it, got {found['engine']!r} (--engine)"
+                )
+            found.pop(name, None)  # of a file for another engine
     train = "qlora" if args.qlora else "lora" if args.lora else "full"
     try:
         return Setup(
@@ -155,11 +177,12 @@ def base_setup(args: argparse.Namespace, settings: dict[str, Any]):
             lora_rank=args.lora_rank,
             dtype=args.dtype,
             master_weights=args.master_weights,
-            batch=args.batch,
             settings=settings,
         )
     except ValueError as error:
-        raise WrongArgument(f"{'--' if not str(error).startswith('settings') else ''}{error}") from None
+        name, colon, rest = str(error).partition(":")
+        flag = "--set sequence_parallel" if name == "sequence_parallel" else f"--{name.replace('_', '-')}"
+        raise WrongArgument(f"{flag}{colon}{rest}") from None
 
 
 def configuration(model: str, trust_remote_code: bool) -> Any:
@@ -181,21 +204,26 @@ def configuration(model: str, trust_remote_code: bool) -> Any:
 
 
 def _positive(text: str) -> float:
-    value = float(text.lower().removesuffix("gib").removesuffix("gb").removesuffix("g"))
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"a number of gigabytes above 0 is allowed, got {text!r}")
-    return value
+    match = re.fullmatch(r"([0-9.]+)\s*(|g|gb|gib|mb|mib|tb|tib)", text.strip().lower())
+    with contextlib.suppress(ValueError):
+        value = float(match[1]) * {"m": 1 / 1024, "t": 1024}.get(match[2][:1], 1) if match else 0.0
+        if 0 < value <= MOST_GB:
+            return value
+    raise argparse.ArgumentTypeError(
+        f"a number of gigabytes above 0, at most {MOST_GB:,}, is allowed, such as 80 or 81559MiB, got {text!r}"
+    )
 
 
 def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"a whole number from 1 is allowed, got {text!r}")
     return int(text)
 
 
 def _tokens(text: str) -> int:
-    units = {"K": 2**10, "M": 2**20}
-    number, unit = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text.replace(",", ""), 1)
-    if not number.isdigit() or int(number) < 1:
-        raise argparse.ArgumentTypeError(f"a number of tokens is allowed, such as 131072 or 128K, got {text!r}")
-    return int(number) * unit
+    match = re.fullmatch(r"([0-9][0-9,_]*(?:\.[0-9]+)?)([km]?)", text.strip().lower())
+    if match:
+        number = float(re.sub("[,_]", "", match[1])) * {"": 1, "k": 2**10, "m": 2**20}[match[2]]
+        if number >= 1 and number.is_integer():
+            return int(number)
+    raise argparse.ArgumentTypeError(f"a number of tokens is allowed, such as 131072, 128K or 1.5M, got {text!r}")

@@ -17,7 +17,9 @@ def as_text(plan: Any) -> str:
     lines += ["", _kept(plan)] if any(plan.kept.values()) else []
     lines += ["", advice(plan)]
     warned = [row for row in plan.rows if row.overflow and (row is plan.best or plan.tokens is not None)]
-    lines += [f"warning ({row.candidate.name}): {row.overflow}" for row in warned]
+    for text in dict.fromkeys(row.overflow for row in warned):
+        names = "; ".join(row.candidate.name for row in warned if row.overflow == text)
+        lines.append(f"warning ({names}): {text}")
     lines += [f"note: {note}" for note in plan.notes]
     failures = {row.failure for row in plan.rows if row.failure}
     lines += [f"not planned: {failure}" for failure in failures]
@@ -29,11 +31,12 @@ def _head(plan: Any) -> list[str]:
     profile = next(iter(plan.planner.profiles.values()))
     rank, memory = f"rank {setup.lora_rank}", f"{plan.gpu_memory:g} GB"
     trained = {"full": "full fine-tuning", "lora": f"LoRA, {rank}", "qlora": f"QLoRA, {rank}"}
-    engine = f"{setup.engine}, {setup.gpus} x {memory}" if setup.gpus > 1 else f"one {memory} card"
+    engine = f"{setup.gpus} x {memory}" if setup.gpus > 1 else f"one {memory} card"
+    engine = engine if setup.engine == "single" else f"{setup.engine}, {engine}"
     return [
         f"{plan.model}: {profile.parameters['all'] / 1e9:.2f}B parameters, {text.num_hidden_layers} layers; "
         f"{trained[setup.train]}, {setup.dtype}, {setup.optimizer}, batch {setup.batch}; {engine}, "
-        f"{plan.host_capacity / _GIB:.0f} GiB of host memory for each process",
+        f"{plan.host_capacity(setup.gpus) / _GIB:.0f} GiB of host memory for each process",
     ]
 
 
@@ -93,7 +96,10 @@ def advice(plan: Any) -> str:
     costs = f" (it costs: {row.candidate.costs})" if row.candidate.costs else ""
     if asked is not None:
         word = "fit" if row.verdict == "fits" else "may fit (within the listed slack)"
-        return f"Advice: {asked:,} tokens {word} with {named}, up to {row.longest:,}{host}{costs}."
+        reached = f", up to {row.longest:,}" if row.longest > asked else ""
+        return f"Advice: {asked:,} tokens {word} with {named}{reached}{host}{costs}."
+    if not row.longest:
+        return f"Advice: {row.estimate.tokens:,} tokens may fit (within the listed slack) with {named}{host}{costs}."
     plain = next((r for r in plan.rows if r.candidate.name == "plain + checkpointing"), None)
     times = ""
     if plain and plain.longest and row is not plain:
@@ -110,13 +116,13 @@ def _no_way(plan: Any) -> str:
     if plan.gpus_needed is not None:
         (gpus, row), own = plan.gpus_needed, plan.setup.gpus
         return (
-            f"Advice: {plan.tokens:,} tokens do not fit on {own} GPU{'s'[: own > 1]}; they do on {gpus} with "
+            f"Advice: {row.estimate.tokens:,} tokens do not fit on {own} GPU{'s'[: own > 1]}; they do on {gpus} with "
             f"{row.candidate.setup.engine} and {_settings(row)}{_host(row)}."
         )
     shorter = max((row.longest for row in plan.rows), default=0)
     reached = f"; the longest that fits is {shorter:,}" if shorter else ""
-    more = "--qlora or --lora" if plan.setup.train != "qlora" else "more GPUs (--gpus, --engine zero3)"
-    return f"Advice: nothing fits as asked{reached}. What needs less: {more}, a smaller model, or larger cards."
+    fewer = {"full": "--lora, --qlora, ", "lora": "--qlora, ", "qlora": ""}[plan.setup.train]
+    return f"Advice: nothing fits as asked{reached}. What needs less: {fewer}a smaller model, or larger cards."
 
 
 def _settings(row: Any) -> str:

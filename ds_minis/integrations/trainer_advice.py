@@ -81,8 +81,7 @@ def setup_of(trainer: Any, batch: int, settings: Mapping[str, Any]) -> Any:
     half = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
     optimizer = str(getattr(args.optim, "value", args.optim)).lower()
     return Setup(
-        **fields | {"settings": dict(settings), "accumulation": args.gradient_accumulation_steps},
-        batch=batch,
+        **fields | {"settings": dict(settings), "accumulation": args.gradient_accumulation_steps, "batch": batch},
         dtype=half or str(dtype).removeprefix("torch."),
         master_weights=bool(half) and dtype == torch.float32 and fields["engine"] in ("single", "ddp"),
         optimizer=next((name for word, name in _OPTIMIZERS.items() if word in optimizer), "adamw"),

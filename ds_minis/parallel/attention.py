@@ -70,6 +70,16 @@ def parallel_attention(function: Callable[..., Any]) -> ParallelAttention:
     return ParallelAttention(function)
 
 
+def fewer_bytes_by_heads(q: int, k: int, v: int, kv_heads: int, size: int) -> bool:
+    """Whether dividing heads among `size` ranks moves fewer bytes in a forward than handing keys and values around.
+
+    Args:
+        q, k, v: the widths of all heads together.
+    """
+    repeats = max(1, size // kv_heads)
+    return (q + (k + v) * repeats + q) / size <= k + v
+
+
 def _require_whole(args: tuple, kwargs: dict) -> None:
     """Refuses an attention in a pass on a part of the sequence whose mask was not made by transformers' functions."""
     if is_cutting():
@@ -128,10 +138,8 @@ class _Call:
     def _cheapest(self, no_ring: str, no_heads: str) -> str:
         """The allowed way that moves the fewest bytes in a forward; the ring before gather, which holds more."""
         q, k, v = (t.shape[1] * t.shape[3] for t in self._request.tensors)
-        size = self._group.size
-        repeats = max(1, size // self._request.tensors[1].shape[1])
-        by_heads = (q + (k + v) * repeats + q) / size
-        if not no_heads and (by_heads <= k + v or no_ring):
+        fewer = fewer_bytes_by_heads(q, k, v, self._request.tensors[1].shape[1], self._group.size)
+        if not no_heads and (fewer or no_ring):
             return "ulysses"
         return "gather" if no_ring else "ring"
 

@@ -17,6 +17,15 @@ class LoraLinear(nn.Module):
         self.lora_B = nn.Linear(rank, base.out_features, **like)
         self.lora_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
+    @property
+    def weight(self) -> Tensor:
+        """The base's, as PEFT gives it: some models hand a projection's weight to a kernel."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
     def forward(self, x: Tensor) -> Tensor:
         result = self.base_layer(x)
         dtype = result.dtype
@@ -32,7 +41,7 @@ def add_lora(model: nn.Module, rank: int, dropout: float = 0.0) -> None:
         (owner, name, child)
         for owner in model.modules()
         for name, child in owner.named_children()
-        if isinstance(child, nn.Linear) and child is not head
+        if type(child) is nn.Linear and child is not head  # a router is a subclass that gives a tuple
     ]
     for owner, name, child in found:
         setattr(owner, name, LoraLinear(child, rank, dropout))

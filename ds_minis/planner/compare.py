@@ -30,6 +30,7 @@ class Row:
         estimate: at the asked length, or at the longest (the shortest, where none fits).
         verdict: of that estimate.
         failure: why there is no estimate.
+        notes: what ds_minis warned of in the traced step.
     """
 
     candidate: Candidate
@@ -39,6 +40,7 @@ class Row:
     time: StepTime | None = None
     failure: str = ""
     overflow: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -46,7 +48,8 @@ class Plan:
     """All that is known about a model on a card.
 
     Attributes:
-        capacity, host_capacity: bytes of a device, and of its host, that a process may have.
+        capacity: bytes of a device that a process may have.
+        host_memory: bytes of a machine, which its processes share; None: `HOST_MEMORY` for each process.
         tokens: the asked length; None to find the longest.
         best: the row that is advised; None if nothing fits.
         gpus_needed: for a length that does not fit: the fewest GPUs with which it does, and the row then.
@@ -62,9 +65,13 @@ class Plan:
     rows: list[Row] = field(default_factory=list)
     best: Row | None = None
     gpus_needed: tuple[int, Row] | None = None
-    host_capacity: float = HOST_MEMORY
+    host_memory: float | None = None
     kept: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def host_capacity(self, gpus: int) -> float:
+        """Bytes of its host that each of so many processes may have."""
+        return HOST_MEMORY if self.host_memory is None else self.host_memory / min(gpus, GPUS_OF_NODE)
 
     @property
     def verdict(self) -> str:
@@ -95,14 +102,15 @@ def compare(
     """
     plan = Plan(model, setup, Planner(config, cache=cache), gpu_memory, gpu_memory * GIB * USABLE, tokens)
     if host_memory is not None:
-        plan.host_capacity = host_memory * GIB / min(setup.gpus, GPUS_OF_NODE)
+        plan.host_memory = host_memory * GIB
     plan.rows = [_row(plan, candidate) for candidate in candidates(setup)]
     failures = [row.failure for row in plan.rows]
     if all(failures):
         raise CannotTrace(failures[0])
+    plan.notes = list(dict.fromkeys(note for row in plan.rows for note in row.notes))
     plan.best = _best(plan, plan.rows)
     plan.kept = _kept(plan)
-    if tokens is not None and plan.verdict == TOO_LARGE:
+    if plan.verdict == TOO_LARGE:
         plan.gpus_needed = _with_more_gpus(plan)
     return plan
 
@@ -110,16 +118,21 @@ def compare(
 def _row(plan: Plan, candidate: Candidate) -> Row:
     setup, planner = candidate.setup, plan.planner
     try:
-        host = plan.host_capacity
+        host = plan.host_capacity(setup.gpus)
         longest = planner.longest(setup, plan.capacity, host_capacity=host, unit=UNIT, most=MOST_TOKENS)
-        at = plan.tokens or max(longest, UNIT)
-        estimate = planner.estimate(setup, at)
         profile = planner.profile(planner.way(setup))
+        at = plan.tokens or longest or min(UNIT, profile.positions or UNIT)
+        estimate = planner.estimate(setup, at)
     except CannotTrace as error:
         return Row(candidate, failure=str(error))
     verdict = estimate.verdict(plan.capacity, host)
+    if plan.tokens is not None and profile.positions and plan.tokens > profile.positions:
+        return Row(candidate, failure=f"it has learned {profile.positions:,} positions, {plan.tokens:,} were asked for")
+    if plan.tokens is not None and verdict == FITS:
+        longest = max(longest, plan.tokens)  # which need be no multiple of the unit, nor at most the most that is tried
     time = step_time(setup, profile, planner.text, at)
-    return Row(candidate, longest, estimate, verdict, time, overflow=overflow(planner, setup, at))
+    too_large, notes = overflow(planner, setup, at), tuple(profile.notes)
+    return Row(candidate, longest, estimate, verdict, time, overflow=too_large, notes=notes)
 
 
 def _kept(plan: Plan) -> dict[str, int]:
@@ -138,11 +151,10 @@ def _kept(plan: Plan) -> dict[str, int]:
 
 def _best(plan: Plan, rows: list[Row]) -> Row | None:
     """The first row that fits the asked length, as rows go from cheap to dear; or the row with the longest sequence."""
-    fitting = [row for row in rows if row.estimate and row.verdict == FITS]
+    found = ([row for row in rows if row.estimate and row.verdict == verdict] for verdict in (FITS, UNCERTAIN))
+    fitting = next(filter(None, found), [])
     if plan.tokens is not None:
-        fitting = fitting or [row for row in rows if row.estimate and row.verdict == UNCERTAIN]
-        converted = [row for row in fitting if row.candidate.name not in (PLAIN, CHECKPOINTED)]
-        return (fitting[:1] or converted[:1] or [None])[0]
+        return next(iter(fitting), None)
     return max(fitting, key=lambda row: row.longest, default=None)
 
 
@@ -155,9 +167,12 @@ def _with_more_gpus(plan: Plan) -> tuple[int, Row] | None:
         for candidate in candidates(setup):
             if candidate.name in (PLAIN, CHECKPOINTED):
                 continue
-            row = _row(plan, candidate)
-            if row.verdict == FITS:
-                return gpus, row
+            try:
+                found = plan.planner.estimate(candidate.setup, plan.tokens or UNIT)
+            except CannotTrace:
+                continue
+            if found.verdict(plan.capacity, plan.host_capacity(gpus)) == FITS:
+                return gpus, _row(plan, candidate)
     return None
 
 
@@ -165,13 +180,15 @@ def overflow(planner: Planner, setup: Setup, tokens: int) -> str:
     """Names the tensor of more than 2^31 elements that a step has; empty if it has none."""
     profile = planner.profile(planner.way(setup))
     lengths = planner.lengths(setup, tokens, profile)
-    largest = max(profile.widest, key=lambda wide: wide["elements"] * lengths[wide["symbol"]], default=None)
-    if largest is None:
-        return ""
-    elements = largest["elements"] * lengths[largest["symbol"]]
+    sizes = [(wide["elements"] * lengths[wide["symbol"]], wide["what"]) for wide in profile.widest]
+    elements, what = max(sizes, default=(0, ""))
+    at = f" at {tokens:,} tokens"
+    if elements <= MOST_ELEMENTS < profile.largest[1]:
+        (name, elements), at = profile.largest, ""
+        what = f"the parameter {name}"
     if elements <= MOST_ELEMENTS:
         return ""
     return (
-        f"{largest['what']} has {elements:,.0f} elements at {tokens:,} tokens, more than 2^31 (2,147,483,648): kernels "
-        "with 32-bit indices read and write wrong places there, often silently"
+        f"{what} has {elements:,.0f} elements{at}, more than 2^31 (2,147,483,648): kernels with 32-bit indices read and "
+        "write wrong places there, often silently"
     )

@@ -9,10 +9,12 @@ from typing import Any
 
 from ds_minis.config_sources import SECTION, read_section
 
+_BY_LAYERS = "TRANSFORMER_BASED_WRAP"
 _ALLOWED = "an accelerate YAML (with distributed_type) or a DeepSpeed JSON (with zero_optimization) is allowed"
 ENGINES = {"NO": "single", "MULTI_GPU": "ddp", "MULTI_CPU": "ddp", "FSDP": "fsdp2", "DEEPSPEED": "zero0"}
 _OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "cpuadam": "adamw", "fusedadam": "adamw", "sgd": "sgd"}
 
+_NUMBERS = {"accumulation": "gradient_accumulation_steps", "batch": "train_micro_batch_size_per_gpu"}
 _SIZES = {
     "bucket": "reduce_bucket_size",
     "reuse_distance": "stage3_max_reuse_distance",
@@ -80,6 +82,17 @@ def read_configuration(path: str | Path) -> dict[str, Any]:
     raise ValueError(f"{str(path)!r}: {_ALLOWED}, got the keys {', '.join(map(str, content)) or 'of nothing'}")
 
 
+def assumptions(path: str | Path, gpus: int, given: bool) -> list[str]:
+    """What a plan for so many GPUs, a number that was given or not, takes for granted and the file does not say."""
+    content, found = load_mapping(path), []
+    if not given and not isinstance(content.get("num_processes"), int):
+        found.append(f"{str(path)!r} names no number of processes: planned for {gpus} (--gpus)")
+    fsdp = content.get("fsdp_config") or {}
+    if str(content.get("distributed_type")).upper() == "FSDP" and str(fsdp.get("fsdp_version", 1)) != "2":
+        found.append(f"{str(path)!r} is of FSDP1: planned as FSDP2")
+    return found
+
+
 def _read_accelerate(content: dict[str, Any], path: Path) -> dict[str, Any]:
     kind = str(content["distributed_type"]).upper()
     if kind not in ENGINES:
@@ -89,10 +102,21 @@ def _read_accelerate(content: dict[str, Any], path: Path) -> dict[str, Any]:
         found["gpus"] = content["num_processes"]
     if kind == "DEEPSPEED":
         found |= _read_stage(content, path)
-    offload = (content.get("fsdp_config") or {}).get("fsdp_offload_params")
-    if offload:
-        found["offload_param"] = True
+    if kind == "FSDP":
+        found |= _read_fsdp(content.get("fsdp_config") or {}, path)
     return found | _settings(content, str(path), found.get("settings"))
+
+
+def _read_fsdp(fsdp: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What is planned is FSDP2 whose units are the layers, and are freed after each use."""
+    for key in ("fsdp_reshard_after_forward", "fsdp_sharding_strategy"):
+        if str(fsdp.get(key, True)).upper() not in ("TRUE", "1", "FULL_SHARD"):
+            raise ValueError(f"{str(path)!r}: {key} true or FULL_SHARD can be planned, got {fsdp[key]!r}")
+    if str(fsdp.get("fsdp_auto_wrap_policy", _BY_LAYERS)).upper() != _BY_LAYERS:
+        raise ValueError(
+            f"{str(path)!r}: fsdp_auto_wrap_policy {_BY_LAYERS} can be planned, got {fsdp['fsdp_auto_wrap_policy']!r}"
+        )
+    return {"offload_param": True} if fsdp.get("fsdp_offload_params") in (True, "true", "True") else {}
 
 
 def _read_stage(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -120,8 +144,9 @@ def read_deepspeed(content: Mapping[str, Any], source: str) -> dict[str, Any]:
     for field, name in _SIZES.items():
         if isinstance(zero.get(name), int | float):
             found[field] = int(zero[name])
-    if isinstance(content.get("gradient_accumulation_steps"), int):
-        found["accumulation"] = content["gradient_accumulation_steps"]
+    for field, name in _NUMBERS.items():
+        if isinstance(content.get(name), int):
+            found[field] = content[name]
     optimizer = str((content.get("optimizer") or {}).get("type", "")).lower()
     if optimizer in _OPTIMIZERS:
         found["optimizer"] = _OPTIMIZERS[optimizer]
@@ -154,17 +179,21 @@ def write_configuration(plan: Any, folder: str | Path, source: str | None) -> li
     if named is not None:
         own_json = load_mapping(named)
     written = []
+    same_engine = bool(own_yaml) and read_configuration(source)["engine"] == setup.engine
+    content = {key: value for key, value in own_yaml.items() if key not in _OF_ENGINE}
+    content = {"compute_environment": "LOCAL_MACHINE", **content, "num_processes": setup.gpus}
     if setup.engine.startswith("zero"):
         written.append(folder / "deepspeed.json")
-        content = {**_deepspeed(setup), **own_json, SECTION: section}
-        written[0].write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        accelerate = {"deepspeed_config_file": str(written[0]), "zero3_init_flag": setup.engine == "zero3"}
-        engine = {"distributed_type": "DEEPSPEED", "deepspeed_config": accelerate}
-        own_yaml = {key: value for key, value in own_yaml.items() if key not in (SECTION, "deepspeed_config")}
+        nested = {key: value for key, value in (own_yaml.get("deepspeed_config") or {}).items() if key in _IN_JSON}
+        precision = content.pop("mixed_precision", "no")  # accelerate refuses it beside a JSON
+        if precision in ("bf16", "fp16"):
+            nested[precision] = {"enabled": True}
+        text = json.dumps(_deepspeed(setup, {**nested, **own_json}) | {SECTION: section}, indent=2)
+        written[0].write_text(text + "\n", encoding="utf-8")
+        named = {"deepspeed_config_file": str(written[0]), "zero3_init_flag": setup.engine == "zero3"}
+        content |= {"distributed_type": "DEEPSPEED", "deepspeed_config": named}
     else:
-        engine = _accelerate(setup) | {SECTION: section}
-    content = {"compute_environment": "LOCAL_MACHINE", **engine, "num_processes": setup.gpus, **own_yaml}
-    content |= {key: engine[key] for key in (SECTION, "deepspeed_config") if key in engine}
+        content |= _accelerate(setup, own_yaml if same_engine else {}) | {SECTION: section}
     import yaml
 
     path = folder / "accelerate.yaml"
@@ -175,26 +204,42 @@ def write_configuration(plan: Any, folder: str | Path, source: str | None) -> li
     return [path, *written]
 
 
-def _deepspeed(setup: Any) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": int(setup.engine[-1]), "overlap_comm": True, "contiguous_gradients": True}
-    zero["reduce_bucket_size"] = "auto"
-    if setup.engine == "zero3":
+_IN_JSON = "gradient_accumulation_steps", "gradient_clipping"
+_OF_ENGINE = SECTION, "distributed_type", "num_processes", "deepspeed_config", "fsdp_config"
+
+
+def _deepspeed(setup: Any, own: Mapping[str, Any]) -> dict[str, Any]:
+    """A DeepSpeed JSON: the user's own, where it says nothing else than the setup."""
+    stage = int(setup.engine[-1])
+    zero: dict[str, Any] = {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": "auto"}
+    if stage == 3:
         zero |= {"stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"}
         zero["stage3_gather_16bit_weights_on_model_save"] = True
+    zero |= {**(own.get("zero_optimization") or {}), "stage": stage}
     for name in ("offload_optimizer", "offload_param"):
-        if getattr(setup, name):
+        if not getattr(setup, name):
+            zero.pop(name, None)
+        elif (zero.get(name) or {}).get("device") not in ("cpu", "nvme"):
             zero[name] = {"device": "cpu", "pin_memory": True}
     auto = "gradient_accumulation_steps", "gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu"
-    return {"zero_optimization": zero, "bf16": {"enabled": "auto"}, **dict.fromkeys(auto, "auto")}
+    content = {
+        **({} if "fp16" in own else {"bf16": {"enabled": "auto"}}),
+        **dict.fromkeys(auto, "auto"),
+        **own,
+        "zero_optimization": zero,
+    }
+    for field, name in _NUMBERS.items():
+        if isinstance(content[name], int):
+            content[name] = getattr(setup, field)
+            content["train_batch_size"] = "auto"  # their product
+    return content
 
 
-def _accelerate(setup: Any) -> dict[str, Any]:
-    if setup.engine == "fsdp2":
-        fsdp = {
-            "fsdp_version": 2,
-            "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-            "fsdp_reshard_after_forward": True,
-        }
-        fsdp |= {"fsdp_state_dict_type": "FULL_STATE_DICT"}
-        return {"distributed_type": "FSDP", "fsdp_config": fsdp}
-    return {"distributed_type": "MULTI_GPU" if setup.engine == "ddp" else "NO"}
+def _accelerate(setup: Any, own: Mapping[str, Any]) -> dict[str, Any]:
+    if setup.engine != "fsdp2":
+        return {"distributed_type": "MULTI_GPU" if setup.engine == "ddp" else "NO"}
+    fsdp = {"fsdp_version": 2, "fsdp_auto_wrap_policy": _BY_LAYERS, "fsdp_reshard_after_forward": True}
+    fsdp |= {"fsdp_state_dict_type": "FULL_STATE_DICT", **(own.get("fsdp_config") or {})}
+    if setup.offload_param or "fsdp_offload_params" in fsdp:
+        fsdp["fsdp_offload_params"] = setup.offload_param
+    return {"distributed_type": "FSDP", "fsdp_config": fsdp}

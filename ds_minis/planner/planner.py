@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any
 
 from ds_minis.config import MiniSequenceConfig
 from ds_minis.planner import engines
+from ds_minis.planner.anatomy import Anatomy, depths_to_trace
 from ds_minis.planner.held import Counts, Held, Term
 from ds_minis.planner.profile import Peak, Profile, cache_key, read_cached, write_cached
 from ds_minis.planner.sequence import terms_of_sequence_parallel
 from ds_minis.planner.setup import GIB, Setup
-from ds_minis.planner.trace import CannotTrace, Way, shortened, trace
+from ds_minis.planner.trace import CannotTrace, RunsTokenByToken, Way, examine, shortened, trace
 from ds_minis.tiling.memory.host_memory import block_layout
 from ds_minis.tiling.modules.state import Chunking
 
@@ -83,6 +85,7 @@ class Planner:
         self.config, self._cache = config, cache
         self.text = config.get_text_config(decoder=True)
         self.profiles: dict[str, Profile] = {}
+        self._token_by_token: RunsTokenByToken | None = None
 
     def profile(self, way: Way) -> Profile:
         """The step of the whole model, run in this way.
@@ -96,23 +99,42 @@ class Planner:
 
         versions = [ds_minis.__version__, _torch_version(), transformers.__version__]
         key = cache_key(self.config.to_dict(), way.key, versions)
+        if self._token_by_token is not None:
+            raise self._token_by_token
         if key not in self.profiles:
             profile = read_cached(self._cache, key)
             if profile is None:
-                depths = self.depths()
-                few, more = (trace(shortened(self.config, depth), way) for depth in depths)
-                profile = Profile(few, more, (*depths, self.text.num_hidden_layers))
+                profile = self._traced(way)
                 write_cached(self._cache, key, profile)
             self.profiles[key] = profile
         return self.profiles[key]
 
-    def depths(self) -> tuple[int, int]:
-        """The depths that are traced: whole periods of the kinds of layers, where these differ in more than a window."""
-        kinds = [str(kind) for kind in getattr(self.text, "layer_types", None) or ()]
-        kinds = ["attention" if "attention" in k and "linear" not in k else k for k in kinds]
-        period = next((p for p in range(1, len(kinds)) if kinds[p:] == kinds[:-p]), 1) if kinds else 1
-        few = 2 if period == 1 else period * -(-2 // period)
-        return few, few + period
+    @functools.cached_property
+    def anatomy(self) -> Anatomy:
+        return examine(self.config)
+
+    def _traced(self, way: Way) -> Profile:
+        depths = depths_to_trace(self.anatomy.kinds)
+        if depths is None:
+            raise CannotTrace(
+                f"the {len(self.anatomy.kinds)} layers of {type(self.config).__name__} do not repeat in any period, so a few "
+                "of them do not tell what all take"
+            )
+        try:
+            few, more = (trace(shortened(self.config, depth), way) for depth in depths)
+        except RunsTokenByToken as error:
+            self._token_by_token = error  # in any way, and it takes seconds to find out
+            raise
+        profile = Profile(few, more, (*depths, self.text.num_hidden_layers))
+        for name in ("positions", "largest", "undivided"):
+            setattr(profile, name, getattr(self.anatomy, name))
+        counted = profile.parameters["all"] - (profile.parameters["trained"] if way.lora_rank else 0)
+        if abs(counted - self.anatomy.parameters) > 1e-3 * self.anatomy.parameters:
+            raise CannotTrace(
+                f"{depths[0]} and {depths[1]} layers of {type(self.config).__name__} tell of {counted:,.0f} parameters, the "
+                f"whole model has {self.anatomy.parameters:,}: its layers are not all that num_hidden_layers changes"
+            )
+        return profile
 
     def way(self, setup: Setup) -> Way:
         settings = setup.settings
@@ -151,8 +173,14 @@ class Planner:
         return [1, rows, chunk, rests[0], loss, rests[1], rows * rows / setup.batch, exchanged]
 
     def estimate(self, setup: Setup, tokens: int) -> Estimate:
-        """Memory of a step with sequences of so many tokens."""
+        """Memory of a step with sequences of so many tokens.
+
+        Raises:
+            CannotTrace: see `trace`; or the model's sequences cannot be shared by ranks, as the setup has it.
+        """
         profile = self.profile(self.way(setup))
+        if setup.sequence_parallel > 1 and profile.undivided:
+            raise CannotTrace(f"sequence_parallel: ranks cannot share its sequences: {profile.undivided}")
         held = engines.held_by(setup, self.counts(profile))
         lengths = self.lengths(setup, tokens, profile)
         peak = profile.peak(lengths, held.varying_bytes, offloaded=bool((setup.settings or {}).get("offload")))
@@ -209,7 +237,8 @@ class Planner:
             capacity: bytes of the device that a process may have.
             host_capacity: bytes of the host that it may have.
         """
-        unit = max(unit, setup.sequence_parallel)
+        most = min(most, self.profile(self.way(setup)).positions or most)
+        unit = min(max(unit, setup.sequence_parallel), most)
 
         def fits(units: int) -> bool:
             return self.estimate(setup, units * unit).verdict(capacity, host_capacity) == FITS

@@ -16,7 +16,7 @@ from ds_minis.planner.lengths import SYMBOLS
 
 GRADIENTS, OF_LAYER = len(SYMBOLS), len(SYMBOLS) + 1
 _ATTENTION = SYMBOLS.index("attention")
-FORMAT = 3  # of the files in the cache
+FORMAT = 4  # of the files in the cache
 # Layers whose inputs are on the device while copies to and from the host are in flight (`tiling.memory.offload`): two in
 # forward, beside those that a trace of two layers has; in backward the running layer's and the one before it.
 IN_FLIGHT = {"forward": 4, "loss": 1, "backward": 2}
@@ -50,7 +50,14 @@ class Profile:
     Args:
         few, more: as `trace.trace` gives them.
         depths: layers of each, and of the whole model.
+
+    Attributes:
+        positions, largest, undivided: see `anatomy.Anatomy`.
     """
+
+    positions: int = 0
+    largest: tuple[str, int] = "", 0
+    undivided: str = ""
 
     def __init__(self, few: dict, more: dict, depths: tuple[int, int, int]):
         self.depths = depths
@@ -58,7 +65,7 @@ class Profile:
         span = depths[1] - depths[0]
         self.of_layer = {k: (more["parameters"][k] - few["parameters"][k]) / span for k in few["parameters"]}
         self.flops = [a + self._times * (b - a) for a, b in zip(few["flops"], more["flops"], strict=True)]
-        self.widest = more["widest"]
+        self.widest, self.notes = more["widest"], more["notes"]
         self._series = list(_series(few, more))
 
     @property
@@ -93,7 +100,7 @@ class Profile:
                 at = int(np.argmax(activations + held_at(where, events[:, GRADIENTS], events[:, OF_LAYER])))
                 parts.append((activations[at], events[at, _ATTENTION], *events[at, GRADIENTS:]))
             (a, attends, sofar, layer), (a2, _, sofar2, layer2) = parts
-            layers = IN_FLIGHT[where] if offloaded else self.depths[2]
+            layers = min(IN_FLIGHT[where], self.depths[2]) if offloaded else self.depths[2]
             each = (a2 - a) / (self.depths[1] - self.depths[0])
             activations = a + (layers - self.depths[0]) * each
             # An engine's rule need be no line: it is asked for what there is at full depth.
@@ -115,6 +122,10 @@ class Profile:
             "of_layer": self.of_layer,
             "flops": self.flops,
             "widest": self.widest,
+            "notes": self.notes,
+            "positions": self.positions,
+            "largest": self.largest,
+            "undivided": self.undivided,
             "series": [[where, few.tolist(), more.tolist()] for where, few, more in self._series],
         }
 
@@ -122,7 +133,7 @@ class Profile:
     def from_data(cls, data: dict[str, Any]) -> Profile:
         profile = cls.__new__(cls)
         profile.depths = tuple(data["depths"])
-        for name in ("parameters", "of_layer", "flops", "widest"):
+        for name in ("parameters", "of_layer", "flops", "widest", "notes", "positions", "largest", "undivided"):
             setattr(profile, name, data[name])
         profile._series = [(where, np.array(few), np.array(more)) for where, few, more in data["series"]]
         return profile

@@ -20,6 +20,11 @@ _MATMULS[_aten._grouped_mm] = 0, 1
 # Columns of an event beside those of SYMBOLS: bytes of gradients so far, and of those since the last layer's attention.
 GRADIENTS, OF_LAYER = len(SYMBOLS), len(SYMBOLS) + 1
 _ATTENTION = SYMBOLS.index("attention")
+MOST_OPERATIONS = 200_000  # a few layers take some 10,000; those that run token by token would take hours
+
+
+class TooManyOperations(Exception):
+    """The step runs token by token."""
 
 
 class Recorder(TorchDispatchMode):
@@ -32,14 +37,14 @@ class Recorder(TorchDispatchMode):
         segments: (call before, call after, events); an event: bytes for each of SYMBOLS, then GRADIENTS, OF_LAYER.
         widest: symbol -> the most elements for each of it in one tensor, and that tensor's shape and operation.
         loss_segment: index of the segment in which the loss is computed.
-        matmul_flops, attention_flops: counted.
+        matmul_flops, attention_flops, operations: counted.
     """
 
     def __init__(self, lengths: Lengths, apart: list[Tensor]):
         super().__init__()
         self.segments: list[tuple[tuple, tuple, list[list[float]]]] = []
         self.widest: dict[int, tuple[float, tuple[int, ...], str]] = {}
-        self.matmul_flops = self.attention_flops = self.loss_segment = 0
+        self.matmul_flops = self.attention_flops = self.loss_segment = self.operations = 0
         self._lengths = lengths
         self._now = [0.0] * (len(SYMBOLS) + 2)
         self._live: dict[int, tuple[int, float]] = {}
@@ -60,6 +65,9 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        self.operations += 1
+        if self.operations > MOST_OPERATIONS:
+            raise TooManyOperations
         out = copy_between(func, args, kwargs)
         out = grouped_product(func, args, kwargs) if out is None else out
         out = self._shapes.run(func, args, kwargs) if out is None else out

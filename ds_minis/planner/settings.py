@@ -42,7 +42,7 @@ def candidates(base: Setup) -> Iterator[Candidate]:
         ("ds_minis", {}, ""),
         ("ds_minis, head_groups: auto", groups, "one more run of the attention"),
         ("ds_minis, offload: cpu", offload, "host memory"),
-        ("ds_minis, head_groups: auto, offload: cpu", groups | offload, "both"),
+        ("ds_minis, head_groups: auto, offload: cpu", groups | offload, "one more run of the attention, host memory"),
     ]
     if shared is not None:
         widths = [shared]

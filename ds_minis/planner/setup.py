@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,8 @@ ADAPTERS = "full", "lora", "qlora"
 # Optimizer -> (bytes of its states for each parameter beside the parameter's own number of bytes, states of that size).
 # A float32 state takes 4 bytes; torch's optimizers make states of the parameter's dtype, engines train float32 copies.
 OPTIMIZERS = {"adamw": 2.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 2.0, "adafactor": 0.0, "sgd": 0.0}
+# What may be in host memory -> the engines that have it there.
+OFFLOADING = {"offload_optimizer": ("zero1", "zero2", "zero3"), "offload_param": ("zero3", "fsdp2")}
 GIB = 2**30
 
 
@@ -58,8 +61,11 @@ class Setup:
 
     def __post_init__(self):
         for name, allowed in (("engine", ENGINES), ("train", ADAPTERS), ("dtype", DTYPES), ("optimizer", OPTIMIZERS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: one of {', '.join(allowed)} is allowed, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if value not in allowed:
+                near = difflib.get_close_matches(str(value).lower(), allowed, n=1)
+                meant = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"{name}: one of {', '.join(allowed)} is allowed, got {value!r}{meant}")
         for name in ("gpus", "batch", "accumulation", "lora_rank"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name}: a whole number from 1 is allowed, got {getattr(self, name)!r}")

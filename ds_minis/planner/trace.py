@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +16,20 @@ from torch import nn
 
 from ds_minis.convert import NothingToTile, convert_to_mini_sequence
 from ds_minis.planner.adapters import LoraLinear, add_lora
+from ds_minis.planner.anatomy import Anatomy, anatomy_of
 from ds_minis.planner.lengths import Lengths, lengths_for
-from ds_minis.planner.recorder import Recorder
-from ds_minis.planner.stubs import ON_ATTENTION, no_mask, register
+from ds_minis.planner.recorder import MOST_OPERATIONS, Recorder, TooManyOperations
+from ds_minis.planner.stubs import ATTENTION, ON_ATTENTION, no_mask, register
+from ds_minis.tiling.core.warn import logger
 from ds_minis.tiling.layer.tiled_layer import layer_experts_per_choice
 
 
 class CannotTrace(ValueError):
     """A step of the configuration cannot be run without values; the message says why."""
+
+
+class RunsTokenByToken(CannotTrace):
+    """A step has an operation for each token, as state-space layers have without their kernels."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +58,18 @@ class Way:
 
 def build(config: Any, way: Way) -> nn.Module:
     """The model of a configuration on the meta device, with adapters."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    model_class = AutoModelForCausalLM
+    if type(config) not in AutoModelForCausalLM._model_mapping:  # whose text is a part of it
+        model_class = AutoModelForImageTextToText
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, way.dtype), attn_implementation=register()
-            )
+            model = model_class.from_config(config, dtype=getattr(torch, way.dtype), attn_implementation=register())
+    except KeyError as error:
+        if ATTENTION not in error.args:
+            raise
+        raise CannotTrace(f"{type(config).__name__}: its attention is not called by transformers' interface") from None
     except Exception as error:
         raise CannotTrace(f"{type(config).__name__} cannot be built without weights: {_short(error)}") from error
     model = model.train()
@@ -70,6 +82,20 @@ def build(config: Any, way: Way) -> nn.Module:
     return model
 
 
+def examine(config: Any) -> Anatomy:
+    """What the whole model is made of.
+
+    Raises:
+        CannotTrace: it is not a decoder, or cannot be built.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise CannotTrace(
+            f"{type(config).__name__} is of an encoder and a decoder: what is planned is a decoder's step"
+        )
+    model = build(config, Way(None, checkpointing=False))
+    return anatomy_of(model, _layers(model))
+
+
 def shortened(config: Any, num_layers: int) -> Any:
     """The configuration with so many layers; lists with an entry for each layer are cut."""
     config = copy.deepcopy(config)
@@ -77,28 +103,42 @@ def shortened(config: Any, num_layers: int) -> Any:
     old = text.num_hidden_layers
     for name, value in list(vars(text).items()):
         if isinstance(value, list | tuple) and len(value) == old:
-            setattr(text, name, value[:num_layers])
+            setattr(text, name, (value * num_layers)[:num_layers])
     text.num_hidden_layers = num_layers
     if hasattr(text, "max_window_layers"):
         text.max_window_layers = min(text.max_window_layers, num_layers)
-    text.max_position_embeddings = max(getattr(text, "max_position_embeddings", 0) or 0, 2**22)
     text.use_cache = False
     return config
 
 
 def trace(config: Any, way: Way) -> dict[str, Any]:
+    """As `trace_with_mask`, with a mask that is not looked at; or, for a model that counts positions by it, one of ones."""
+    try:
+        return trace_with_mask(config, way, no_mask())
+    except RunsTokenByToken:
+        raise
+    except CannotTrace:
+        with contextlib.suppress(CannotTrace):
+            return trace_with_mask(config, way, None)
+        raise
+
+
+def trace_with_mask(config: Any, way: Way, mask: torch.Tensor | None) -> dict[str, Any]:
     """Runs one step: forward, loss, backward.
+
+    Args:
+        mask: None for one of ones, for each token.
 
     Returns:
         Plain data: "segments" and "loss_segment" of the recorder, "parameters", "flops" per token and per squared token,
-        "widest".
+        "widest", "notes": what ds_minis warned of.
 
     Raises:
         CannotTrace: the step needs values, or nothing in the model can be tiled.
     """
     model = build(config, way)
     if not getattr(config.get_text_config(decoder=True), "num_attention_heads", None):
-        raise CannotTrace(
+        raise RunsTokenByToken(
             f"{type(model).__name__} has no attention heads: without its kernels a state-space layer runs token by token, "
             "which cannot be traced"
         )
@@ -117,9 +157,14 @@ def trace(config: Any, way: Way) -> dict[str, Any]:
             parameter.register_post_accumulate_grad_hook(recorder.count_gradient)
     token = ON_ATTENTION.set(recorder.on_attention)
     try:
-        with recorder:
-            _step(model, recorder, lengths)
+        with recorder, _collected_warnings() as said:
+            _step(model, recorder, lengths, mask)
         recorder.finish()
+    except TooManyOperations:
+        raise RunsTokenByToken(
+            f"{type(model).__name__} runs token by token without its kernels (more than {MOST_OPERATIONS:,} operations in a "
+            "step of a few layers), which cannot be traced"
+        ) from None
     except Exception as error:
         raise CannotTrace(
             f"a step of {type(model).__name__} cannot be run on tensors without values: {_short(error)}"
@@ -132,12 +177,30 @@ def trace(config: Any, way: Way) -> dict[str, Any]:
         "parameters": parameters,
         "flops": [recorder.matmul_flops / lengths.tokens, recorder.attention_flops / lengths.tokens**2],
         "widest": describe_widest(recorder, model, lengths),
+        "notes": said,
     }
 
 
-def _step(model: nn.Module, recorder: Recorder, lengths: Lengths) -> None:
+@contextlib.contextmanager
+def _collected_warnings() -> Iterator[list[str]]:
+    """A list that gets ds_minis's warnings, which are not printed: a plan traces the same layers many times."""
+    said: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        said.append(record.getMessage().removeprefix("ds_minis: "))
+        return False
+
+    logger.addFilter(keep)
+    try:
+        yield said
+    finally:
+        logger.removeFilter(keep)
+
+
+def _step(model: nn.Module, recorder: Recorder, lengths: Lengths, mask: torch.Tensor | None) -> None:
     ids = torch.zeros(1, lengths.tokens, dtype=torch.int64, device="meta")
-    loss = model(input_ids=ids, labels=ids, attention_mask=no_mask(), use_cache=False).loss
+    mask = torch.ones_like(ids) if mask is None else mask
+    loss = model(input_ids=ids, labels=ids, attention_mask=mask, use_cache=False).loss
     recorder.end_forward()
     loss.backward()
 

@@ -9,8 +9,10 @@ import yaml
 from transformers import AutoConfig, LlamaConfig
 
 from ds_minis.cli import main
+from ds_minis.cli.command import make_parser
+from ds_minis.planner import files
 from ds_minis.planner.compare import UNIT, compare
-from ds_minis.planner.files import read_configuration
+from ds_minis.planner.files import read_configuration, write_configuration
 from ds_minis.planner.models import MODELS, known_name
 from ds_minis.planner.planner import FITS
 from ds_minis.planner.setup import Setup
@@ -111,7 +113,7 @@ def test_a_tensor_of_more_than_2_to_the_31_elements_is_named(model, capsys):
     ("arguments", "said"),
     [
         (["--gpus", "none"], "a whole number from 1"),
-        (["--seq", "long"], "such as 131072 or 128K"),
+        (["--seq", "long"], "such as 131072, 128K"),
         (["--engine", "zero9"], "one of single"),
         (["--set", "scope=everything"], "scope"),
         (["--set", "chunksize=3"], "chunk_size"),
@@ -119,6 +121,16 @@ def test_a_tensor_of_more_than_2_to_the_31_elements_is_named(model, capsys):
         (["--lora", "--qlora"], "not allowed"),
         (["--gpu-memry", "8"], "no such argument: --gpu-memry 8; did you mean --gpu-memory?"),
         (["--plot", "memory.xyz"], "a name that ends in .png"),
+        (["--gpus", "-2"], "a whole number from 1"),
+        (["--gpu-memory", "much"], "a number of gigabytes above 0"),
+        (["--gpu-memory", "80000"], "at most 16,384"),
+        (["--seq", "1.0001K"], "such as 131072, 128K or 1.5M"),
+        (["--engine", "fsdp"], "did you mean 'fsdp2'"),
+        (["--dtype", "bf16"], "did you mean 'bfloat16'"),
+        (["--set", "head_groups=3"], "did you mean 2"),
+        (["--gpus", "3", "--set", "sequence_parallel=2"], "--set sequence_parallel: 2 ranks"),
+        (["--offload-optimizer"], "zero1, zero2, zero3"),
+        (["--gpus", "2", "--engine", "zero2", "--offload-param"], "zero3, fsdp2"),
     ],
 )
 def test_wrong_arguments_end_with_64_and_one_line(model, arguments, said, capsys):
@@ -136,11 +148,45 @@ def test_a_model_that_is_not_there(capsys):
     assert "no such file" in capsys.readouterr().err
 
 
+def test_units(model, capsys):
+    parser = make_parser()
+    for memory, gigabytes in (("80", 80), ("80GB", 80), ("81920MiB", 80), ("0.5 TB", 512)):
+        assert parser.parse_args(["plan", model, "--gpu-memory", memory]).gpu_memory == gigabytes
+    for length, tokens in (("1.5M", 3 * 2**19), ("64k", 65536), ("100,000", 100_000)):
+        assert parser.parse_args(["plan", model, "--seq", length]).seq == tokens
+
+
+def test_verdict_and_longest_agree_between_and_below_whole_units(model, capsys):
+    _, data = plan_json(capsys, model, "--gpu-memory", "8", "--lora")
+    longest = {row["name"]: row["longest"] for row in data["rows"]}
+    for seq in (700, longest["ds_minis"] + 1):
+        _, data = plan_json(capsys, model, "--gpu-memory", "8", "--lora", "--seq", str(seq))
+        assert any(row["verdict"] == "fits" for row in data["rows"])
+        assert all((row["verdict"] == "fits") == (row["longest"] >= seq) for row in data["rows"])
+
+
+def test_what_fits_within_the_slack_alone_is_said_so_without_a_length_too(model, capsys):
+    _, data = plan_json(capsys, model, "--gpu-memory", "80", "--seq", "1K")
+    least = min(row["device_bytes"] for row in data["rows"]) / 2**30 / 0.985
+    status, data = plan_json(capsys, model, "--gpu-memory", f"{least + 1e-3:.6f}")
+    assert (status, data["verdict"]) == (1, "uncertain")
+    assert "1,024 tokens may fit (within the listed slack)" in data["advice"]
+
+
+def test_more_gpus_share_a_machines_memory(model, capsys):
+    arguments = "--gpu-memory", "2", "--host-memory", "8", "--set", "offload=cpu", "--lora"
+    _, alone = plan_json(capsys, model, *arguments, "--seq", "4M")
+    _, four = plan_json(capsys, model, *arguments, "--gpus", "4", "--engine", "ddp")
+    assert all(row["host_bytes"] <= 2 * 2**30 for row in four["rows"] if row.get("longest"))
+    assert alone["gpus_needed"] is None or alone["gpus_needed"] > 8  # each has 1 GiB of the machine's 8 then
+
+
 def test_reads_accelerates_and_deepspeeds_files(tmp_path):
     zero = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 5e8}}
     zero |= {"gradient_accumulation_steps": 4, "mini_sequence": {"offload": "cpu"}}
+    zero |= {"train_micro_batch_size_per_gpu": 3}
     (tmp_path / "zero.json").write_text(json.dumps(zero))
-    expected = {"engine": "zero2", "offload_optimizer": True, "bucket": 500000000, "accumulation": 4}
+    expected = {"engine": "zero2", "offload_optimizer": True, "bucket": 500000000, "accumulation": 4, "batch": 3}
     expected |= {"settings": {"offload": "cpu"}}
     assert read_configuration(tmp_path / "zero.json") == expected
     content = {
@@ -168,6 +214,8 @@ def test_reads_accelerates_and_deepspeeds_files(tmp_path):
         ("- 1", "a mapping"),
         ("x: 1", "is allowed"),
         ("distributed_type: TPU", "TPU"),
+        ("{distributed_type: FSDP, fsdp_config: {fsdp_reshard_after_forward: false}}", "reshard_after_forward"),
+        ("{distributed_type: FSDP, fsdp_config: {fsdp_auto_wrap_policy: NO_WRAP}}", "TRANSFORMER_BASED_WRAP"),
     ):
         (tmp_path / "w.yaml").write_text(text)
         with pytest.raises(ValueError, match=said):
@@ -185,6 +233,54 @@ def test_writes_what_it_advises_and_reads_it_back(model, capsys, tmp_path):
         found = read_configuration(folder / "accelerate.yaml")
         assert (found["engine"], found["gpus"], found["settings"]) == (engine, 2, best["settings"])
     assert yaml.safe_load((tmp_path / "fsdp2" / "accelerate.yaml").read_text())["mixed_precision"] == "bf16"
+
+
+FILES = {
+    "fsdp.yaml": "{distributed_type: FSDP, num_processes: 2, fsdp_config: {fsdp_version: 2, fsdp_state_dict_type: X}}",
+    "nested.yaml": "{distributed_type: DEEPSPEED, mixed_precision: bf16, deepspeed_config: {zero_stage: 2, "
+    "gradient_clipping: 0.5, gradient_accumulation_steps: 2, offload_optimizer_device: cpu}}",
+    "ddp.yaml": "{distributed_type: MULTI_GPU, num_processes: 2, mini_sequence: {chunk_size: 512}}",
+    "zero3.json": '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}, "gradient_clipping": 1.0, '
+    '"train_micro_batch_size_per_gpu": 2, "train_batch_size": 16, "mini_sequence": true}',
+}
+OTHERWISE = [], ["--gpus", "4"], ["--engine", "zero3", "--gpus", "4"], ["--engine", "fsdp2", "--offload-param"]
+OTHERWISE += (["--engine", "zero1", "--offload-optimizer"],)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("arguments", OTHERWISE, ids=" ".join)
+def test_what_is_written_says_what_was_planned(model, name, arguments, capsys, tmp_path, monkeypatch):
+    """Whatever the file said that a plan began with: an argument goes before it."""
+    (tmp_path / name).write_text(FILES[name])
+    given = [model, "--gpu-memory", "8", "--lora", "--from", str(tmp_path / name), *arguments]
+    made = []
+    monkeypatch.setattr(
+        files, "write_configuration", lambda plan, *_: made.append(plan) or write_configuration(plan, *_)
+    )
+    plan(capsys, *given, "--write", str(tmp_path / "out"))
+    setup, path = made[0].best.candidate.setup, tmp_path / "out" / "accelerate.yaml"
+    found = Setup(train="lora", **read_configuration(path))
+    fields = ["engine", "gpus", "settings", "offload_optimizer", "offload_param"]
+    fields += ["accumulation", "batch"] if setup.engine.startswith("zero") else []  # else they are the script's
+    assert [getattr(found, field) for field in fields] == [getattr(setup, field) for field in fields]
+    content = yaml.safe_load(path.read_text())
+    if content["distributed_type"] == "DEEPSPEED":
+        assert "mixed_precision" not in content and content["deepspeed_config"].keys() <= {
+            "deepspeed_config_file",
+            "zero3_init_flag",
+        }
+        json_content = json.loads((tmp_path / "out" / "deepspeed.json").read_text())
+        if name == "nested.yaml":
+            assert json_content["gradient_clipping"] == 0.5 and json_content["bf16"] == {"enabled": True}
+    else:
+        assert "deepspeed_config" not in content and ("fsdp_config" in content) == (setup.engine == "fsdp2")
+
+
+def test_what_a_file_does_not_say_is_said(model, capsys, tmp_path):
+    (tmp_path / "f.yaml").write_text("{distributed_type: FSDP, mini_sequence: {sequence_parallel: 2}}")
+    _, out = plan(capsys, model, "--gpu-memory", "8", "--lora", "--from", str(tmp_path / "f.yaml"))
+    assert "fsdp2, 2 x 8 GB" in out  # as many as share a sequence
+    assert "names no number of processes: planned for 2" in out and "planned as FSDP2" in out
 
 
 def test_what_a_deepspeed_json_beside_its_yaml_says_is_kept(model, capsys, tmp_path):

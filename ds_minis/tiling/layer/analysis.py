@@ -7,6 +7,7 @@ gradient.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -189,10 +190,10 @@ class LayerProbe:
         """The analysis on meta tensors: compares no values; head groups are accepted if the numbers of heads match."""
         if self._chunking.config.head_groups == 1:
             return LayerAnalysis()
-        groups, shapes = self._groups()
-        with torch.no_grad(), groups.cut(0):
+        cut, (groups, shapes) = False, self._groups()
+        with contextlib.suppress(RuntimeError), torch.no_grad(), groups.cut(0):
             _, qkv = self._passes().pre_attention(self._x)
-        cut = [t.shape[1] * groups.count for t in qkv] == [shape[1] for shape in shapes]
+            cut = [t.shape[1] * groups.count for t in qkv] == [shape[1] for shape in shapes]
         return LayerAnalysis(groups=groups if cut else None)
 
     def _whole(self) -> tuple[list[Tensor | None], tuple | None, str]:
