@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed
+from accelerate import DistributedType
+from arguments import fsdp_launched
 from transformers import TrainerState
 from transformers.utils import logging
 from trl import SFTConfig
@@ -26,6 +28,7 @@ from trl import SFTConfig
 logger = logging.get_logger("train")
 STATE, SAVED_BY = "trainer_state.json", "saved_by"
 _FLAG = "--resume_from_checkpoint"
+DEEPSPEED, FSDP, PLAIN = "DeepSpeed", "FSDP", "plain data parallelism (or one process)"
 _WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "*/adapter_model.safetensors",
     "pytorch_model.bin", "pytorch_model.bin.index.json",
@@ -57,6 +60,7 @@ def checkpoint_to_resume(args: SFTConfig) -> str | None:
                 f"{_FLAG} {wanted}: this checkpoint is damaged, or was never written to its end: {broken}. {there}. Name "
                 f"another folder, or `last` for the newest complete one, or leave the flag out to start anew"
             )
+        _require_engine(Path(wanted), args)
         return wanted
     newer = [name for name in passed_over if not complete or _step(name) > _step(complete[0])]
     why = [f"{name} is not complete ({passed_over[name]})" for name in newer]
@@ -74,7 +78,38 @@ def checkpoint_to_resume(args: SFTConfig) -> str | None:
         logger.warning(f"{_FLAG} {wanted}: {reason}; passing it over")
     if args.process_index == 0:
         logger.warning(f"{_FLAG} {wanted}: continuing from {complete[0]}")
+    _require_engine(Path(args.output_dir, complete[0]), args)
     return os.path.join(args.output_dir, complete[0])
+
+
+def _require_engine(folder: Path, args: SFTConfig) -> None:
+    """Refuses a checkpoint of another engine, whose optimizer and schedule the Trainer would begin anew without a word.
+
+    Raises:
+        ValueError: it was saved under another engine, or by DeepSpeed on another number of ranks.
+    """
+    saved, runs = _engine_of(folder), _engine_of_run(args)
+    way_out = "Continue as it was begun, or start anew in another --output_dir (OUTPUT_DIR of the run scripts)"
+    if saved != runs:
+        raise ValueError(f"{_FLAG}: {folder} was saved under {saved}, and this run is under {runs}. {way_out}")
+    ranks = len(_ranks(folder, json.loads((folder / STATE).read_text(encoding="utf-8"))))
+    if saved == DEEPSPEED and not args.save_on_each_node and ranks != args.world_size:
+        raise ValueError(
+            f"{_FLAG}: {folder} was saved by {ranks} processes, whose optimizer DeepSpeed cannot divide among "
+            f"{args.world_size}. {way_out}"
+        )
+
+
+def _engine_of(folder: Path) -> str:
+    if (folder / "latest").is_file():
+        return DEEPSPEED
+    return FSDP if any(folder.glob("pytorch_model_fsdp*")) else PLAIN
+
+
+def _engine_of_run(args: SFTConfig) -> str:
+    if args.distributed_state.distributed_type == DistributedType.DEEPSPEED:
+        return DEEPSPEED
+    return FSDP if fsdp_launched() else PLAIN
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import sft_runs
+from accelerate import DistributedType
 from transformers import TrainerState
 
 pytestmark = pytest.mark.engine
@@ -37,10 +38,12 @@ def checkpoints(monkeypatch):
     return checkpoints
 
 
-def arguments(output: Path, wanted: str, world_size: int = 1):
+def arguments(output: Path, wanted: str, world_size: int = 1, launcher: str = ONE):
+    engine = DistributedType.DEEPSPEED if launcher == ZERO2 else DistributedType.NO
     return SimpleNamespace(
-        output_dir=str(output), resume_from_checkpoint=wanted, process_index=0, world_size=world_size,
-        should_save=True, save_on_each_node=False,
+        output_dir=str(output), resume_from_checkpoint=wanted, process_index=0,
+        world_size=2 if launcher == ZERO2 else world_size, should_save=True, save_on_each_node=False,
+        distributed_state=SimpleNamespace(distributed_type=engine),
     )  # fmt: skip
 
 
@@ -90,21 +93,23 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
     output = tmp_path / "output"
     shutil.copytree(trained(launcher), output)
     newest = output / "checkpoint-4"
-    assert checkpoints.checkpoint_to_resume(arguments(output, "last")) == str(newest)
-    assert checkpoints.checkpoint_to_resume(arguments(output, str(newest))) == str(newest)
+    assert checkpoints.checkpoint_to_resume(arguments(output, "last", launcher=launcher)) == str(newest)
+    assert checkpoints.checkpoint_to_resume(arguments(output, str(newest), launcher=launcher)) == str(newest)
     damage(newest / name)
 
     caplog.clear()
-    assert checkpoints.checkpoint_to_resume(arguments(output, "last")) == str(output / "checkpoint-2")
+    assert checkpoints.checkpoint_to_resume(arguments(output, "last", launcher=launcher)) == str(
+        output / "checkpoint-2"
+    )
     said = caplog.messages[0]
     assert "checkpoint-4" in said and name in said and word in said and "passing it over" in said
     with pytest.raises(ValueError) as error:
-        checkpoints.checkpoint_to_resume(arguments(output, str(newest)))
+        checkpoints.checkpoint_to_resume(arguments(output, str(newest), launcher=launcher))
     for part in (str(newest), name, word, "Complete in", "checkpoint-2", "`last`"):
         assert part in str(error.value)
     with pytest.raises(ValueError, match="no complete checkpoint-.*checkpoint-4 is not complete.*start anew"):
         shutil.rmtree(output / "checkpoint-2")
-        checkpoints.checkpoint_to_resume(arguments(output, "last"))
+        checkpoints.checkpoint_to_resume(arguments(output, "last", launcher=launcher))
 
 
 def test_without_a_note_of_the_ranks_the_files_tell(trained, checkpoints, tmp_path):
@@ -182,6 +187,25 @@ def test_a_damaged_checkpoint_stops_a_run_before_it_begins(trained, tmp_path):
         message.startswith("train.py: ValueError: --resume_from_checkpoint") and "optimizer.pt is cut short" in message
     )
     assert "'loss'" not in printed and "Loading weights" not in printed
+
+
+def test_a_checkpoint_of_another_engine_is_not_continued(trained, checkpoints, tmp_path, monkeypatch):
+    """As was seen: DDP took ZeRO-2's weights, and began its optimizer and its schedule anew without a word."""
+    engines = {"ds": trained(ZERO2), "plain": trained(ONE)}
+    for name, words in (("ds", "DeepSpeed, and this run is under plain"), ("plain", "and this run is under DeepSpeed")):
+        output, launcher = engines[name], ONE if name == "ds" else ZERO2
+        for wanted in ("last", "last_if_any", str(output / "checkpoint-2")):
+            with pytest.raises(ValueError, match=f"was saved under .*{words}"):
+                checkpoints.checkpoint_to_resume(arguments(output, wanted, launcher=launcher))
+    args = arguments(engines["ds"], "last", launcher=ZERO2)
+    args.world_size = 4
+    with pytest.raises(ValueError, match="was saved by 2 processes, whose optimizer DeepSpeed cannot divide among 4"):
+        checkpoints.checkpoint_to_resume(args)
+    args.save_on_each_node = True  # each machine knows its own ranks
+    assert checkpoints.checkpoint_to_resume(args).endswith("checkpoint-4")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"plain data parallelism \(or one process\), and this run is under FSDP"):
+        checkpoints.checkpoint_to_resume(arguments(engines["plain"], "last"))
 
 
 def test_missing_checkpoints(checkpoints, tmp_path):
