@@ -16,7 +16,7 @@ from ds_minis.planner.lengths import SYMBOLS
 
 GRADIENTS, OF_LAYER = len(SYMBOLS), len(SYMBOLS) + 1
 _ATTENTION = SYMBOLS.index("attention")
-FORMAT = 4  # of the files in the cache
+FORMAT = 5  # of the files in the cache
 # Layers whose inputs are on the device while copies to and from the host are in flight (`tiling.memory.offload`): two in
 # forward, beside those that a trace of two layers has; in backward the running layer's and the one before it.
 IN_FLIGHT = {"forward": 4, "loss": 1, "backward": 2}
@@ -93,25 +93,23 @@ class Profile:
         """
         best, result = -1.0, Peak(0, 0, 0, "forward")
         weights = np.array(values, dtype=float)
-        for where, few, more in self._series:
-            parts = []
-            for events in (few, more):
-                activations = events[:, : len(SYMBOLS)] @ weights
-                at = int(np.argmax(activations + held_at(where, events[:, GRADIENTS], events[:, OF_LAYER])))
-                parts.append((activations[at], events[at, _ATTENTION], *events[at, GRADIENTS:]))
-            (a, attends, sofar, layer), (a2, _, sofar2, layer2) = parts
+        for where, few, more, aligned in self._series:
+            if not aligned:
+                few, more = (_highest(events, weights, where, held_at) for events in (few, more))
+            shallow, deeper = few[:, : len(SYMBOLS)] @ weights, more[:, : len(SYMBOLS)] @ weights
             layers = min(IN_FLIGHT[where], self.depths[2]) if offloaded else self.depths[2]
-            each = (a2 - a) / (self.depths[1] - self.depths[0])
-            activations = a + (layers - self.depths[0]) * each
+            each = (deeper - shallow) / (self.depths[1] - self.depths[0])
+            activations = shallow + (layers - self.depths[0]) * each
             # An engine's rule need be no line: it is asked for what there is at full depth.
-            sofar += self._times * (sofar2 - sofar)
-            layer = max(layer, layer2)
-            held = float(held_at(where, np.array([sofar]), np.array([layer]))[0])
-            if activations + held > best:
-                best = activations + held
-                inputs = max(0.0, each) * layers
-                inputs = min(inputs, activations)
-                result = Peak(activations, held, inputs, where, bool(attends), float(sofar), float(layer))
+            sofar = few[:, GRADIENTS] + self._times * (more[:, GRADIENTS] - few[:, GRADIENTS])
+            since_layer = np.maximum(few[:, OF_LAYER], more[:, OF_LAYER])
+            held = held_at(where, sofar, since_layer)
+            at = int(np.argmax(activations + held))
+            if activations[at] + held[at] > best:
+                best = activations[at] + held[at]
+                inputs = min(max(0.0, each[at]) * layers, activations[at])
+                attends, gradients = bool(few[at, _ATTENTION]), (float(sofar[at]), float(since_layer[at]))
+                result = Peak(float(activations[at]), float(held[at]), float(inputs), where, attends, *gradients)
         return result
 
     def to_data(self) -> dict[str, Any]:
@@ -126,7 +124,7 @@ class Profile:
             "positions": self.positions,
             "largest": self.largest,
             "undivided": self.undivided,
-            "series": [[where, few.tolist(), more.tolist()] for where, few, more in self._series],
+            "series": [[where, few.tolist(), more.tolist(), aligned] for where, few, more, aligned in self._series],
         }
 
     @classmethod
@@ -135,26 +133,32 @@ class Profile:
         profile.depths = tuple(data["depths"])
         for name in ("parameters", "of_layer", "flops", "widest", "notes", "positions", "largest", "undivided"):
             setattr(profile, name, data[name])
-        profile._series = [(where, np.array(few), np.array(more)) for where, few, more in data["series"]]
+        series = ((where, np.array(few), np.array(more), aligned) for where, few, more, aligned in data["series"])
+        profile._series = list(series)
         return profile
 
 
 def _series(few: dict, more: dict):
-    """Pairs of segments that are the same place in a shallower and in a deeper model: (where, events, events).
+    """Pairs of segments that are the same place in a shallower and in a deeper model.
 
     A place is named by layers counted from the first or from the last, of which only the outer two count: what is between
     them grows from the one to the other. A model with two layers has some places that are both.
+
+    Yields:
+        (where, events, events, whether they are the same moments row by row).
     """
     seen = set()
     for first in (True, False):
         names = [_named(traced, first) for traced in (few, more)]
         for name, (events, where) in names[0].items():
             if name in names[1] and all(layer <= 1 for _, layer, _ in name):
-                pair = _pruned(events), _pruned(names[1][name][0])
+                pair = [np.array(part, dtype=float) for part in (events, names[1][name][0])]
+                aligned = len(pair[0]) == len(pair[1])
+                pair = _pruned_together(*pair) if aligned else tuple(map(_pruned, pair))
                 key = where, *(part.tobytes() for part in pair)
                 if key not in seen:  # groups of heads repeat the same
                     seen.add(key)
-                    yield where, *pair
+                    yield where, *pair, aligned
 
 
 def _named(traced: dict, from_first: bool) -> dict[tuple, tuple[list, str]]:
@@ -171,9 +175,27 @@ def _named(traced: dict, from_first: bool) -> dict[tuple, tuple[list, str]]:
     return named
 
 
-def _pruned(events: list[list[float]]) -> np.ndarray:
+def _highest(events: np.ndarray, weights: np.ndarray, where: str, held_at: BytesAt) -> np.ndarray:
+    """The row with the most bytes."""
+    activations = events[:, : len(SYMBOLS)] @ weights
+    at = int(np.argmax(activations + held_at(where, events[:, GRADIENTS], events[:, OF_LAYER])))
+    return events[at : at + 1]
+
+
+def _pruned_together(few: np.ndarray, more: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The moments that may be the peak for some lengths and depth: among those that grow alike, as `_pruned` has them."""
+    width, kept = few.shape[1], []
+    kinds, of_kind = np.unique(more - few, axis=0, return_inverse=True)
+    for i, growth in enumerate(kinds):
+        rows = _pruned(few[of_kind.reshape(-1) == i])
+        kept.append(np.hstack([rows, rows + growth]))
+    both = np.vstack(kept)
+    return both[:, :width], both[:, width:]
+
+
+def _pruned(events: np.ndarray) -> np.ndarray:
     """The events that may be the peak for some lengths: those that no other exceeds in every column."""
-    rows = np.unique(np.array(events, dtype=float), axis=0)
+    rows = np.unique(events, axis=0)
     rows = rows[np.argsort(-rows[:, :GRADIENTS].sum(axis=1))]
     kept = np.empty((0, rows.shape[1]))
     for row in rows:

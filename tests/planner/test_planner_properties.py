@@ -42,6 +42,21 @@ def test_more_and_smaller_chunks_never_need_more(planner):
         assert numbers == sorted(numbers, reverse=True)
 
 
+def test_the_same_moment_of_both_traces_is_carried_on_to_full_depth():
+    """What an engine begins to hold in backward may make another moment the peak of one trace alone: 30 times that, by 32."""
+    sizes = SIZES | {"num_hidden_layers": 64, "num_key_value_heads": 4, "vocab_size": 8000}
+    planner = Planner(LlamaConfig(**sizes))
+    for engine, tokens in itertools.product(("zero1", "zero2", "fsdp2"), (200, 400, 800, 1600, 3200)):
+        chunks = [
+            planner.estimate(Setup(engine=engine, gpus=8, train="lora", settings={"num_mini_sequences": m}), tokens)
+            for m in (1, 2, 3, 7)
+        ]
+        needed = [estimate.device for estimate in chunks]
+        assert needed == sorted(needed, reverse=True), (engine, tokens)
+        inputs = 64 * tokens * 512 * 2
+        assert all(estimate.parts()["layer inputs"] <= 1.01 * inputs for estimate in chunks)
+
+
 @pytest.mark.parametrize("mode", ["auto", "gather", "ring", "ulysses"])
 def test_sharing_a_sequence_never_needs_more(planner, mode):
     for tokens in LENGTHS[1:]:
