@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_minis.check.errors import in_short
+from ds_minis.cli.show import Part, Table, show, working
 from ds_minis.cli.wrong_argument import WrongArgument, settings_of_pairs
 from ds_minis.config import AUTO
 
@@ -52,11 +53,15 @@ def add_check(commands) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     try:
         settings = settings_of_pairs(args.set)
-        result = check(args.model, trust_remote_code=args.trust_remote_code, settings=settings)
+        with working("checking: a tiny instance is trained for a step"):
+            result = check(args.model, trust_remote_code=args.trust_remote_code, settings=settings)
     except WrongArgument as error:
         print(f"ds-minis check: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(result, indent=2) if args.json else in_words(result))
+    if args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        show(as_parts(result))
     return 0 if result["exact"] else 1
 
 
@@ -232,17 +237,13 @@ def _for_tiny(settings: dict[str, Any]) -> dict[str, Any]:
     return {**settings, "head_groups": AUTO} if settings.get("head_groups", 1) != 1 else settings
 
 
-def in_words(result: dict[str, Any]) -> str:
+def as_parts(result: dict[str, Any]) -> list[Part]:
     """The result for people."""
-    lines = [f"{result['model']}: {result['class']}"]
+    lines: list[Part] = [f"{result['model']}: {result['class']}"]
     if "adapter" in result:
         lines[0] += f" with an adapter ({result['adapter']}; base {result['base_model']})"
     if "tiled" in result:
-        lines.append(f"What is tiled in {result['structure_of']}:")
-        lines += [f"  tiled as a whole: {count} x {name}" for name, count in result["layers"].items()]
-        lines += [f"  tiled: {count} x {name}" for name, count in result["tiled"].items()]
-        lines += [f"  not tiled: {u['count']} x {u['class']} ({u['reason']})" for u in result["untiled"]]
-        lines.append(f"  loss: {result['loss']}")
+        lines += [_tiled(result), f"  loss: {result['loss']}"]
     if "grad_error" in result:
         lines.append(f"A tiny random instance, trained for one step, is {'exact' if result['exact'] else 'NOT exact'}:")
         lines.append(f"  loss: relative error {result['loss_error']:.1e}")
@@ -253,4 +254,13 @@ def in_words(result: dict[str, Any]) -> str:
                 lines.append(f"  {name}: {result[f'{what}_error']:.1e}")
         lines.append(f"  full logits: {'held in memory' if result['logits_held'] else 'never held'}")
     lines += [f"note: {note}" for note in result["notes"]]
-    return "\n".join([*lines, f"({result['seconds']} s)"])
+    return [*lines, f"({result['seconds']} s)"]
+
+
+def _tiled(result: dict[str, Any]) -> Table:
+    rows = [["tiled as a whole", count, name, ""] for name, count in result["layers"].items()]
+    rows += [["tiled", count, name, ""] for name, count in result["tiled"].items()]
+    rows += [["not tiled", u["count"], u["class"], u["reason"]] for u in result["untiled"]]
+    title = f"What is tiled in {result['structure_of']}:"
+    plain = [f"  {what}: {count} x {name}" + (f" ({why})" if why else "") for what, count, name, why in rows]
+    return Table(("", "modules", "class", "reason"), [list(map(str, row)) for row in rows], [title, *plain], title)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ds_minis.cli.show import Table, show
 from ds_minis.config import MiniSequenceConfig
 from ds_minis.config_sources import SECTION, Request, read_section, reconcile
 
@@ -58,8 +59,10 @@ def run(args: argparse.Namespace) -> int:
     if settings is None:
         print(f'right, but {args.file} asks for nothing: it has no "{SECTION}" ("{SECTION}: true" is all defaults)')
     else:
-        shown = ", ".join(f"{key}: {json.dumps(value)}" for key, value in settings.items()) or "all defaults"
-        print(f"right: {shown} ({request.source})")
+        rows = [[key, json.dumps(value)] for key, value in settings.items()]
+        words = ", ".join(f"{key}: {value}" for key, value in rows) or "all defaults"
+        plain = f"right: {words} ({request.source})"
+        show([Table((), rows, [plain], f"right ({request.source})") if rows else plain])
     for note in notes:
         print(f"note: {note}")
     return 0

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ds_minis import __version__
+from ds_minis.cli.show import Part, Table, show
 
 EXAMPLES = """examples:
   ds-minis env               # paste this into an issue
@@ -42,19 +43,23 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found, indent=2))
     else:
-        for name, value in found.items():
-            if isinstance(value, dict):
-                print(f"{name}:")
-                print("\n".join(f"  {key:16} {text}" for key, text in value.items()))
-            elif not isinstance(value, list):
-                print(f"{name}: {value}")
-        for hint in found["hints"]:
-            print(f"hint: {hint}")
-        for problem in found["problems"]:
-            print(f"problem: {problem}")
-        if not found["problems"]:
-            print("problems: none that is known")
+        show(list(as_parts(found)))
     return 1 if found["problems"] else 0
+
+
+def as_parts(found: dict[str, Any]) -> Iterator[Part]:
+    """What was found, for people."""
+    for name, value in found.items():
+        if isinstance(value, dict):
+            yield Table(
+                (), list(value.items()), [f"{name}:", *(f"  {key:16} {text}" for key, text in value.items())], name
+            )
+        elif not isinstance(value, list):
+            yield f"{name}: {value}"
+    yield from (f"hint: {hint}" for hint in found["hints"])
+    yield from (f"problem: {problem}" for problem in found["problems"])
+    if not found["problems"]:
+        yield "problems: none that is known"
 
 
 def environment() -> dict[str, Any]:

@@ -9,7 +9,8 @@ import re
 import sys
 from typing import Any
 
-from ds_minis.cli.plan_output import as_data, as_text
+from ds_minis.cli.plan_output import as_data, as_parts
+from ds_minis.cli.show import show, working
 from ds_minis.cli.wrong_argument import PICTURES, WRONG, WrongArgument, settings_of_pairs
 
 DESCRIPTION = """Prints the longest sequence that fits on a GPU for plain training, for checkpointing and for ds_minis in each
@@ -78,11 +79,15 @@ def add_plan(commands) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     try:
         settings = settings_of_pairs(args.set)
-        result = plan(args, settings)
+        with working("planning: a step of a few layers is traced"):
+            result = plan(args, settings)
     except WrongArgument as error:
         print(f"ds-minis plan: {error}", file=sys.stderr)
         return WRONG
-    print(json.dumps(as_data(result), indent=2) if args.json else as_text(result))
+    if args.json:
+        print(json.dumps(as_data(result), indent=2))
+    else:
+        show(as_parts(result))
     return {"fits": FITS, "uncertain": UNCERTAIN}.get(result.verdict, TOO_LARGE)
 
 

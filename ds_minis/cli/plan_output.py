@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from ds_minis.cli.show import Part, Table, as_lines
+
 _GIB = 2**30
 _PARTS = "parameters", "gradients", "optimizer", "engine", "layer inputs", "transient", "fixed"
 
 
 def as_text(plan: Any) -> str:
+    """The plan as plain text."""
+    return as_lines(as_parts(plan))
+
+
+def as_parts(plan: Any) -> list[Part]:
     """The plan for people."""
-    lines = [*_head(plan), "", *_table(plan)]
+    lines: list[Part] = [*_head(plan), "", _table(plan)]
     row = plan.best or _least(plan)
     if row is not None:
         lines += ["", *_breakdown(plan, row)]
@@ -21,9 +28,9 @@ def as_text(plan: Any) -> str:
         names = "; ".join(row.candidate.name for row in warned if row.overflow == text)
         lines.append(f"warning ({names}): {text}")
     lines += [f"note: {note}" for note in plan.notes]
-    failures = {row.failure for row in plan.rows if row.failure}
+    failures = dict.fromkeys(row.failure for row in plan.rows if row.failure)
     lines += [f"not planned: {failure}" for failure in failures]
-    return "\n".join(lines)
+    return lines
 
 
 def _head(plan: Any) -> list[str]:
@@ -40,7 +47,7 @@ def _head(plan: Any) -> list[str]:
     ]
 
 
-def _table(plan: Any) -> list[str]:
+def _table(plan: Any) -> Table:
     asked = plan.tokens is not None
     heads = ["", "longest that fits", "GiB per GPU", "host GiB per process", "s per step"]
     if asked:
@@ -55,30 +62,31 @@ def _table(plan: Any) -> list[str]:
         cells += [f"{estimate.host / _GIB:.1f}" if estimate.host else "", _seconds(row.time.seconds)]
         rows.append([row.candidate.name, *([row.verdict] if asked else []), *cells])
     widths = [max(len(line[i]) for line in [heads, *rows]) for i in range(len(heads))]
-    return [
+    plain = [
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in [heads, *rows]
     ]
+    return Table(heads, rows, plain, numbers=1)
 
 
-def _breakdown(plan: Any, row: Any) -> list[str]:
+def _breakdown(plan: Any, row: Any) -> list[Part]:
     estimate = row.estimate
-    lines = [
-        f"Memory of one GPU: {row.candidate.name}, {estimate.tokens:,} tokens, in GiB (peak in the {estimate.where})"
-    ]
+    head = f"Memory of one GPU: {row.candidate.name}, {estimate.tokens:,} tokens, in GiB (peak in the {estimate.where})"
     terms = sorted(
         estimate.terms, key=lambda term: (term.on_host, _PARTS.index(term.part) if term.part in _PARTS else 9)
     )
+    rows, lines = [], []
     for term in terms:
         if term.nbytes < 0.005 * _GIB:
             continue
         kind = "counted" if term.measured else "modelled"
         place = " (host)" if term.on_host else ""
+        rows.append([f"{term.nbytes / _GIB:.2f}", term.name + place, kind, term.why])
         lines.append(f"  {term.nbytes / _GIB:8.2f}  {term.name + place:34} {kind:9} {term.why}")
     card = f"{plan.capacity / _GIB:.1f} that a process may have ({plan.gpu_memory:g} GB x 0.985)"
-    lines.append(f"  {estimate.device / _GIB:8.2f}  on the GPU, of {card}")
-    for term in estimate.slack:
-        lines.append(f"  {term.nbytes / _GIB:8.2f}  slack: {term.name}, {term.why}")
-    return lines
+    sums = [(estimate.device, f"on the GPU, of {card}")]
+    sums += [(term.nbytes, f"slack: {term.name}, {term.why}") for term in estimate.slack]
+    table = Table(["GiB", "", "how", "why"], rows, lines)
+    return [head, table, *(f"  {nbytes / _GIB:8.2f}  {text}" for nbytes, text in sums)]
 
 
 def _kept(plan: Any) -> str:
