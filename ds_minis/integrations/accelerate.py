@@ -115,8 +115,10 @@ def attach_accelerator(accelerator_module) -> None:
         schedules_for_replicas,
         step_for_replicas,
     )
+    from ds_minis.integrations.loop_advice import attach_loop_advice, of_accelerator
 
     accelerator_class = accelerator_module.Accelerator
+    attach_loop_advice(accelerator_class, of_accelerator)
     init, prepare, prepare_model = (
         accelerator_class.__init__,
         accelerator_class.prepare,

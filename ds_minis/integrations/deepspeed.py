@@ -14,6 +14,7 @@ from torch import nn
 from ds_minis.config_sources import SECTION, read_section, reconcile, requested_by_environment
 from ds_minis.convert import convert, convert_to_mini_sequence, revert_mini_sequence, tiled_modules
 from ds_minis.integrations.loading import look_before_loading
+from ds_minis.integrations.loop_advice import attach_loop_advice, of_deepspeed
 from ds_minis.replicas import group_size, sampler_arguments
 from ds_minis.tiling.core.tiled_op import tile_rows
 from ds_minis.tiling.logits.deferred import DeferredLogits
@@ -48,6 +49,7 @@ def attach_initialize(deepspeed) -> None:
 
     deepspeed.initialize = initialize_with_mini_sequence
     _attach_training_data(deepspeed.DeepSpeedEngine)
+    attach_loop_advice(deepspeed.DeepSpeedEngine, of_deepspeed)
 
 
 def _attach_training_data(engine_class) -> None:

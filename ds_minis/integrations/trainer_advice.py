@@ -6,16 +6,21 @@ keeps it.
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import json
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from ds_minis.convert import mini_sequence_report
 from ds_minis.tiling.core.out_of_memory import is_out_of_memory
 
+# Whether a Trainer's step is running, which knows more of itself than an engine's backward does.
+IN_TRAINER: contextvars.ContextVar[bool] = contextvars.ContextVar("ds_minis_in_trainer", default=False)
+PLANS = "ds_minis plans"  # how a note begins
 _OPTIMIZERS = {"paged": "paged_adamw_8bit", "8bit": "adamw_8bit", "adafactor": "adafactor", "sgd": "sgd"}
 
 
@@ -27,6 +32,7 @@ def attach_advice(trainer_class: Any) -> None:
 
     @functools.wraps(step)
     def training_step_with_advice(self, model, inputs, *args, **kwargs):
+        token = IN_TRAINER.set(True)
         try:
             return step(self, model, inputs, *args, **kwargs)
         except Exception as error:
@@ -34,6 +40,8 @@ def attach_advice(trainer_class: Any) -> None:
             if note:
                 error.add_note(note)
             raise
+        finally:
+            IN_TRAINER.reset(token)
 
     training_step_with_advice._ds_minis_advice = True
     trainer_class.training_step = training_step_with_advice
@@ -63,28 +71,47 @@ def advice(trainer: Any, inputs: Any) -> str:
 
 def setup_of(trainer: Any, batch: int, settings: Mapping[str, Any]) -> Any:
     """The planner's `Setup` of a Trainer's run."""
-    from ds_minis.planner.files import ENGINES, read_deepspeed
-    from ds_minis.planner.setup import Setup
+    args = trainer.args
+    fields = fields_of_state(trainer.accelerator.state)
+    fields |= {"settings": dict(settings), "accumulation": args.gradient_accumulation_steps, "batch": batch}
+    half = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
+    return setup_from(trainer.model, fields, half, str(getattr(args.optim, "value", args.optim)))
 
-    args, model, state = trainer.args, trainer.model, trainer.accelerator.state
+
+def fields_of_state(state: Any) -> dict[str, Any]:
+    """Engine, processes and ZeRO's settings, of accelerate's state."""
+    from ds_minis.planner.files import ENGINES, read_deepspeed
+
     kind = state.distributed_type.name
     fields: dict[str, Any] = {"engine": ENGINES[kind], "gpus": state.num_processes}
     if kind == "DEEPSPEED":
         fields |= read_deepspeed(state.deepspeed_plugin.deepspeed_config, "the engine's configuration")
+    return fields
+
+
+def setup_from(model: nn.Module, fields: dict[str, Any], half: str | None, optimizer: str) -> Any:
+    """The planner's `Setup` of a model in training.
+
+    Args:
+        fields: of the setup, that the model does not tell.
+        half: the dtype of computation under mixed precision; None without.
+        optimizer: its name.
+    """
+    from ds_minis.planner.setup import Setup
+
     weights = [(getattr(p, "ds_numel", p.numel()), p.requires_grad, p.dtype) for p in model.parameters()]
     trained = sum(number for number, requires_grad, _ in weights if requires_grad)
     adapters = getattr(model, "peft_config", None) or {}
     if trained < sum(number for number, _, _ in weights):
         fields["train"] = "qlora" if getattr(model, "is_loaded_in_4bit", False) else "lora"
         fields["lora_rank"] = max((getattr(adapter, "r", 0) for adapter in adapters.values()), default=0) or 16
-    dtype = max(weights)[2]
-    half = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
-    optimizer = str(getattr(args.optim, "value", args.optim)).lower()
+    dtype = max(weights, key=lambda weight: weight[0])[2]
+    optimizer = optimizer.lower()
+    fields["optimizer"] = next((name for word, name in _OPTIMIZERS.items() if word in optimizer), "adamw")
     return Setup(
-        **fields | {"settings": dict(settings), "accumulation": args.gradient_accumulation_steps, "batch": batch},
+        **fields,
         dtype=half or str(dtype).removeprefix("torch."),
         master_weights=bool(half) and dtype == torch.float32 and fields["engine"] in ("single", "ddp"),
-        optimizer=next((name for word, name in _OPTIMIZERS.items() if word in optimizer), "adamw"),
     )
 
 
@@ -109,7 +136,7 @@ def what_fits(config: Any, setup: Any, tokens: int, capacity: float) -> str:
         return planner.longest(one, capacity, unit=unit)
 
     needs, own = planner.estimate(setup, tokens), longest(setup)
-    said = f"ds_minis plans {needs.device / 2**30:.1f} GiB on each device for this step of {tokens:,} tokens"
+    said = f"{PLANS} {needs.device / 2**30:.1f} GiB on each device for this step of {tokens:,} tokens"
     said += f" ({setup.batch} sequences at once)" if setup.batch > 1 else ""
     said += f", which has {capacity / 2**30:.1f}"
     if needs.verdict(capacity) == FITS:
