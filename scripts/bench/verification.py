@@ -65,7 +65,6 @@ class Layer:
     def analyze(self, around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext) -> str:
         """Calls the layer as if for the first time, its analysis inside of a context; returns why it is run as a whole."""
         self.module.mini_sequence_analyses.clear()
-        self.module.mini_sequence_chunking.dead_values.clear()
         analyze = tiled_layer.analyze_layer
 
         def analyze_inside(*args, **kwargs):

@@ -438,8 +438,8 @@ def class_with(activation):
     return Layer
 
 
-def test_what_is_not_read_is_asked_again_of_each_layer(monkeypatch):
-    """The second layer is made as the first, the third only seems to be: it reads its MLP's result for a gradient."""
+def test_what_is_not_read_is_asked_of_each_layer(monkeypatch):
+    """The third layer only seems to be made as the others: it reads its MLP's result for a gradient."""
     asked, run = [], LayerProbe.by_chunks
     monkeypatch.setattr(LayerProbe, "by_chunks", lambda self, *args: asked.append(self.layer) or run(self, *args))
     model, reference = twins("llama", num_hidden_layers=3)
@@ -449,11 +449,10 @@ def test_what_is_not_read_is_asked_again_of_each_layer(monkeypatch):
     convert_to_mini_sequence(model, CHUNKS)
     assert_same_training(model, reference, batch(23))
     layers = list(model.model.layers)
-    (first, second, third), analyses = map(asked.count, layers), [analyses_of(layer)[0] for layer in layers]
+    analyses = [analyses_of(layer)[0] for layer in layers]
     read = [m.mlp.down_proj not in f.dead_values.values_post_attention for m, f in zip(layers, analyses, strict=True)]
     assert read == [False, False, True]
-    assert first > 10 and second == 3, "as it is, without outputs and without values"
-    assert third == first + 1, "one question more: the one that told"
+    assert list(map(asked.count, layers)) == [2, 2, 2], "as it is, and without all that nothing reads"
 
 
 def analyses_of(layer) -> list:

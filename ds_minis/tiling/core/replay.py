@@ -56,24 +56,18 @@ class Replay:
 
     def __init__(self, device: torch.device):
         self.autocast = AutocastState(device)
-        self._device = device
-        self._cpu_rng = torch.get_rng_state()
-        self._device_rng = None
-        if device.type not in _ON_HOST:
-            self._device_rng = torch.get_device_module(device).get_rng_state(device)
+        self._device, self._states = device, random_states(device)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Enters the random state and autocast state of forward, and restores the caller's random state at the end."""
-        with contextlib.ExitStack() as stack:
-            if self._device_rng is None:
-                stack.enter_context(torch.random.fork_rng(devices=[]))
-            else:
-                stack.enter_context(torch.random.fork_rng([self._device], device_type=self._device.type))
-                torch.get_device_module(self._device).set_rng_state(self._device_rng, self._device)
-            torch.set_rng_state(self._cpu_rng)
-            stack.enter_context(self.autocast.entered())
-            yield
+        before = random_states(self._device)
+        try:
+            set_random_states(self._device, self._states)
+            with self.autocast.entered():
+                yield
+        finally:
+            set_random_states(self._device, before)
 
 
 def has_values(tensor: Tensor) -> bool:
@@ -102,6 +96,14 @@ def set_random_states(device: torch.device, states: Sequence[Tensor]) -> None:
     torch.set_rng_state(states[0])
     for state in states[1:]:
         torch.get_device_module(device).set_rng_state(state, device)
+
+
+def seed_generators(device: torch.device | None, seed: int) -> None:
+    """Seeds the CPU's generator, and the device's. `torch.manual_seed` would format a stack trace for each unused backend."""
+    torch.default_generator.manual_seed(seed)
+    if device is not None and device.type not in _ON_HOST:
+        with torch.get_device_module(device).device(device):
+            torch.get_device_module(device).manual_seed(seed)
 
 
 def refuse_gradients_of_gradients(way_out: str = "exclude the modules") -> None:

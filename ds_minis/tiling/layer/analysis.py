@@ -46,7 +46,7 @@ from ds_minis.tiling.passes.node import LayerNode
 from ds_minis.tiling.verify.fingerprints import fingerprints
 from ds_minis.tiling.verify.follow import Reach
 from ds_minis.tiling.verify.op_trace import SHARED_DRAW, Watch, shares_draws
-from ds_minis.tiling.verify.side_effects import guarded, is_held, quietly
+from ds_minis.tiling.verify.side_effects import WithoutDropout, guarded, is_held, quietly
 from ds_minis.tiling.verify.snapshot import State
 from ds_minis.tiling.verify.token_wise import (
     HELD,
@@ -84,7 +84,7 @@ def analyze_layer(
         ).analysis_by_shapes()
     reach = Reach()
     reason, settings = followed(layer, forward, call, chunk_tokens, reach)
-    with quietly(layer, x.device):
+    with quietly(layer, x.device, with_dropout=not reach.draws):  # its attention was not traced, and may have some
         analysis = _analyze(layer, forward, call, chunking, reach)
         if analysis is not None and analysis.reason == _MIXES:
             # Again, with other random numbers: a single gradient may happen to be near zero, and pure rounding error in
@@ -252,16 +252,13 @@ class LayerProbe:
                     return differing
         return ""
 
-    def _passes(self, at_once: bool = False) -> LayerPasses:
+    def _passes(self) -> LayerPasses:
         self._call.hidden = self._x
-        bounds = [(0, self._x.shape[1])] if at_once else self._bounds
-        return LayerPasses(self.layer, self._forward, self._call, bounds, self._chunking)
+        return LayerPasses(self.layer, self._forward, self._call, self._bounds, self._chunking)
 
-    def by_chunks(
-        self, dead_values: DeadValues, groups: HeadGroups | None = None, at_once: bool = False
-    ) -> list[Tensor | None]:
+    def by_chunks(self, dead_values: DeadValues, groups: HeadGroups | None = None) -> list[Tensor | None]:
         """Result and gradients (of weights: fingerprints) by chunks in reversed order, run as a tiled layer runs them."""
-        passes = self._passes(at_once)
+        passes = self._passes()
         node = LayerNode(self.layer, passes, dead_values, groups, attend=stand_in, compared=True, slots=self._slots)
         with torch.no_grad():
             y = node.forward([self._x], with_backward=True)
@@ -270,8 +267,10 @@ class LayerProbe:
             return [y, grad_x, *fingerprints(grads)]
 
     def _search(self) -> DeadValueSearch:
-        large = [p for p, wanted in zip(self._slots.tensors, self._with_grad, strict=True) if not wanted]
-        return DeadValueSearch(self.layer, self._forward, self._call, self._x, large, self._chunking, self.by_chunks)
+        large = {id(p) for p, wanted in zip(self._slots.tensors, self._with_grad, strict=True) if not wanted}
+        return DeadValueSearch(
+            self.layer, self._forward, self._call, self._x, self._slots, large, self._chunking, self.by_chunks
+        )
 
     def _attention_fallback_reason(self) -> tuple[str, bool]:
         """The reason why the real attention cannot run apart from the layer, and whether it could run on a few tokens."""
@@ -282,7 +281,7 @@ class LayerProbe:
         state, sentinels = State(request.module, request.function), []
         result, failed = None, ""
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), WithoutDropout():
                 given = [guarded(t.requires_grad_(), sentinels).clone() for t in qkv]
                 result = few.run(given)
         except Exception as error:
@@ -318,7 +317,7 @@ class LayerProbe:
 
     def _head_groups_fallback_reason(self, groups: HeadGroups, coarse: float) -> str:
         """The reason why the real attention function cannot run on some of the heads; empty if it can."""
-        with torch.no_grad():
+        with torch.no_grad(), WithoutDropout():
             request, qkv = self._passes().pre_attention(self._x)
             name = request.per_head(qkv[0].shape[1])
             if name:

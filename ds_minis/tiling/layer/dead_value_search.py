@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ds_minis.tiling.core.linear import is_plain_linear
-from ds_minis.tiling.core.replay import AutocastState
+from ds_minis.tiling.core.params import ParameterSlots
+from ds_minis.tiling.layer.value_trace import ValueTrace
 from ds_minis.tiling.modules.state import Chunking
 from ds_minis.tiling.passes.attention import AttentionRequest, attention_answered_by
 from ds_minis.tiling.passes.layer_args import LayerArgs
-from ds_minis.tiling.passes.layer_passes import NO_DEAD_VALUES, DeadValues
+from ds_minis.tiling.passes.layer_passes import NO_DEAD_VALUES, DeadValues, LayerPasses
 from ds_minis.tiling.verify.token_wise import is_close
 
 _MOST_LINEARS = 32  # linear layers checked after the attention; a mixture of experts may have hundreds
@@ -28,7 +28,8 @@ class DeadValueSearch:
         forward: the layer's own forward.
         call: the call for a few tokens.
         x: its hidden states.
-        without_grad: weights whose gradients are not computed because they are too large.
+        slots: the layer's trainable tensors.
+        large: ids of those whose gradients are not computed because they are too large.
         by_chunks: computes result and gradients of the layer without the given dead values.
     """
 
@@ -38,91 +39,78 @@ class DeadValueSearch:
         forward: Callable[..., Any],
         call: LayerArgs,
         x: Tensor,
-        without_grad: Sequence[Tensor],
+        slots: ParameterSlots,
+        large: Collection[int],
         chunking: Chunking,
         by_chunks: Callable[..., list[Tensor | None]],
     ):
         self._layer, self._forward, self._call, self._x = layer, forward, call, x
-        self._without_grad, self._chunking, self._by_chunks = without_grad, chunking, by_chunks
+        self._slots, self._large, self._chunking, self._by_chunks = slots, large, chunking, by_chunks
 
     def found(self, expected: Sequence[Tensor | None]) -> DeadValues:
-        """Tries the dead values of a layer with the same signature, else searches by bisection and checks all together."""
+        """Follows the values of all candidates, and checks those that nothing reads together.
 
-        def matters(dead_values: DeadValues, at_once: list[Tensor | None] | None = None) -> bool:
-            wanted = expected if at_once is None else at_once
-            try:
-                with self._large_weights_watched() as reached:
-                    actual = (
-                        self._by_chunks(dead_values) if at_once is None else self._by_chunks(dead_values, None, True)
-                    )
-            except RuntimeError:  # such as an in-place write to an expanded fill value
-                return True
-            if reached and not dead_values.outputs:
-                return True
-            pairs = zip(actual, wanted, strict=True)
-            return not all(a is e or (a is not None and e is not None and is_close(a, e, 1e-6)) for a, e in pairs)
-
-        nan, known, parts = float("nan"), self._chunking.dead_values, dict(self._layer.named_modules())
-        make = self._layer_signature(parts)
-        if make in known:
-            found = known[make].map_modules(parts.__getitem__)
-            values = dataclasses.replace(found, outputs=(), value=nan)
-            if not matters(values) and not matters(dataclasses.replace(found, value=nan)):
-                return found
-        before, after = self.calls()
-        # Candidates are checked with all tokens in one chunk, which is faster; the result is checked with several chunks.
-        whole = self._by_chunks(NO_DEAD_VALUES, None, True)
-        outputs = tuple(
-            _dead_outputs(self._layer, before, lambda o: not matters(DeadValues(outputs=(o,), value=nan), whole))
-        )
-        linears_before = [m for m in before if is_plain_linear(m)]
-        linears_after = [m for m in after if is_plain_linear(m) and m not in before]
-        values_pre_attention = _which(
-            linears_before, lambda some: not matters(DeadValues(values_pre_attention=some, value=nan), whole)
-        )
-        values_post_attention = _which(
-            linears_after[-_MOST_LINEARS:],
-            lambda some: not matters(DeadValues(values_post_attention=some, value=nan), whole),
-        )
-        everything = DeadValues(outputs, values_pre_attention, values_post_attention, value=nan)
-        if matters(everything):
-            return NO_DEAD_VALUES
-        found = DeadValues(outputs, values_pre_attention, values_post_attention)
-        known[make] = found.map_modules({part: name for name, part in parts.items()}.__getitem__)
+        Args:
+            expected: result and gradients without dead values.
+        """
+        found = self._followed()
+        if self._matter(found, expected):
+            found = self._each(found, expected)
+            if self._matter(found, expected):
+                return NO_DEAD_VALUES
         return found
 
-    def _layer_signature(self, layer_parts: dict[str, nn.Module]) -> tuple:
-        """Cache key: names and classes of the parts, weights' shapes, dtypes, active dropout.
-
-        Classes by name: a tiled class is created at run time and could not be pickled with the model.
-        """
-        autocast = AutocastState(self._x.device).dtype()
-        parts = (
-            (name, type(part).__module__, type(part).__qualname__, _draws(part), *_shapes(part))
-            for name, part in layer_parts.items()
-        )
-        return self._x.dtype, autocast, *parts
-
-    @contextlib.contextmanager
-    def _large_weights_watched(self) -> Iterator[list[nn.Module]]:
-        """Yields a list of the submodules with large weights that get NaN as input.
-
-        Their weight gradients read that input, but are not computed here, so no result would show the NaN.
-        """
-        large = {id(p) for p in self._without_grad}
-        parts = [m for m in self._layer.modules() if large and any(id(p) in large for p in m._parameters.values())]
-        reached: list[nn.Module] = []
-
-        def watch(module, args):
-            if any(isinstance(t, Tensor) and t.is_floating_point() and t.isnan().any() for t in args):
-                reached.append(module)
-
-        handles = [part.register_forward_pre_hook(watch) for part in parts]
+    def _matter(self, dead_values: DeadValues, expected: Sequence[Tensor | None]) -> bool:
+        """Whether NaN in place of these values changes the result or a gradient."""
         try:
-            yield reached
-        finally:
-            for handle in handles:
-                handle.remove()
+            actual = self._by_chunks(dataclasses.replace(dead_values, value=float("nan")))
+        except RuntimeError:  # such as an in-place write to an expanded fill value
+            return True
+        pairs = zip(actual, expected, strict=True)
+        return not all(a is e or (a is not None and e is not None and is_close(a, e, 1e-6)) for a, e in pairs)
+
+    def _each(self, found: DeadValues, expected: Sequence[Tensor | None]) -> DeadValues:
+        """Those that do not matter one by one: an operation may need memory that a single value in its place has not."""
+
+        def dead(kind: str) -> tuple:
+            values = getattr(found, kind)
+            return tuple(v for v in values if not self._matter(DeadValues(**{kind: (v,)}), expected))
+
+        return DeadValues(dead("outputs"), dead("values_pre_attention"), dead("values_post_attention"))
+
+    def _followed(self) -> DeadValues:
+        """The values that no operation reads on the way to a result or a gradient."""
+        before, after = self.calls()
+        linears_before = [m for m in before if is_plain_linear(m)]
+        linears_after = [m for m in after if is_plain_linear(m) and m not in before][-_MOST_LINEARS:]
+        readers = self._with_large_weights()
+        leaves = [t.detach().requires_grad_(id(t) not in self._large) for t in self._slots.tensors]
+        x = self._x.detach().requires_grad_()
+        self._call.hidden = self._x
+        passes = LayerPasses(self._layer, self._forward, self._call, [(0, x.shape[1])], self._chunking)
+        with passes.running(), passes.again(), self._slots.reparametrized(leaves), torch.enable_grad():
+            pre_attention = ValueTrace(linears_before, readers)
+            with pre_attention.watching():
+                request, _ = passes.reach(x, 0)
+                read_before = pre_attention.read_by(_gradients(request.tensors, [x, *leaves]))
+            out = stand_in(request, [t.detach() for t in request.tensors]).requires_grad_()
+            del request
+            post_attention = ValueTrace([*before, *linears_after], readers)
+            with post_attention.watching():
+                y = passes.post_attention(x, out, 0)
+                grads = _gradients([y], [x, out, *leaves])
+                read_after = post_attention.read_by(grads)
+                used_after = post_attention.read_by_or_pass_gradient([y, *grads])
+        outputs = _outermost(self._layer, before, lambda module: module not in used_after)
+        return DeadValues(
+            tuple(outputs),
+            tuple(m for m in linears_before if m not in read_before),
+            tuple(m for m in linears_after if m not in read_after),
+        )
+
+    def _with_large_weights(self) -> list[nn.Module]:
+        """Submodules whose weight gradients read their input, but are not computed here: no result depends on it."""
+        return [m for m in self._layer.modules() if any(id(p) in self._large for p in m._parameters.values())]
 
     def calls(self) -> tuple[dict[nn.Module, tuple[int, torch.dtype]], dict[nn.Module, tuple[int, torch.dtype]]]:
         """Submodules called exactly once, before and after the attention, with width and dtype of their outputs."""
@@ -158,37 +146,28 @@ class DeadValueSearch:
         return {m: v for m, v in once.items() if m in before}, {m: v for m, v in once.items() if m not in before}
 
 
-def _which(linears: Sequence[nn.Module], dead_values: Callable[[tuple], bool]) -> tuple:
-    """The dead ones among some layers, by bisection: if all are dead together, each one is."""
-    if not linears or dead_values(tuple(linears)):
-        return tuple(linears)
-    if len(linears) == 1:
-        return ()
-    half = len(linears) // 2
-    return _which(linears[:half], dead_values) + _which(linears[half:], dead_values)
+def _gradients(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor | None]:
+    results = [t for t in results if t.requires_grad]
+    inputs = [t for t in inputs if t.requires_grad]
+    return torch.autograd.grad(results, inputs, [torch.randn_like(t) for t in results], allow_unused=True)
 
 
 def _draws(part: nn.Module) -> bool:
     return "drop" in type(part).__name__.lower() and bool(getattr(part, "p", 1))
 
 
-def _shapes(part: nn.Module) -> tuple:
-    return tuple((name, p.shape, p.dtype) for name, p in part._parameters.items() if p is not None)
-
-
-def _dead_outputs(
-    module: nn.Module, before: dict[nn.Module, tuple[int, torch.dtype]], is_dead: Callable[[tuple], bool]
+def _outermost(
+    module: nn.Module, before: dict[nn.Module, tuple[int, torch.dtype]], is_dead: Callable[[nn.Module], bool]
 ) -> Iterator[tuple[nn.Module, int, torch.dtype]]:
     """The outermost submodules called before the attention whose output is dead after it.
 
     Submodules that draw random numbers are left out: skipping them would change the numbers drawn later.
     """
     for child in module.children():
-        output = (child, *before[child]) if child in before and not any(map(_draws, child.modules())) else None
-        if output is not None and is_dead(output):
-            yield output
+        if child in before and not any(map(_draws, child.modules())) and is_dead(child):
+            yield child, *before[child]
         else:
-            yield from _dead_outputs(child, before, is_dead)
+            yield from _outermost(child, before, is_dead)
 
 
 def stand_in(request: AttentionRequest, tensors: Sequence[Tensor]) -> Tensor:

@@ -36,7 +36,6 @@ class Chunking:
         config: the user's settings.
         hidden_size: width of the model's hidden states, in elements; the width of one token for `chunk_size`.
         layer_inputs: stores the inputs of its tiled layers (`ds_minis.tiling.memory`); None leaves that to autograd.
-        dead_values: dead values by layer signature (`ds_minis.tiling.layer.dead_value_search`).
         unkept: kind of call whose attention cannot be kept -> (class name of the layer, reason); see
             `ds_minis.tiling.passes.kept_attention`.
         kept_plans: which tensors an attention saves are copies (`ds_minis.tiling.passes.kept_attention`).
@@ -55,7 +54,6 @@ class Chunking:
     _suspensions: int = field(default=0, repr=False, compare=False)
     _thread: int | None = field(default=None, repr=False, compare=False)
     layer_inputs: Any = field(default=None, repr=False, compare=False)
-    dead_values: dict[tuple, Any] = field(default_factory=dict, repr=False, compare=False)
     unkept: dict[tuple, tuple[str, str]] = field(default_factory=dict, repr=False, compare=False)
     kept_plans: dict[tuple, list] = field(default_factory=dict, repr=False, compare=False)
     heads: AnalysisCache = field(default_factory=AnalysisCache, repr=False, compare=False)

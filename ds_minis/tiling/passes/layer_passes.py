@@ -51,13 +51,6 @@ class DeadValues:
     def output_forwards(self) -> dict[nn.Module, Callable]:
         return {module: self._without_output(width, dtype) for module, width, dtype in self.outputs}
 
-    def map_modules(self, of: Callable[[Any], Any]) -> DeadValues:
-        """The same with `of(module)` for each module."""
-        outputs = tuple((of(module), width, dtype) for module, width, dtype in self.outputs)
-        return DeadValues(
-            outputs, tuple(map(of, self.values_pre_attention)), tuple(map(of, self.values_post_attention)), self.value
-        )
-
     def _without_output(self, width: int, dtype: torch.dtype) -> Callable[..., Tensor]:
         def forward(input, *args, **kwargs):
             return input.new_full((), self.value, dtype=dtype).expand(*input.shape[:-1], width)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ds_minis.tiling.core.replay import random_states, set_random_states
+from ds_minis.tiling.core.replay import random_states, seed_generators, set_random_states
 
 
 class Seeds:
@@ -42,11 +42,7 @@ class Seeds:
     @contextlib.contextmanager
     def part(self, index: int) -> Iterator[None]:
         """Seeds the generators for one part."""
-        torch.default_generator.manual_seed(self._first + index)
-        if self._device is not None:
-            module = torch.get_device_module(self._device)
-            with module.device(self._device):
-                module.manual_seed(self._first + index)
+        seed_generators(self._device, self._first + index)
         before = None if self._drawn else random_states(self._device)
         try:
             yield

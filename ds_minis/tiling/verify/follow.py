@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_minis.tiling.core.out_of_memory import is_out_of_memory
+from ds_minis.tiling.core.replay import seed_generators
 from ds_minis.tiling.core.row_args import RowArgs
 from ds_minis.tiling.verify.op_trace import SHARED_DRAW, Step, Watch, difference, versions_matter
 
@@ -30,6 +31,7 @@ class Reach:
         shortest_part, longest_part: tokens or rows of the smallest and the largest chunk.
         complete: whether the module was traced to its end.
         versions: whether values of frozen tensors may decide what it does.
+        draws: whether it may draw random numbers.
     """
 
     longest: float = float("inf")
@@ -37,6 +39,7 @@ class Reach:
     longest_part: float = float("inf")
     complete: bool = False
     versions: bool = True
+    draws: bool = True
 
     def holds(self, length: int, part: int) -> bool:
         return length <= self.longest and self.shortest_part <= part <= self.longest_part
@@ -56,6 +59,7 @@ class Reach:
             max(self.longest_part, earlier.longest_part),
             self.complete,
             self.versions or earlier.versions,
+            self.draws or earlier.draws,
         )
 
 
@@ -92,7 +96,7 @@ class _Followed:
 
 
 def record_run(run: Callable[[Any], None], argument: Any) -> _Followed:
-    torch.manual_seed(0)
+    seed_generators(None, 0)
     watch, ended = Watch(), True
     try:
         with torch.no_grad(), watch:
@@ -118,6 +122,7 @@ def compare_runs(
         reason = reason or difference(*cut, length, size, ended=both_ended)
     reach.complete = ended
     reach.versions = not ended or any(versions_matter(whole.steps, part.steps) for part, _ in runs)
+    reach.draws = not ended or any(step.draws for run in (whole, *(part for part, _ in runs)) for step in run.steps)
     return reason
 
 

@@ -72,7 +72,7 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.steps: list[Step] = []
         self.makes_indices = False
-        self._own = {_memory(t) for t in own}
+        self._own = {memory_of(t) for t in own}
         self._held: list[Any] = []  # so that no address is reused
         self._written: dict[int, tuple[Tensor, Tensor]] = {}
         self._python = random.getstate()
@@ -82,18 +82,18 @@ class Watch(TorchDispatchMode):
         if func._schema.is_mutable:
             self._note_writes(func, args, kwargs)
         result = func(*args, **kwargs)
-        flat = list(_flat((args, kwargs)))
-        tensors = [t for t in _flat(result) if isinstance(t, Tensor)]
-        self.steps.append(Step(func, [_described(a) for a in flat], [_described(t) for t in tensors]))
+        given = list(flat((args, kwargs)))
+        tensors = [t for t in flat(result) if isinstance(t, Tensor)]
+        self.steps.append(Step(func, [_described(a) for a in given], [_described(t) for t in tensors]))
         self.makes_indices = self.makes_indices or (
-            any(isinstance(a, Tensor) and a.is_floating_point() for a in flat)
+            any(isinstance(a, Tensor) and a.is_floating_point() for a in given)
             and func.overloadpacket in (_aten._to_copy, _aten.copy_)
             and any(t.dtype in _INDICES for t in tensors)
         )
-        given = {_memory(a) for a in flat if isinstance(a, Tensor)}
+        memories = {memory_of(a) for a in given if isinstance(a, Tensor)}
         for t in tensors:  # a view of an outside tensor is an outside tensor, too
-            if _memory(t) not in given:
-                self._own.add(_memory(t))
+            if memory_of(t) not in memories:
+                self._own.add(memory_of(t))
                 self._held.append(t.untyped_storage())
         return result
 
@@ -111,8 +111,8 @@ class Watch(TorchDispatchMode):
     def _note_write(self, argument, value) -> None:
         if argument.alias_info is None or not argument.alias_info.is_write:
             return
-        for t in _flat(value):
-            if isinstance(t, Tensor) and not t.is_meta and _memory(t) not in self._own and id(t) not in self._written:
+        for t in flat(value):
+            if isinstance(t, Tensor) and not t.is_meta and memory_of(t) not in self._own and id(t) not in self._written:
                 self._written[id(t)] = t, t.detach().clone()
 
     def undo_writes(self) -> str:
@@ -134,24 +134,25 @@ class Watch(TorchDispatchMode):
 _INDICES = frozenset((torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8))
 
 
-def _memory(t: Tensor) -> int:
+def memory_of(t: Tensor) -> int:
+    """Equal for tensors in one storage."""
     try:
         return t.untyped_storage()._cdata
     except (RuntimeError, NotImplementedError):  # a tensor without a storage
         return id(t)
 
 
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, tuple | list) and not isinstance(value, torch.Size):
-        for v in value:
-            yield from _flat(v)
-    elif isinstance(value, torch.Size):
-        yield from value
-    elif isinstance(value, dict):
-        for v in value.values():
-            yield from _flat(v)
-    else:
-        yield value
+def flat(value: Any) -> Iterator[Any]:
+    """The values in nested tuples, lists and dictionaries, in order."""
+    stack = [value]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, tuple | list):
+            stack.extend(reversed(value))
+        elif isinstance(value, dict):
+            stack.extend(reversed(value.values()))
+        else:
+            yield value
 
 
 def _described(value: Any) -> Any:
@@ -274,4 +275,14 @@ def _numel(shape: Any) -> int:
     return torch.Size(shape.sizes).numel() if isinstance(shape, _Shape) else 0
 
 
-__all__ = ["SHARED_DRAW", "Step", "Watch", "difference", "shares_draws", "version_of", "versions_matter"]
+__all__ = [
+    "SHARED_DRAW",
+    "Step",
+    "Watch",
+    "difference",
+    "flat",
+    "memory_of",
+    "shares_draws",
+    "version_of",
+    "versions_matter",
+]

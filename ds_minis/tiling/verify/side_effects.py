@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ds_minis.tiling.core.replay import unseen_graph
+from ds_minis.tiling.core.replay import seed_generators, unseen_graph
 
 
 class _Guarded(torch.autograd.Function):
@@ -41,13 +41,14 @@ def guarded(x: Tensor, sentinels: list[weakref.ref]) -> Tensor:
 
 
 def is_held(sentinels: Sequence[weakref.ref]) -> bool:
-    if all(ref() is None for ref in sentinels):
-        return False
-    gc.collect()  # the module may have made a reference cycle
+    for generation in range(3):  # the module may have made a reference cycle, most likely just now
+        if all(ref() is None for ref in sentinels):
+            return False
+        gc.collect(generation)
     return any(ref() is not None for ref in sentinels)
 
 
-class _WithoutDropout(TorchFunctionMode):
+class WithoutDropout(TorchFunctionMode):
     """Disables dropout, whose random zeros would differ between the compared runs."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -71,10 +72,10 @@ def quietly(module: nn.Module, device: torch.device, *, with_dropout: bool = Fal
         _disable_current_modes(),
         torch.inference_mode(False),
         unseen_graph(),
-        contextlib.nullcontext() if with_dropout else _WithoutDropout(),
+        contextlib.nullcontext() if with_dropout else WithoutDropout(),
         torch.random.fork_rng(devices, device_type=device.type),
     ):
-        torch.manual_seed(0)
+        seed_generators(device, 0)
         try:
             for m, name, value in kept:
                 m.__dict__[name] = type(value)()

@@ -74,7 +74,7 @@ def token_wise_fallback_reason(
             reason = follow_module(module, forward, call, chunk_rows or -(-call.num_rows // _CHUNKS), reach)
         finally:
             state.restore()
-    with quietly(module, call.input.device):
+    with quietly(module, call.input.device, with_dropout=not reach.draws):
         answer = _compare_runs(module, forward, call, with_grads, reach)
         if answer in (_Answer.NOT_IN_BACKWARD.value, _Answer.NO.value):
             # Again, with other random numbers: a single gradient may happen to be near zero, and pure rounding error in
