@@ -21,6 +21,7 @@ from models import (
     twins,
     with_class,
 )
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report, revert_mini_sequence
@@ -457,6 +458,28 @@ def test_what_is_not_read_is_asked_of_each_layer(monkeypatch):
 
 def analyses_of(layer) -> list:
     return list(layer.mini_sequence_analyses.values())
+
+
+def test_projections_that_need_memory_of_their_own_though_nobody_reads_them(monkeypatch):
+    """Rotations of complex numbers take pairs of a projection's elements, which one value in their place does not have."""
+
+    def rotated(queries, keys, cos, sin, **_):
+        rotation = torch.complex(cos, sin)[:, None, :, : cos.shape[-1] // 2]
+
+        def rotate(t):
+            pairs = torch.view_as_complex(t.unflatten(-1, (-1, 2)))
+            return torch.view_as_real(pairs * rotation).flatten(-2)
+
+        return rotate(queries), rotate(keys)
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotated)
+    model, reference = twins("llama")
+    convert_to_mini_sequence(model, CHUNKS)
+    assert_same_training(model, reference, batch(23))
+    for layer in model.model.layers:
+        attention, dead = layer.self_attn, analyses_of(layer)[0].dead_values
+        assert {m for m, *_ in dead.outputs} == {attention.v_proj, layer.input_layernorm}
+        assert dead.values_post_attention == (layer.mlp.down_proj,)
 
 
 def test_a_projection_that_draws_random_numbers_in_one_layer_alone():

@@ -100,8 +100,8 @@ class DeadValueSearch:
                 y = passes.post_attention(x, out, 0)
                 grads = _gradients([y], [x, out, *leaves])
                 read_after = post_attention.read_by(grads)
-                used_after = post_attention.read_by_or_pass_gradient([y, *grads])
-        outputs = _outermost(self._layer, before, lambda module: module not in used_after)
+                used = post_attention.read_by([y, *grads])
+        outputs = _outermost(self._layer, before, lambda module: module not in used)
         return DeadValues(
             tuple(outputs),
             tuple(m for m in linears_before if m not in read_before),

@@ -36,15 +36,10 @@ class ValueTrace(TorchDispatchMode):
         self._sources: dict[int, set[nn.Module]] = {}  # by memory
         self._held: list[Tensor] = []  # so that no address is reused
         self._read: set[nn.Module] = set()
-        self._with_gradient: set[nn.Module] = set()
 
     def read_by(self, values: Sequence[Tensor | None]) -> set[nn.Module]:
         """The modules whose output some of these values depend on, or that decides what runs."""
         return self._read | self._sources_of(values)
-
-    def read_by_or_pass_gradient(self, values: Sequence[Tensor | None]) -> set[nn.Module]:
-        """The same, and the modules whose output got a gradient."""
-        return self.read_by(values) | self._with_gradient
 
     def _sources_of(self, values: Any) -> set[nn.Module]:
         found: set[nn.Module] = set()
@@ -77,8 +72,6 @@ class ValueTrace(TorchDispatchMode):
 
         def watch(module, args, output):
             self._add(output, {module})
-            if output.requires_grad:
-                output.register_hook(lambda grad: self._with_gradient.add(module))
 
         def watch_reader(module, args):
             self._read |= self._sources_of(args)
