@@ -172,6 +172,19 @@ def test_the_papers_setting_is_named_where_it_is_what_was_set():
         assert 'A larger "num_mini_sequences"' in note(model, batch(23))
 
 
+def test_what_ran_as_without_ds_minis_since_nothing_was_cut(attention):
+    """As was seen: "outside of what is tiled: no chunk size changes that", where a smaller one does."""
+    model, _ = converted(own_attention=True, chunk_size=50)  # a layer, in its attention
+    attention.fails = "forward"
+    texts = [note(model, batch(23))]
+    model = convert_to_mini_sequence(build("llama"), {"scope": "mlp", "chunk_size": 50})
+    with Full("mm", (46, 48)):
+        texts.append(note(model, batch(23)))
+    for text in texts:
+        assert "as its 46 rows fit into one chunk of 50" in text and 'A smaller "chunk_size"' in text
+        assert "outside" not in text
+
+
 def test_outside_of_what_is_tiled(attention):
     model, _ = converted(own_attention=True, exclude=["layers.1", "layers.1.*"])
     model(**batch(23)).loss.backward()

@@ -73,6 +73,17 @@ def in_a_chunk(config: MiniSequenceConfig, setting: str, chunk_rows: int, num_ro
     )
 
 
+def where_nothing_is_cut(config: MiniSequenceConfig, num_rows: int, chunk_rows: int) -> OutOfMemoryNote:
+    """The note for what runs as it does without ds_minis, since its rows fit into one chunk."""
+    setting, change = (
+        ("chunk_size", "smaller") if config.num_mini_sequences is None else ("num_mini_sequences", "larger")
+    )
+    return OutOfMemoryNote(
+        f"in what ran as without ds_minis, as its {num_rows} rows fit into one chunk of {chunk_rows}. A {change} "
+        f'"{setting}" in the mini-sequence configuration cuts it, and needs less here'
+    )
+
+
 def in_attention(config: MiniSequenceConfig, layer: str, num_tokens: int) -> OutOfMemoryNote:
     """The note for a tiled layer's attention: its queries, keys and values exist for all tokens at once."""
     ways = []

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_minis.tiling.core.out_of_memory import where_nothing_is_cut
 from ds_minis.tiling.core.params import submodules
 from ds_minis.tiling.core.replay import AutocastState, has_values
 from ds_minis.tiling.core.row_args import RowArgs, tensors_in
@@ -38,7 +39,10 @@ class TiledModule(Tiled):
         )
         if runs_whole(call.num_rows, chunk_rows):
             chunking.note("module", call.num_rows, chunk_rows, as_it_is=True)
-            return forward(*args, **kwargs)
+            if torch.compiler.is_compiling():
+                return forward(*args, **kwargs)
+            with where_nothing_is_cut(chunking.config, call.num_rows, chunk_rows):
+                return forward(*args, **kwargs)
         return _forward_by_rows(self, forward, call, chunk_rows)
 
 
