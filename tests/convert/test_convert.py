@@ -251,9 +251,10 @@ def test_second_conversion_with_other_settings_shows_both(wrap, other):
     model = wrap(convert_to_mini_sequence(build("llama"), CHUNKS))
     with pytest.raises(ValueError, match="different mini-sequence settings") as error:
         convert_to_mini_sequence(model, other)
-    for settings in (CHUNKS, other):
-        shown = MiniSequenceConfig.from_value(settings).to_dict()
-        assert f"convert_to_mini_sequence: {shown}" in str(error.value)
+    one, two = (MiniSequenceConfig.from_value(settings).to_dict() for settings in (CHUNKS, other))
+    for settings in (one, two):
+        shown = {key: value for key, value in settings.items() if one[key] != two[key]}
+        assert shown and f"convert_to_mini_sequence: {shown}\n" in str(error.value)
     assert "revert_mini_sequence" in str(error.value)
     assert mini_sequence_report(model).config == MiniSequenceConfig(**CHUNKS)
 
