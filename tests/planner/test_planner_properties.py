@@ -161,6 +161,23 @@ def test_three_verdicts(planner):
     assert estimate.verdict(estimate.device - 1) == TOO_LARGE
 
 
+def test_what_no_tensor_takes(planner):
+    for engine, gpus in (("single", 1), ("zero2", 4)):
+        estimate = planner.estimate(Setup(engine=engine, gpus=gpus, train="lora"), 65536)
+        fixed = {term.name: term.nbytes / GIB for term in estimate.terms if term.part == "fixed"}
+        own = {"CUDA context": 0.5, "libraries' workspaces": 0.1}
+        assert fixed == own | ({"NCCL buffers": 0.5} if gpus > 1 else {})
+        assert estimate.device - estimate.allocated == pytest.approx(sum(fixed.values()) * GIB)
+        stays = "weights", "optimizer states", "master weights"
+        moving = sum(t.nbytes for t in estimate.terms if t.part != "fixed" and t.name not in stays)
+        assert sum(term.nbytes for term in estimate.slack) == pytest.approx(0.05 * moving)
+
+
+def test_kept_attention_is_offloaded_too(planner):
+    host = planner.estimate(Setup(settings={"offload": "cpu", "keep": "attention"}), 65536).host
+    assert host == 12 * (2 * 65536 * 512 * 2 + 65536 * 8 * 4)  # inputs, outputs, and the log-sums of 8 heads
+
+
 def test_all_terms_say_what_they_are(planner):
     for engine in ENGINES:
         estimate = planner.estimate(Setup(engine=engine, gpus=4, settings={"sequence_parallel": 2}), 65536)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ds_minis.config_values import SequenceParallel
-from ds_minis.parallel.attention import AttentionRequest, _Call
+from ds_minis.parallel.attention import AttentionRequest, _Call, fewer_bytes_by_heads
 from ds_minis.planner.sequence import mode_of, received_bytes, terms_of_sequence_parallel
 from ds_minis.planner.setup import Setup
 
@@ -70,3 +70,10 @@ def test_what_each_mode_moves_and_holds():
         assert term.nbytes == pytest.approx(held) and f"({mode})" in term.name
         by_head = setup(4, one_way.sequence_parallel_mode, head_groups="auto")
         assert terms_of_sequence_parallel(by_head, model, 10)[0].nbytes == pytest.approx(held / 4)
+
+
+def test_kv_heads_are_repeated_for_more_ranks_than_there_are():
+    model, one, eight = text(8, 2), 10 * 128, setup(8, "ulysses")
+    assert received_bytes(eight, model, 10) == pytest.approx(6 * 7 / 8 * (8 + 8) * one * 2)
+    assert terms_of_sequence_parallel(eight, model, 10)[0].nbytes == 2 * (2 * 8 + 2 * 8) * one * 2
+    assert not fewer_bytes_by_heads(3, 1, 1, 1, 4) and fewer_bytes_by_heads(12, 4, 4, 4, 4)

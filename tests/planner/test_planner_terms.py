@@ -7,6 +7,8 @@ import pytest
 
 from ds_minis.planner.engines import held_by
 from ds_minis.planner.held import Counts, optimizer_states, weights
+from ds_minis.planner.lengths import SYMBOLS
+from ds_minis.planner.profile import Profile
 from ds_minis.planner.setup import Setup
 from ds_minis.planner.timing import Card, step_time
 
@@ -62,6 +64,7 @@ def test_fsdp2():
     assert at(one, "forward", 0) == {gathered: 800, waiting: 0, reduced: 0, shards: 0}
     assert at(one, "loss", HEAD) == {gathered: 400, waiting: 200, reduced: 0, shards: 0}
     assert at(one, "backward", HEAD + ONE_LAYER) == {gathered: 800, waiting: 200, reduced: 400, shards: 100}
+    assert at(one, "backward", ONE_LAYER)[reduced] == 0  # the LM head's gradient is the first
     assert at(one, "backward", HEAD + 3 * ONE_LAYER)[gathered] == 400
     assert moment(one, "end of backward") == {"gathered root unit": 400, shards: 500, "the root unit's gradients": 800}
     assert at(held("fsdp2", accumulation=2), "forward", 0)[shards] == 500
@@ -160,6 +163,32 @@ def test_weights_in_4_bits():
 def test_optimizers(name, nbytes, on_host):
     term = optimizer_states(Setup(optimizer=name), 1000, 4.0)
     assert (term.nbytes, term.on_host) == (nbytes, on_host)
+
+
+def profile_of(where: str, aligned: bool, depth: int = 32) -> Profile:
+    """Two moments of two and of three layers: 100 bytes + 10 for each layer, and 50 + 20 for each."""
+
+    def events(layers: int) -> list[list[float]]:
+        return [[base + each * layers, *[0.0] * len(SYMBOLS), layers] for base, each in ((100.0, 10.0), (50.0, 20.0))]
+
+    data = {"depths": (2, 3, depth), "parameters": {}, "of_layer": {}, "flops": [], "widest": [], "notes": []}
+    data |= {"positions": 0, "largest": ("", 0), "undivided": "", "series": [(where, events(2), events(3), aligned)]}
+    return Profile.from_data(data)
+
+
+@pytest.mark.parametrize(("where", "layers"), [("forward", 4), ("loss", 1), ("backward", 2)])
+def test_what_of_a_trace_is_carried_on_to_which_depth(where, layers):
+    lengths = [1.0, *[0.0] * (len(SYMBOLS) - 1)]
+
+    def peak(profile, **how):
+        return profile.peak(lengths, lambda where, sofar, since: np.zeros_like(sofar), **how)
+
+    found = peak(profile_of(where, aligned=True))
+    assert (found.activations, found.layer_inputs, found.where) == (50 + 32 * 20, 32 * 20, where)
+    assert peak(profile_of(where, aligned=False)).activations == 100 + 32 * 10  # the highest moment of each
+    few_on_device = max(100 + layers * 10, 50 + layers * 20)
+    assert peak(profile_of(where, aligned=True), offloaded=True).activations == few_on_device
+    assert peak(profile_of(where, aligned=True, depth=1), offloaded=True).activations == 110
 
 
 def test_seconds_of_a_step():
