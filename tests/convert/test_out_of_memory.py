@@ -181,7 +181,7 @@ def test_what_ran_as_without_ds_minis_since_nothing_was_cut(attention):
     with Full("mm", (46, 48)):
         texts.append(note(model, batch(23)))
     for text in texts:
-        assert "as its 46 rows fit into one chunk of 50" in text and 'A smaller "chunk_size"' in text
+        assert "in a chunk, of 46 rows, all that there are" in text and 'A smaller "chunk_size"' in text
         assert "outside" not in text
 
 

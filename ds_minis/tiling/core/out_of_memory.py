@@ -67,20 +67,9 @@ def in_a_chunk(config: MiniSequenceConfig, setting: str, chunk_rows: int, num_ro
     place, change = "a chunk" if setting == "chunk_size" else "a chunk of the loss", "smaller"
     if setting == "chunk_size" and config.num_mini_sequences is not None:
         setting, change = "num_mini_sequences", "larger"
+    rows = f"{chunk_rows} of {num_rows} rows" if chunk_rows < num_rows else f"{num_rows} rows, all that there are"
     return OutOfMemoryNote(
-        f'in {place}, of {chunk_rows} of {num_rows} rows. A {change} "{setting}" in the mini-sequence configuration needs '
-        "less here"
-    )
-
-
-def where_nothing_is_cut(config: MiniSequenceConfig, num_rows: int, chunk_rows: int) -> OutOfMemoryNote:
-    """The note for what runs as it does without ds_minis, since its rows fit into one chunk."""
-    setting, change = (
-        ("chunk_size", "smaller") if config.num_mini_sequences is None else ("num_mini_sequences", "larger")
-    )
-    return OutOfMemoryNote(
-        f"in what ran as without ds_minis, as its {num_rows} rows fit into one chunk of {chunk_rows}. A {change} "
-        f'"{setting}" in the mini-sequence configuration cuts it, and needs less here'
+        f'in {place}, of {rows}. A {change} "{setting}" in the mini-sequence configuration needs less here'
     )
 
 

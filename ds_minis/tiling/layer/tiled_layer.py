@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ds_minis.config import AUTO
 from ds_minis.ranks import has_other_ranks
-from ds_minis.tiling.core.out_of_memory import where_nothing_is_cut
+from ds_minis.tiling.core.out_of_memory import in_a_chunk
 from ds_minis.tiling.core.params import ParameterSlots
 from ds_minis.tiling.core.replay import AutocastState, has_values, random_states, set_random_states
 from ds_minis.tiling.core.tiled_op import run_call
@@ -51,9 +51,9 @@ class TiledLayer(ItsOwnCheckpointing, Tiled):
         call = LayerArgs(args, kwargs)
         chunk = 0 if call.reason else _chunk_tokens(self, call)
         if not call.reason and _runs_whole(self, call, chunk) and not _keeps_what_is_checkpointed(self, call.hidden):
-            rows = call.hidden.shape[:2].numel(), chunk * call.hidden.shape[0]
-            chunking.note("layer", *rows, as_it_is=True)
-            with where_nothing_is_cut(chunking.config, *rows):
+            num_tokens, chunk_tokens = call.hidden.shape[:2].numel(), chunk * call.hidden.shape[0]
+            chunking.note("layer", num_tokens, chunk_tokens, as_it_is=True)
+            with in_a_chunk(chunking.config, "chunk_size", chunk_tokens, num_tokens):
                 return self._as_it_is(forward, args, kwargs)
         hidden = call.hidden  # a tiled call frees it
         analysis = _analysis_for(self, forward, call, chunk)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_minis.tiling.core.out_of_memory import where_nothing_is_cut
+from ds_minis.tiling.core.out_of_memory import in_a_chunk
 from ds_minis.tiling.core.params import submodules
 from ds_minis.tiling.core.replay import AutocastState, has_values
 from ds_minis.tiling.core.row_args import RowArgs, tensors_in
@@ -41,7 +41,7 @@ class TiledModule(Tiled):
             chunking.note("module", call.num_rows, chunk_rows, as_it_is=True)
             if torch.compiler.is_compiling():
                 return forward(*args, **kwargs)
-            with where_nothing_is_cut(chunking.config, call.num_rows, chunk_rows):
+            with in_a_chunk(chunking.config, "chunk_size", chunk_rows, call.num_rows):
                 return forward(*args, **kwargs)
         return _forward_by_rows(self, forward, call, chunk_rows)
 
