@@ -17,6 +17,7 @@ import copy
 import io
 import json
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -61,7 +62,8 @@ def measure(hidden: int, tokens: int, lora: bool, chunks: tuple[int, ...], *, la
         with contextlib.redirect_stdout(io.StringIO()):
             # One process alone runs what fits into one chunk as it is: without recomputation, below plain's time.
             convert_to_mini_sequence(models[name], {"chunk_size": chunk, "loss": False})
-    plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # renamed after our oldest transformers
+        plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     input_ids = torch.randint(0, VOCAB, (1, tokens), generator=torch.Generator().manual_seed(0))
     first = {}
     for name, model in models.items():

@@ -16,6 +16,7 @@ import json
 import platform
 import statistics
 import time
+import warnings
 
 import torch
 from live_bytes import LiveBytes
@@ -43,7 +44,8 @@ def make_model(args: argparse.Namespace) -> PreTrainedModel:
         max_position_embeddings=args.tokens,
     )
     model = LlamaForCausalLM(config).train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # renamed after our oldest transformers
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for param in model.parameters():  # so that gradients are there before, and their bytes are not counted
         param.grad = torch.zeros_like(param)
     return model

@@ -56,7 +56,7 @@ def test_rows_of_peak_memory_come_one_by_one():
     small = ["--tokens", "256", "--hidden_size", "32", "--layers", "1", "--vocab_size", "128"]
     command = [sys.executable, "scripts/bench/peak_memory.py", *small, "--json", "/dev/null"]
     run = subprocess.Popen(
-        command, cwd=report.RESULTS.parent, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        command, cwd=report.RESULTS.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     lines = []
     for line in run.stdout:
@@ -70,3 +70,4 @@ def test_rows_of_peak_memory_come_one_by_one():
         "everything",
     ]
     assert json.dumps(lines).count("ds_minis (") == 0  # no report between the rows
+    assert "Warning" not in run.stderr.read()
