@@ -110,3 +110,29 @@ def test_mfu_of_a_known_device(monkeypatch):
     expected = (6 * weights + 6 * 2 * 32 * 100) * 100 / 1e9
     assert logs["mfu"] == pytest.approx(expected, abs=1e-4) and logs["tokens_per_second"] == 100
     assert metrics.since_last_log(State, Args) == {}
+
+
+def test_figures_are_of_all_ranks_and_of_the_steps_since_the_last_log(monkeypatch):
+    """2 ranks, 3 calls a step, a frozen LM head; then an interval of half the length."""
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, pad_token_id=None))
+    model.lm_head.requires_grad_(False)
+    head = 64 * 32
+    trained = sum(p.numel() for p in model.parameters()) - 2 * head
+
+    class State:
+        global_step = num_input_tokens_seen = 0
+
+    class Args:
+        gradient_accumulation_steps, world_size = 3, 2
+
+    times = iter([0.0, 2.0, 3.0])
+    monkeypatch.setattr(trainer_metrics.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(trainer_metrics, "peak_flops", lambda: 1e8)
+    monkeypatch.setattr(trainer_metrics, "tokens_of_last_call", lambda model: 100)
+    metrics = StepMetrics(model, State)
+    for step, speed in ((4, 4 * 100 * 3 * 2 / 2), (8, 4 * 100 * 3 * 2 / 1)):
+        State.global_step = step
+        logs = metrics.since_last_log(State, Args)
+        per_token = 6 * trained + 4 * head + 6 * 2 * 32 * 100
+        assert logs["tokens_per_second"] == speed
+        assert logs["mfu"] == pytest.approx(per_token * speed / (1e8 * 2), abs=1e-4)

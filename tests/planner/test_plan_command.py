@@ -11,7 +11,7 @@ from transformers import AutoConfig, LlamaConfig
 from ds_minis.cli import main
 from ds_minis.cli.command import make_parser
 from ds_minis.planner import files
-from ds_minis.planner.compare import UNIT, compare
+from ds_minis.planner.compare import UNIT, Plan, compare
 from ds_minis.planner.files import read_configuration, write_configuration
 from ds_minis.planner.models import MODELS, known_name
 from ds_minis.planner.planner import FITS
@@ -73,6 +73,11 @@ def test_what_is_kept_leaves_a_tenth_of_the_card_free(model):
         setup = plan.setup.replace(settings={"keep": level})
         at, beyond = (plan.planner.estimate(setup, n).verdict(0.9 * plan.capacity) for n in (tokens, tokens + UNIT))
         assert at == FITS != beyond, level
+
+
+def test_a_machine_has_at_most_8_gpus():
+    plan = Plan("m", Setup(), None, 80, 80 * 2**30, None, host_memory=64)
+    assert [plan.host_capacity(gpus) for gpus in (1, 4, 8, 64)] == [64, 16, 8, 8]
 
 
 def test_three_statuses_for_a_length(model, capsys):

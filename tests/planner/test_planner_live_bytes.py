@@ -107,3 +107,14 @@ def test_experts(family):
         config = Qwen3MoeConfig(**sizes, head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64)
     setup = Setup(dtype="float32", settings={"chunk_size": 300})
     assert planned(config, setup, 900) == pytest.approx(real(config, setup, 900, register()), rel=0.03)
+
+
+def test_counted_products_are_those_of_the_layers_and_of_attention():
+    """In forward and backward: 3 products for each linear layer, 2 + 5 causal ones for each head's attention."""
+    config = LlamaConfig(**SIZES)
+    planner = Planner(config)
+    linear, attention = planner.profile(planner.way(Setup(settings=None, checkpointing=False))).flops
+    width, heads, kv_heads = 128 // 8, 8, 2
+    layer = 128 * width * (2 * heads + 2 * kv_heads) + 3 * 128 * 352
+    assert linear == pytest.approx(3 * 2 * (5 * layer + 128 * 2000), rel=1e-3)
+    assert attention == pytest.approx(5 * 7 * heads * width)
