@@ -129,3 +129,10 @@ def test_the_setup_of_zero_with_adapters(tmp_path):
     setup = trainer_advice.setup_of(trainer, 1, {})
     own = {"train": "lora", "lora_rank": 4, "offload_optimizer": True, "reuse_distance": 0, "live_parameters": 10**8}
     assert setup == Setup(engine="zero3", gpus=4, **own)
+
+
+def test_weights_that_are_16_bits_have_no_masters():
+    halves = LlamaForCausalLM(CONFIG).bfloat16()
+    for model, masters in ((halves, False), (LlamaForCausalLM(CONFIG), True)):
+        setup = trainer_advice.setup_from(model, {"engine": "ddp", "gpus": 2}, "bfloat16", "adamw_torch")
+        assert (setup.dtype, setup.master_weights) == ("bfloat16", masters)
