@@ -1,6 +1,6 @@
-"""What the planner would change where backward runs out of memory in a loop of the user's own, as for a Trainer's step.
+"""What the planner would change where a loop of the user's own runs out of memory, as for a Trainer's step.
 
-Of such a loop its engine is known: accelerate's `Accelerator`, or DeepSpeed's.
+Of such a loop its engine is known: accelerate's `Accelerator` in backward, DeepSpeed's in forward too.
 """
 
 from __future__ import annotations
@@ -21,26 +21,31 @@ from ds_minis.tiling.core.out_of_memory import is_out_of_memory
 def attach_loop_advice(
     engine_class: Any, describe: Callable[[Any], tuple[nn.Module, dict[str, Any], str | None, str]]
 ) -> None:
-    """Has `engine_class.backward` add a note to out-of-memory errors; a second call changes nothing.
+    """Has an engine's `backward`, and its `forward` if it runs the model, add a note to out-of-memory errors.
+
+    A second call changes nothing.
 
     Args:
         describe: engine -> what `trainer_advice.setup_from` is given, for its converted model.
     """
-    backward = engine_class.backward
-    if getattr(backward, "_ds_minis_advice", False):
-        return
+    for name in ("forward", "backward"):
+        method = getattr(engine_class, name, None)
+        if method is not None and not getattr(method, "_ds_minis_advice", False):
+            setattr(engine_class, name, _with_advice(method, describe))
 
-    @functools.wraps(backward)
-    def backward_with_advice(self, *args, **kwargs):
+
+def _with_advice(method: Callable, describe: Callable[[Any], tuple]) -> Callable:
+    @functools.wraps(method)
+    def with_advice(self, *args, **kwargs):
         try:
-            return backward(self, *args, **kwargs)
+            return method(self, *args, **kwargs)
         except Exception as error:
             if is_out_of_memory(error) and not trainer_advice.IN_TRAINER.get():
                 _add(error, self, describe)
             raise
 
-    backward_with_advice._ds_minis_advice = True
-    engine_class.backward = backward_with_advice
+    with_advice._ds_minis_advice = True
+    return with_advice
 
 
 def _add(error: Exception, engine: Any, describe: Callable[[Any], tuple]) -> None:

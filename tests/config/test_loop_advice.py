@@ -68,6 +68,9 @@ def test_a_loop_of_deepspeeds(monkeypatch):
         def bfloat16_enabled(self):
             return True
 
+        def forward(self):
+            raise torch.OutOfMemoryError("tried to allocate 3 GiB")
+
         def backward(self, loss):
             loss.backward()
 
@@ -79,6 +82,7 @@ def test_a_loop_of_deepspeeds(monkeypatch):
     assert notes(lambda: Engine().backward(loss)) == [trainer_advice.PLANS]
     setup = Setup(engine="zero2", gpus=4, settings=SETTINGS, accumulation=3)
     assert planned == [(model.config, setup, 48, 2**20)]
+    assert notes(Engine().forward) == [trainer_advice.PLANS] and planned[1:] == planned[:1]
 
 
 def test_a_trainers_step_says_it_itself():
