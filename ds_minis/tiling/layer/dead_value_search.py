@@ -48,7 +48,7 @@ class DeadValueSearch:
         self._slots, self._large, self._chunking, self._by_chunks = slots, large, chunking, by_chunks
 
     def found(self, expected: Sequence[Tensor | None]) -> DeadValues:
-        """Follows the values of all candidates, and checks those that nothing reads together.
+        """Follows the values of all candidates, and checks together those that nothing reads.
 
         Args:
             expected: result and gradients without dead values.
