@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ds_minis.planner.adapters import BYTES_OF_4_BIT
+from ds_minis.planner.profile import BytesAt
 from ds_minis.planner.setup import OPTIMIZERS, Setup
-
-# Bytes of (where in the step, gradients so far, gradients since the last layer's attention); the last two are arrays.
-BytesAt = Callable[[str, np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from ds_minis.environment import cache_home
-from ds_minis.planner.held import BytesAt
 from ds_minis.planner.lengths import SYMBOLS
 
 GRADIENTS, OF_LAYER = len(SYMBOLS), len(SYMBOLS) + 1
@@ -20,6 +20,8 @@ FORMAT = 5  # of the files in the cache
 # Layers whose inputs are on the device while copies to and from the host are in flight (`tiling.memory.offload`): two in
 # forward, beside those that a trace of two layers has; in backward the running layer's and the one before it.
 IN_FLIGHT = {"forward": 4, "loss": 1, "backward": 2}
+# Bytes of (where in the step, gradients so far, gradients since the last layer's attention); the last two are arrays.
+BytesAt = Callable[[str, np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)

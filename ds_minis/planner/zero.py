@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from ds_minis.planner.adapters import BYTES_OF_4_BIT
-from ds_minis.planner.held import BytesAt, Counts, Held, Moment, Term, Varying, gradients, optimizer_states, weights
+from ds_minis.planner.held import Counts, Held, Moment, Term, Varying, gradients, optimizer_states, weights
+from ds_minis.planner.profile import BytesAt
 from ds_minis.planner.setup import Setup
 
 # DeepSpeed's defaults, and the elements of one all-reduce of stage 0.
