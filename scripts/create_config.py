@@ -127,9 +127,9 @@ def planner_for(fields: Mapping[str, Any]):
     """
     from transformers import AutoConfig
 
-    from ds_minis.planner.models import shipped_config
-    from ds_minis.planner.planner import Planner
-    from ds_minis.planner.profile import cache_folder
+    from ds_minis.planner.inputs.models import shipped_config
+    from ds_minis.planner.plan.planner import Planner
+    from ds_minis.planner.step.profile import cache_folder
 
     folder = ROOT / fields["init_weights_path"]
     if fields["model_config"] is not None:

@@ -16,12 +16,12 @@ from typing import Any
 
 from made_blocks import make_block
 
-from ds_minis.planner import engines
-from ds_minis.planner.lengths import SYMBOLS
-from ds_minis.planner.models import shipped_config
-from ds_minis.planner.planner import USABLE, Planner
-from ds_minis.planner.sequence import heads_of
-from ds_minis.planner.setup import GIB, Setup
+from ds_minis.planner.devices import engines
+from ds_minis.planner.devices.sequence import heads_of
+from ds_minis.planner.inputs.models import shipped_config
+from ds_minis.planner.inputs.setup import GIB, Setup
+from ds_minis.planner.plan.planner import USABLE, Planner
+from ds_minis.planner.step.lengths import SYMBOLS
 
 PAGE = Path(__file__).parents[1] / "docs" / "planner.md"
 TILED_LOSS = {"scope": "tokens", "include": ["*.input_layernorm"]}

@@ -74,7 +74,7 @@ def validate(file: str | Path) -> tuple[Request | None, list[str]]:
     Raises:
         ValueError: it cannot be read, a setting is wrong, or two places disagree.
     """
-    from ds_minis.planner.files import deepspeed_file, load_mapping
+    from ds_minis.planner.inputs.files import deepspeed_file, load_mapping
 
     path = Path(file)
     content = load_mapping(path)

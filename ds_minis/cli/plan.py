@@ -100,9 +100,9 @@ def plan(args: argparse.Namespace, settings: dict[str, Any]):
     if args.plot and not args.plot.endswith(PICTURES):
         raise WrongArgument(f"--plot: a name that ends in {', '.join(PICTURES)} is allowed, got {args.plot!r}")
     setup = base_setup(args, settings)
-    from ds_minis.planner.compare import compare
-    from ds_minis.planner.profile import cache_folder
-    from ds_minis.planner.trace import CannotTrace
+    from ds_minis.planner.plan.compare import compare
+    from ds_minis.planner.step.profile import cache_folder
+    from ds_minis.planner.step.trace import CannotTrace
     from ds_minis.tiling.passes.head_groups import WrongGroups
 
     config = configuration(args.model, args.trust_remote_code)
@@ -121,18 +121,18 @@ def plan(args: argparse.Namespace, settings: dict[str, Any]):
     except WrongGroups as error:
         raise WrongArgument(f"--set: {error}") from None
     if args.source:
-        from ds_minis.planner.files import assumptions
+        from ds_minis.planner.inputs.files import assumptions
 
         result.notes += assumptions(args.source, setup.gpus, args.gpus is not None)
     if args.plot:
-        from ds_minis.planner.picture import NoPicture, draw
+        from ds_minis.planner.plan.picture import NoPicture, draw
 
         try:
             result.notes.append(f"drawn: {draw(result, args.plot)}")
         except NoPicture as error:
             raise WrongArgument(str(error)) from None
     if args.write:
-        from ds_minis.planner.files import write_configuration
+        from ds_minis.planner.inputs.files import write_configuration
 
         written = write_configuration(result, args.write, args.source)
         result.notes.append(f"written: {', '.join(map(str, written)) or 'nothing, as nothing of ds_minis fits'}")
@@ -141,11 +141,11 @@ def plan(args: argparse.Namespace, settings: dict[str, Any]):
 
 def base_setup(args: argparse.Namespace, settings: dict[str, Any]):
     """The setup that arguments and a configuration file describe; arguments go before the file."""
-    from ds_minis.planner.setup import OFFLOADING, Setup
+    from ds_minis.planner.inputs.setup import OFFLOADING, Setup
 
     found: dict[str, Any] = {}
     if args.source:
-        from ds_minis.planner.files import read_configuration
+        from ds_minis.planner.inputs.files import read_configuration
 
         try:
             found = read_configuration(args.source)
@@ -194,7 +194,7 @@ def configuration(model: str, trust_remote_code: bool) -> Any:
     """The transformers configuration; a file or folder first, then the shipped dimensions, then the hub."""
     from pathlib import Path
 
-    from ds_minis.planner.models import shipped_config
+    from ds_minis.planner.inputs.models import shipped_config
 
     if not Path(model).exists():
         config = shipped_config(model)

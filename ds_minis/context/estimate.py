@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ds_minis.planner.planner import Planner
+    from ds_minis.planner.plan.planner import Planner
 
 GIB = 2**30
 # A recipe's engine -> the planner's settings.
@@ -60,7 +60,7 @@ def need_of(
         gpus: ranks in all.
         settings: of mini-sequences, with `sequence_parallel`; None: there are none.
     """
-    from ds_minis.planner.setup import Setup
+    from ds_minis.planner.inputs.setup import Setup
 
     setup = Setup(gpus=gpus, batch=batch, settings=settings, **ENGINES[engine])
     estimate = planner.estimate(setup, tokens)

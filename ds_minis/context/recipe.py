@@ -29,7 +29,7 @@ from ds_minis.context.recipe_fields import (
 from ds_minis.context.schedule import Stage, rope_theta_for
 
 if TYPE_CHECKING:
-    from ds_minis.planner.planner import Planner
+    from ds_minis.planner.plan.planner import Planner
 
 
 @dataclass(frozen=True, kw_only=True)

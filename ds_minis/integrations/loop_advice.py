@@ -79,7 +79,7 @@ def of_accelerator(accelerator: Any) -> tuple[nn.Module, dict[str, Any], str | N
 
 def of_deepspeed(engine: Any) -> tuple[nn.Module, dict[str, Any], str | None, str]:
     """What is known of a loop of DeepSpeed's engine."""
-    from ds_minis.planner.files import read_deepspeed
+    from ds_minis.planner.inputs.files import read_deepspeed
 
     fields = {"gpus": dist.get_world_size(), **read_deepspeed(engine._config._param_dict, "the engine's configuration")}
     half = "bfloat16" if engine.bfloat16_enabled() else "float16" if engine.fp16_enabled() else None

@@ -80,7 +80,7 @@ def setup_of(trainer: Any, batch: int, settings: Mapping[str, Any]) -> Any:
 
 def fields_of_state(state: Any) -> dict[str, Any]:
     """Engine, processes and ZeRO's settings, of accelerate's state."""
-    from ds_minis.planner.files import ENGINES, read_deepspeed
+    from ds_minis.planner.inputs.files import ENGINES, read_deepspeed
 
     kind = state.distributed_type.name
     fields: dict[str, Any] = {"engine": ENGINES[kind], "gpus": state.num_processes}
@@ -97,7 +97,7 @@ def setup_from(model: nn.Module, fields: dict[str, Any], half: str | None, optim
         half: the dtype of computation under mixed precision; None without.
         optimizer: its name.
     """
-    from ds_minis.planner.setup import Setup
+    from ds_minis.planner.inputs.setup import Setup
 
     weights = [(getattr(p, "ds_numel", p.numel()), p.requires_grad, p.dtype) for p in model.parameters()]
     trained = sum(number for number, requires_grad, _ in weights if requires_grad)
@@ -125,9 +125,9 @@ def what_fits(config: Any, setup: Any, tokens: int, capacity: float) -> str:
     Raises:
         CannotTrace: a step of this configuration cannot be planned.
     """
-    from ds_minis.planner.planner import FITS, Planner
-    from ds_minis.planner.profile import cache_folder
-    from ds_minis.planner.settings import candidates
+    from ds_minis.planner.plan.planner import FITS, Planner
+    from ds_minis.planner.plan.settings import candidates
+    from ds_minis.planner.step.profile import cache_folder
 
     planner = Planner(config, cache=cache_folder())
     unit = max(1, min(1024, tokens // 64))

@@ -105,7 +105,7 @@ def tiny_twin(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     from ds_minis.check.tiny import tiny_config
-    from ds_minis.planner.models import shipped_config
+    from ds_minis.planner.inputs.models import shipped_config
 
     config = shipped_config(recipe["model"])
     if config is None:

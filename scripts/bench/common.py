@@ -103,7 +103,7 @@ def small_llama(args: argparse.Namespace, *, lora: bool) -> PreTrainedModel:
     )
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
     if lora:
-        from ds_minis.planner.adapters import add_lora
+        from ds_minis.planner.step.adapters import add_lora
 
         add_lora(model, 16)
     return model

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from common import GIB, envelope, write
 
-from ds_minis.planner.models import shipped_config
-from ds_minis.planner.planner import Planner
-from ds_minis.planner.setup import Setup
+from ds_minis.planner.inputs.models import shipped_config
+from ds_minis.planner.inputs.setup import Setup
+from ds_minis.planner.plan.planner import Planner
 
 MODELS = {"Llama-3-8B": "meta-llama/Meta-Llama-3-8B", "Llama-3-70B": "meta-llama/Llama-3.1-70B"}
 STATES = ("parameters", "gradients", "optimizer", "engine", "fixed")

@@ -14,8 +14,8 @@ from live_bytes import LiveBytes
 from search import Search
 from variants import OFFLOADED, PLAIN, VARIANTS, Variant
 
-from ds_minis.planner.planner import Planner
-from ds_minis.planner.setup import Setup
+from ds_minis.planner.inputs.setup import Setup
+from ds_minis.planner.plan.planner import Planner
 
 # Of the peers, which the planner does not know: steps of few layers, carried on by a line.
 LAYERS = 2, 3

@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ds_minis import convert_to_mini_sequence
 from ds_minis.integrations import loop_advice, trainer_advice
 from ds_minis.integrations.loop_advice import attach_loop_advice, of_accelerator, of_deepspeed
-from ds_minis.planner.planner import Planner
-from ds_minis.planner.setup import Setup
+from ds_minis.planner.inputs.setup import Setup
+from ds_minis.planner.plan.planner import Planner
 
 CONFIG = LlamaConfig(
     hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=64, pad_token_id=None

@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from ds_minis import MiniSequenceCallback, convert_to_mini_sequence
 from ds_minis.integrations import trainer_advice
 from ds_minis.integrations.trainer_advice import attach_advice, what_fits
-from ds_minis.planner.planner import Planner
-from ds_minis.planner.setup import Setup
+from ds_minis.planner.inputs.setup import Setup
+from ds_minis.planner.plan.planner import Planner
 
 CONFIG = LlamaConfig(
     hidden_size=64,

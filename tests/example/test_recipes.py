@@ -11,7 +11,7 @@ import pytest
 import yaml
 from support import warm
 
-from ds_minis.planner.models import known_name
+from ds_minis.planner.inputs.models import known_name
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "examples" / "recipes"

@@ -27,9 +27,9 @@ from support.forked import fork_ranks  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 from ds_minis import convert_to_mini_sequence  # noqa: E402
-from ds_minis.planner.adapters import add_lora  # noqa: E402
-from ds_minis.planner.setup import Setup  # noqa: E402
-from ds_minis.planner.stubs import register  # noqa: E402
+from ds_minis.planner.inputs.setup import Setup  # noqa: E402
+from ds_minis.planner.step.adapters import add_lora  # noqa: E402
+from ds_minis.planner.step.stubs import register  # noqa: E402
 
 RANKS = 2
 

@@ -10,12 +10,12 @@ from transformers import AutoConfig, LlamaConfig
 
 from ds_minis.cli import main
 from ds_minis.cli.command import make_parser
-from ds_minis.planner import files
-from ds_minis.planner.compare import UNIT, Plan, compare
-from ds_minis.planner.files import read_configuration, write_configuration
-from ds_minis.planner.models import MODELS, known_name
-from ds_minis.planner.planner import FITS
-from ds_minis.planner.setup import Setup
+from ds_minis.planner.inputs import files
+from ds_minis.planner.inputs.files import read_configuration, write_configuration
+from ds_minis.planner.inputs.models import MODELS, known_name
+from ds_minis.planner.inputs.setup import Setup
+from ds_minis.planner.plan.compare import UNIT, Plan, compare
+from ds_minis.planner.plan.planner import FITS
 
 SIZES = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8}
 
@@ -317,7 +317,7 @@ def test_the_picture_has_titles_units_and_the_card(model, capsys, tmp_path):
 
 def test_traces_are_kept(model, capsys, monkeypatch):
     plan(capsys, model, "--gpu-memory", "8")
-    monkeypatch.setattr("ds_minis.planner.planner.trace", None)
+    monkeypatch.setattr("ds_minis.planner.plan.planner.trace", None)
     assert plan(capsys, model, "--gpu-memory", "9")[0] == 0
 
 

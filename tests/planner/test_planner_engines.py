@@ -9,8 +9,8 @@ from planner_models import SIZES
 from support import warm
 from transformers import LlamaConfig
 
-from ds_minis.planner.planner import Planner
-from ds_minis.planner.setup import Setup
+from ds_minis.planner.inputs.setup import Setup
+from ds_minis.planner.plan.planner import Planner
 
 WORKER, RANKS = Path(__file__).with_name("engine_bytes_worker.py"), 2
 CONFIG = LlamaConfig(**SIZES | {"num_hidden_layers": 4})

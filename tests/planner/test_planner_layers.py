@@ -19,12 +19,12 @@ from transformers import (
     T5Config,
 )  # fmt: skip
 
-from ds_minis.planner import recorder
-from ds_minis.planner.anatomy import depths_to_trace
-from ds_minis.planner.compare import compare, overflow
-from ds_minis.planner.planner import Planner
-from ds_minis.planner.setup import Setup
-from ds_minis.planner.trace import CannotTrace, RunsTokenByToken, Way, build, examine, trace
+from ds_minis.planner.inputs.setup import Setup
+from ds_minis.planner.plan.compare import compare, overflow
+from ds_minis.planner.plan.planner import Planner
+from ds_minis.planner.step import recorder
+from ds_minis.planner.step.anatomy import depths_to_trace
+from ds_minis.planner.step.trace import CannotTrace, RunsTokenByToken, Way, build, examine, trace
 
 SIZES = {
     "hidden_size": 64,
@@ -126,7 +126,7 @@ def test_layers_that_run_token_by_token_are_refused_once_and_soon(monkeypatch):
         use_mamba_kernels=False,
     )  # fmt: skip
     planner, runs = Planner(config), []
-    monkeypatch.setattr("ds_minis.planner.planner.trace", lambda *args: runs.append(args) or trace(*args))
+    monkeypatch.setattr("ds_minis.planner.plan.planner.trace", lambda *args: runs.append(args) or trace(*args))
     for settings in (None, {}):
         with pytest.raises(RunsTokenByToken, match="JambaForCausalLM runs token by token"):
             planner.estimate(Setup(settings=settings, train="lora"), 512)

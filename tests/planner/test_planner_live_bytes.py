@@ -11,10 +11,10 @@ from planner_models import SIZES
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3Config, Qwen3MoeConfig
 
 from ds_minis import convert_to_mini_sequence
-from ds_minis.planner.adapters import add_lora
-from ds_minis.planner.planner import Planner
-from ds_minis.planner.setup import Setup
-from ds_minis.planner.stubs import register
+from ds_minis.planner.inputs.setup import Setup
+from ds_minis.planner.plan.planner import Planner
+from ds_minis.planner.step.adapters import add_lora
+from ds_minis.planner.step.stubs import register
 
 CONFIG = LlamaConfig(**SIZES)
 TOKENS = 3500

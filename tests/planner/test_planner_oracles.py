@@ -23,9 +23,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ds_minis import convert_to_mini_sequence
-from ds_minis.planner.planner import Planner
-from ds_minis.planner.setup import Setup
-from ds_minis.planner.stubs import register
+from ds_minis.planner.inputs.setup import Setup
+from ds_minis.planner.plan.planner import Planner
+from ds_minis.planner.step.stubs import register
 
 TOKENS = 2000
 CONFIG = LlamaConfig(**SIZES)

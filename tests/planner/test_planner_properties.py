@@ -5,9 +5,9 @@ import itertools
 import pytest
 from transformers import LlamaConfig
 
-from ds_minis.planner.planner import FITS, TOO_LARGE, UNCERTAIN, Planner
-from ds_minis.planner.setup import GIB, Setup
-from ds_minis.planner.trace import CannotTrace
+from ds_minis.planner.inputs.setup import GIB, Setup
+from ds_minis.planner.plan.planner import FITS, TOO_LARGE, UNCERTAIN, Planner
+from ds_minis.planner.step.trace import CannotTrace
 
 SIZES = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8}
 CONFIG = LlamaConfig(**SIZES, num_key_value_heads=4, vocab_size=32000)

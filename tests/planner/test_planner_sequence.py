@@ -7,8 +7,8 @@ import torch
 
 from ds_minis.config_values import SequenceParallel
 from ds_minis.parallel.attention import AttentionRequest, _Call, fewer_bytes_by_heads
-from ds_minis.planner.sequence import mode_of, received_bytes, terms_of_sequence_parallel
-from ds_minis.planner.setup import Setup
+from ds_minis.planner.devices.sequence import mode_of, received_bytes, terms_of_sequence_parallel
+from ds_minis.planner.inputs.setup import Setup
 
 HEADS = [(32, 8), (32, 32), (28, 4), (16, 1), (12, 3), (64, 8)]
 MODES = "auto", "gather", "ulysses", "ring", {"ulysses": 2, "ring": 2}

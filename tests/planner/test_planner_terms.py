@@ -5,12 +5,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ds_minis.planner.engines import held_by
-from ds_minis.planner.held import Counts, optimizer_states, weights
-from ds_minis.planner.lengths import SYMBOLS
-from ds_minis.planner.profile import Profile
-from ds_minis.planner.setup import Setup
-from ds_minis.planner.timing import Card, step_time
+from ds_minis.planner.devices.engines import held_by
+from ds_minis.planner.devices.held import Counts, optimizer_states, weights
+from ds_minis.planner.inputs.setup import Setup
+from ds_minis.planner.plan.timing import Card, step_time
+from ds_minis.planner.step.lengths import SYMBOLS
+from ds_minis.planner.step.profile import Profile
 
 # 4 layers of 200 parameters, an embedding and an LM head of 100 each; buckets of 16 x 16 elements.
 LAYER = {"all": 200, "trained": 200, "linear": 200}

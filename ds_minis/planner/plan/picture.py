@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ds_minis.planner.compare import CHECKPOINTED, Plan, Row
-from ds_minis.planner.setup import GIB
+from ds_minis.planner.inputs.setup import GIB
+from ds_minis.planner.plan.compare import CHECKPOINTED, Plan, Row
 
 PARTS = {
     "parameters": ("weights", "#4e79a7"),

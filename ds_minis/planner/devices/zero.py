@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ds_minis.planner.adapters import BYTES_OF_4_BIT
-from ds_minis.planner.held import Counts, Held, Moment, Term, Varying, gradients, optimizer_states, weights
-from ds_minis.planner.profile import BytesAt
-from ds_minis.planner.setup import Setup
+from ds_minis.planner.devices.held import Counts, Held, Moment, Term, Varying, gradients, optimizer_states, weights
+from ds_minis.planner.inputs.setup import Setup
+from ds_minis.planner.step.adapters import BYTES_OF_4_BIT
+from ds_minis.planner.step.profile import BytesAt
 
 # DeepSpeed's defaults, and the elements of one all-reduce of stage 0.
 _SUB_GROUP, _REUSE_DISTANCE, _LIVE_PARAMETERS, _ALL_REDUCE = 1e9, 1e9, 1e9, 5e8

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ds_minis.planner.planner import FITS, TOO_LARGE, UNCERTAIN, USABLE, Estimate, Planner
-from ds_minis.planner.settings import CHECKPOINTED, PLAIN, Candidate, candidates
-from ds_minis.planner.setup import GIB, Setup
-from ds_minis.planner.timing import StepTime, step_time
-from ds_minis.planner.trace import CannotTrace
+from ds_minis.planner.inputs.setup import GIB, Setup
+from ds_minis.planner.plan.planner import FITS, TOO_LARGE, UNCERTAIN, USABLE, Estimate, Planner
+from ds_minis.planner.plan.settings import CHECKPOINTED, PLAIN, Candidate, candidates
+from ds_minis.planner.plan.timing import StepTime, step_time
+from ds_minis.planner.step.trace import CannotTrace
 from ds_minis.tiling.memory.keep_budget import ALL, ATTENTION
 from ds_minis.tiling.memory.learned_memory import RESERVE
 

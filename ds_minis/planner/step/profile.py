@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ds_minis.environment import cache_home
-from ds_minis.planner.lengths import SYMBOLS
+from ds_minis.planner.step.lengths import SYMBOLS
 
 GRADIENTS, OF_LAYER = len(SYMBOLS), len(SYMBOLS) + 1
 _ATTENTION = SYMBOLS.index("attention")

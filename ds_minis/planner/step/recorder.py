@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ds_minis.planner.lengths import SYMBOLS, Lengths
-from ds_minis.planner.result_shapes import ResultShapes
-from ds_minis.planner.stubs import FLOPS, copy_between, grouped_product
+from ds_minis.planner.step.lengths import SYMBOLS, Lengths
+from ds_minis.planner.step.result_shapes import ResultShapes
+from ds_minis.planner.step.stubs import FLOPS, copy_between, grouped_product
 
 _aten = torch.ops.aten
 _MATMULS = {_aten.mm: (0, 1), _aten.bmm: (0, 1), _aten.addmm: (1, 2), _aten.baddbmm: (1, 2)}

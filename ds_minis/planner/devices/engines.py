@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ds_minis.planner.adapters import BYTES_OF_4_BIT
-from ds_minis.planner.held import Counts, Held, Moment, Term, Varying, gradients, optimizer_states, weights
-from ds_minis.planner.setup import Setup
-from ds_minis.planner.zero import zero
+from ds_minis.planner.devices.held import Counts, Held, Moment, Term, Varying, gradients, optimizer_states, weights
+from ds_minis.planner.devices.zero import zero
+from ds_minis.planner.inputs.setup import Setup
+from ds_minis.planner.step.adapters import BYTES_OF_4_BIT
 
 
 def held_by(setup: Setup, counts: Counts) -> Held:

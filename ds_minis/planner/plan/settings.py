@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ds_minis.planner.setup import Setup
+from ds_minis.planner.inputs.setup import Setup
 
 PLAIN, CHECKPOINTED = "plain", "plain + checkpointing"
 

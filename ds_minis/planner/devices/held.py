@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ds_minis.planner.adapters import BYTES_OF_4_BIT
-from ds_minis.planner.profile import BytesAt
-from ds_minis.planner.setup import OPTIMIZERS, Setup
+from ds_minis.planner.inputs.setup import OPTIMIZERS, Setup
+from ds_minis.planner.step.adapters import BYTES_OF_4_BIT
+from ds_minis.planner.step.profile import BytesAt
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ds_minis.parallel.attention import fewer_bytes_by_heads
-from ds_minis.planner.held import Term
-from ds_minis.planner.setup import Setup
+from ds_minis.planner.devices.held import Term
+from ds_minis.planner.inputs.setup import Setup
 
 
 def heads_of(text: Any) -> tuple[int, int, int]:

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ds_minis.planner.profile import Profile
-from ds_minis.planner.sequence import received_bytes
-from ds_minis.planner.setup import Setup
+from ds_minis.planner.devices.sequence import received_bytes
+from ds_minis.planner.inputs.setup import Setup
+from ds_minis.planner.step.profile import Profile
 
 
 @dataclass(frozen=True)
