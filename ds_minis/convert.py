@@ -22,7 +22,7 @@ from ds_minis.detect import (
     has_several_heads,
     require_model,
 )
-from ds_minis.parallel.attach import attach_sequence_parallel, detach_sequence_parallel
+from ds_minis.parallel.model.attach import attach_sequence_parallel, detach_sequence_parallel
 from ds_minis.ranks import is_main_process
 from ds_minis.report import ConversionReport
 from ds_minis.sizes import find_sizes

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_minis.convert import mini_sequence_report
-from ds_minis.parallel.groups import require_divisible
+from ds_minis.parallel.communication.groups import require_divisible
 
 
 def group_size(model: nn.Module) -> int:

@@ -33,7 +33,7 @@ from census_page import SEQUENCE_PARALLEL, with_more_columns
 from ds_minis import convert_to_mini_sequence
 from ds_minis.check.exactness import FLOOR, LIMIT, SETTINGS, text_batch
 from ds_minis.check.tiny import tiny_model, without_dropout
-from ds_minis.parallel.masks import Refused
+from ds_minis.parallel.attention.masks import Refused
 
 RANKS = 2
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ds_minis.config_sources import Request
 from ds_minis.convert import mini_sequence_report
-from ds_minis.parallel.groups import require_divisible
+from ds_minis.parallel.communication.groups import require_divisible
 from ds_minis.replicas import group_size
 
 _PEERS = {

@@ -1,7 +1,7 @@
 """accelerate under sequence parallelism: the ranks of a group are one replica, are given the same batches, and count once.
 
 accelerate divides data among processes. Here it is told the number of replicas, and which of them this rank belongs to.
-What it does with gradients and with `gather` stays as it is: both are about processes, see `ds_minis.parallel.decoder`.
+What it does with gradients and with `gather` stays as it is: both are about processes, see `ds_minis.parallel.model.decoder`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DummyScheduler, broadcast_object_list, recursively_apply
 
 from ds_minis.integrations.accelerate_replicas import Replicas
-from ds_minis.parallel.groups import replicas
+from ds_minis.parallel.communication.groups import replicas
 
 _PREPARED_FOR: contextvars.ContextVar[int] = contextvars.ContextVar("ds_minis_prepared_for", default=1)
 _ONCE: contextvars.ContextVar[int] = contextvars.ContextVar("ds_minis_each_replica_once", default=1)

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from support.forked import fork_ranks
 
-from ds_minis.parallel import ring
-from ds_minis.parallel.block_kernels import MATH
-from ds_minis.parallel.ring import ring_attention
+from ds_minis.parallel.attention import ring
+from ds_minis.parallel.attention.block_kernels import MATH
+from ds_minis.parallel.attention.ring import ring_attention
 
 RANKS = 4
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ds_minis.parallel import block_kernels
-from ds_minis.parallel.block_kernels import (
+from ds_minis.parallel.attention import block_kernels
+from ds_minis.parallel.attention.block_kernels import (
     CPU_FLASH,
     CUDA_FLASH,
     MATH,

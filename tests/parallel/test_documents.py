@@ -5,8 +5,8 @@ import torch
 from models import CONFIGS
 from transformers import AutoModel, DataCollatorWithFlattening
 
-from ds_minis.parallel.documents import OF_DOCUMENTS, positions_and_documents
-from ds_minis.parallel.masks import Refused
+from ds_minis.parallel.attention.documents import OF_DOCUMENTS, positions_and_documents
+from ds_minis.parallel.attention.masks import Refused
 
 TEXTS = [{"input_ids": [5] * length} for length in (3, 1, 4)]
 

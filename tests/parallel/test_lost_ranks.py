@@ -12,7 +12,7 @@ import pytest
 import torch
 from support import warm
 
-from ds_minis.parallel.collectives import naming_ranks
+from ds_minis.parallel.communication.collectives import naming_ranks
 
 pytestmark = pytest.mark.engine
 WORKER = Path(__file__).parent / "lost_rank_worker.py"

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_minis.parallel.block_kernels import visible
-from ds_minis.parallel.ring import _check, plan_ring
+from ds_minis.parallel.attention.block_kernels import visible
+from ds_minis.parallel.attention.ring import _check, plan_ring
 
 ROOT = Path(__file__).parents[2]
 PART = 6  # tokens

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ds_minis.config_values import SequenceParallel
-from ds_minis.parallel.attention import AttentionRequest, _Call, fewer_bytes_by_heads
+from ds_minis.parallel.attention.attention import AttentionRequest, _Call, fewer_bytes_by_heads
 from ds_minis.planner.devices.sequence import mode_of, received_bytes, terms_of_sequence_parallel
 from ds_minis.planner.inputs.setup import Setup
 

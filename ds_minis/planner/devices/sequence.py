@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_minis.parallel.attention import fewer_bytes_by_heads
+from ds_minis.parallel.attention.attention import fewer_bytes_by_heads
 from ds_minis.planner.devices.held import Term
 from ds_minis.planner.inputs.setup import Setup
 
@@ -17,7 +17,7 @@ def heads_of(text: Any) -> tuple[int, int, int]:
 
 
 def mode_of(setup: Setup, text: Any) -> str:
-    """The mode that is run, "hybrid" for a grid: what `parallel.attention` chooses, and what it falls back to."""
+    """The mode that is run, "hybrid" for a grid: what `parallel.attention.attention` chooses, and what it falls back to."""
     size, mode = setup.sequence_parallel, setup.sequence_parallel_mode
     heads, kv_heads, _ = heads_of(text)
     ring = heads % kv_heads == 0 and not getattr(text, "attn_logit_softcapping", None)

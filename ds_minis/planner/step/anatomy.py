@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ds_minis.detect import find_candidates
-from ds_minis.parallel.attach import sequence_parallel_fallback_reason
+from ds_minis.parallel.model.attach import sequence_parallel_fallback_reason
 
 
 @dataclass(frozen=True)

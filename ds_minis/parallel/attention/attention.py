@@ -7,7 +7,7 @@ Three ways, each from this rank's queries, keys and values to its part of the ou
   layer, or for one group of heads with `head_groups`.
 - ulysses: all-to-all; each rank attends for a part of the heads over all tokens, in the model's own call.
   Source: DeepSpeed-Ulysses, arXiv 2309.14509.
-- ring: keys and values travel round the ranks (`ds_minis.parallel.ring`). Source: Ring Attention, arXiv 2310.01889.
+- ring: keys and values travel round the ranks (`ds_minis.parallel.attention.ring`). Source: Ring Attention, arXiv 2310.01889.
 
 Shapes: B batch, S tokens of the whole sequence, T of a rank, N heads, K KV heads, D and E their widths.
 """
@@ -22,16 +22,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ds_minis.parallel.collectives import exchange, gather_ranks, gather_sequence
-from ds_minis.parallel.cut import Cut
-from ds_minis.parallel.gathered import gathered_attention
-from ds_minis.parallel.groups import Group
-from ds_minis.parallel.masks import MaskRule, Refused, SequenceMask, is_cutting
-from ds_minis.parallel.ring import in_autocast_dtype, ring_attention
+from ds_minis.parallel.attention.gathered import gathered_attention
+from ds_minis.parallel.attention.masks import MaskRule, Refused, SequenceMask, is_cutting
+from ds_minis.parallel.attention.ring import in_autocast_dtype, ring_attention
+from ds_minis.parallel.communication.collectives import exchange, gather_ranks, gather_sequence
+from ds_minis.parallel.communication.cut import Cut
+from ds_minis.parallel.communication.groups import Group
 from ds_minis.tiling.passes.attention import AttentionRequest
 
 if TYPE_CHECKING:
-    from ds_minis.parallel.state import Parallel
+    from ds_minis.parallel.model.state import Parallel
 
 # Arguments that transformers gives to its attention functions and that change nothing under the ring's own kernel.
 _HARMLESS = frozenset(

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_minis.parallel.cut import Cut
-from ds_minis.parallel.groups import Group
+from ds_minis.parallel.communication.cut import Cut
+from ds_minis.parallel.communication.groups import Group
 
 
 @contextlib.contextmanager

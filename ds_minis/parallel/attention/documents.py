@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_minis.parallel.masks import Refused
+from ds_minis.parallel.attention.masks import Refused
 
 # What TRL's and transformers' collators give, with `position_ids`, for rows without padding.
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k")

@@ -2,7 +2,7 @@
 
 That is done where a model computes its loss by transformers' `loss_function`, from labels that are shifted by one token: the
 labels are shifted before they are cut. The result is the loss of the whole batch on each rank. Its gradient is `size` times
-this rank's share, see `ds_minis.parallel.decoder`:
+this rank's share, see `ds_minis.parallel.model.decoder`:
 
     loss = mine + (total - mine).detach(),  mine = (this rank's sum) * size / N,  total = (sum over ranks) / N
 
@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_minis.parallel.collectives import summed
-from ds_minis.parallel.cut import Cut
-from ds_minis.parallel.state import Parallel
+from ds_minis.parallel.communication.collectives import summed
+from ds_minis.parallel.communication.cut import Cut
+from ds_minis.parallel.model.state import Parallel
 from ds_minis.tiling.loss.output_logits import wanted_logits
 from ds_minis.tiling.modules.arguments import argument
 from ds_minis.tiling.modules.compiling import outside_of_graphs

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ds_minis.parallel import decoder as decoders
-from ds_minis.parallel import layers, loss, rotary
-from ds_minis.parallel.attention import parallel_attention
-from ds_minis.parallel.groups import require_divisible
-from ds_minis.parallel.state import Parallel
+from ds_minis.parallel.attention.attention import parallel_attention
+from ds_minis.parallel.communication.groups import require_divisible
+from ds_minis.parallel.model import decoder as decoders
+from ds_minis.parallel.model import layers, loss, rotary
+from ds_minis.parallel.model.state import Parallel
 from ds_minis.ranks import num_ranks
 from ds_minis.tiling.modules.arguments import takes
 from ds_minis.tiling.modules.hooks import remove_hooks

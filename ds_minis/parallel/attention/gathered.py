@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_minis.parallel.block_kernels import accumulation_dtype
-from ds_minis.parallel.ring import Block, attend_backward, attend_blocks, no_keys_yet, plan_ring
+from ds_minis.parallel.attention.block_kernels import accumulation_dtype
+from ds_minis.parallel.attention.ring import Block, attend_backward, attend_blocks, no_keys_yet, plan_ring
 
 
 def gathered_attention(

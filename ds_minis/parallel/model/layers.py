@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from ds_minis.parallel.masks import Refused, SequenceMask
-from ds_minis.parallel.state import Parallel
+from ds_minis.parallel.attention.masks import Refused, SequenceMask
+from ds_minis.parallel.model.state import Parallel
 from ds_minis.tiling.core.row_args import tensors_in
 from ds_minis.tiling.layer.analysis import analyze_layer
 from ds_minis.tiling.layer.tiled_layer import TiledLayer

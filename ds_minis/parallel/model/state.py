@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from ds_minis.config_values import SequenceParallel
-from ds_minis.parallel.collectives import gather_sequence
-from ds_minis.parallel.cut import Cut
-from ds_minis.parallel.groups import Group, make_group
-from ds_minis.parallel.masks import Refused
+from ds_minis.parallel.attention.masks import Refused
+from ds_minis.parallel.communication.collectives import gather_sequence
+from ds_minis.parallel.communication.cut import Cut
+from ds_minis.parallel.communication.groups import Group, make_group
 from ds_minis.tiling.modules.state import Chunking
 from ds_minis.tiling.modules.swap import untiled_class
 
@@ -30,9 +30,9 @@ class Parallel:
         last_position: the largest position in the pass of that decoder, of all tokens.
         labels: those of the pass in progress, shifted or not, which a group must be given alike too.
         used: the modes that attention calls ran in, with the reason where it is not the one that was asked for.
-        check_layer: see `ds_minis.parallel.layers.require_token_wise`.
+        check_layer: see `ds_minis.parallel.model.layers.require_token_wise`.
         known_layers: kinds of layers that were found to be token-wise but for their attention.
-        rows: places of the whole sequence whose hidden states are wanted alone (`ds_minis.parallel.rows`); None for all.
+        rows: places of the whole sequence whose hidden states alone are wanted (`model.rows`); None for all.
     """
 
     UNREADABLE = "sequence parallelism has them for this rank's tokens only"
@@ -148,7 +148,7 @@ class Parallel:
             )
 
     def require_token_wise(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        """`ds_minis.parallel.layers.require_token_wise`, for a layer that runs as a whole."""
+        """`ds_minis.parallel.model.layers.require_token_wise`, for a layer that runs as a whole."""
         self.check_layer(layer, args, kwargs, self)
 
     def in_words(self) -> str:

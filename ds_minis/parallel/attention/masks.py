@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_minis.parallel.cut import Cut
+from ds_minis.parallel.communication.cut import Cut
 
 _REGISTRY = "ALL_MASK_ATTENTION_FUNCTIONS"
 _SAME = frozenset("clone detach to contiguous __getitem__ float half bfloat16 double type _lazy_clone".split())

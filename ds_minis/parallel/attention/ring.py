@@ -26,8 +26,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_minis.parallel.block_kernels import ALL, Band, accumulation_dtype, kernel_for, trim
-from ds_minis.parallel.collectives import naming_ranks
+from ds_minis.parallel.attention.block_kernels import ALL, Band, accumulation_dtype, kernel_for, trim
+from ds_minis.parallel.communication.collectives import naming_ranks
 
 KEYS, GRADS = 0, 2  # tags of messages: two tensors each
 

@@ -1,0 +1,1 @@
+"""Attention over the tokens of all ranks: the model's own mask rule, the ring, and its kernels."""

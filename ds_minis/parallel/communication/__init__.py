@@ -1,0 +1,1 @@
+"""Who shares a sequence, how it is cut, and what they exchange."""
