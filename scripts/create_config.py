@@ -23,8 +23,8 @@ from typing import Any
 
 import yaml
 
-from ds_minis.context.estimate import GIB
-from ds_minis.context.recipe import PlannedStage, Recipe, RecipeError, read_recipe
+from ds_minis.context.recipes.estimate import GIB
+from ds_minis.context.recipes.recipe import PlannedStage, Recipe, RecipeError, read_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "examples" / "long_context" / "1M_4stages_8gpus.yaml"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_minis.cli.wrong_argument import PICTURES
-from ds_minis.context.needle_task import PROMPTS, VARIANTS, NeedleTask, WrongTask
+from ds_minis.context.needle.task import PROMPTS, VARIANTS, NeedleTask, WrongTask
 from ds_minis.environment import local_rank, world_size
 
 DESCRIPTION = """Hides a number in a text and asks the model for it, at each length and depth: teacher-forced, without a
@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ds_minis.context.needle_run import OtherRun
+    from ds_minis.context.needle.run import OtherRun
 
     try:
         cells, task = cells_of(args), task_of(args)
@@ -170,7 +170,8 @@ def _run(args: argparse.Namespace, name: str, cells: list[tuple[int, float]], ta
     import torch
     import transformers
 
-    from ds_minis.context import needle_model, needle_run
+    from ds_minis.context.needle import model as needle_model
+    from ds_minis.context.needle import run as needle_run
 
     transformers.logging.disable_progress_bar()
     device = _start_processes()
@@ -236,7 +237,7 @@ def _tell(line: str) -> None:
 
 
 def _finish(results: dict[str, Any], output: Path, plot: Path | None) -> None:
-    from ds_minis.context.needle_plot import accuracy_in_words, plot_heat_map
+    from ds_minis.context.needle.plot import accuracy_in_words, plot_heat_map
 
     whole = sum(cell["right"] == cell["total"] for cell in results["cells"])
     _tell(f"{accuracy_in_words(results)}; all right in {whole} of {len(results['cells'])} cells")
@@ -249,8 +250,8 @@ def _finish(results: dict[str, Any], output: Path, plot: Path | None) -> None:
 
 
 def run_plot(args: argparse.Namespace) -> int:
-    from ds_minis.context import needle_plot
-    from ds_minis.context.needle_run import OtherRun, read
+    from ds_minis.context.needle import plot as needle_plot
+    from ds_minis.context.needle.run import OtherRun, read
 
     try:
         if args.output.suffix.lower() not in (*PICTURES, ".gif") or args.output.is_dir():

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ds_minis.context.needle_task import CITIES, PROMPTS
+from ds_minis.context.needle.task import CITIES, PROMPTS
 
 # Phrases of the question are one token each, so that all of a test fits into 64.
 PHRASES = (

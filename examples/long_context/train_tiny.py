@@ -25,9 +25,9 @@ from transformers.utils import logging
 
 from ds_minis import convert_to_mini_sequence
 from ds_minis.context import rope_theta_for
-from ds_minis.context.needle_model import describe, make_needle_maker
-from ds_minis.context.needle_run import Ranks, run_needle, write
-from ds_minis.context.needle_task import NeedleMaker, NeedleTask
+from ds_minis.context.needle.model import describe, make_needle_maker
+from ds_minis.context.needle.run import Ranks, run_needle, write
+from ds_minis.context.needle.task import NeedleMaker, NeedleTask
 from ds_minis.context.rope import change_rope
 
 BASE_LENGTH, BASE_THETA = 64, 100.0

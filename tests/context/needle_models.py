@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from ds_minis.context.needle_model import make_needle_maker
-from ds_minis.context.needle_task import NeedleTask
+from ds_minis.context.needle.model import make_needle_maker
+from ds_minis.context.needle.task import NeedleTask
 
 TOKENIZER = Path(__file__).parents[2] / "examples" / "sft" / "default" / "model"
 SIZES = {

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from needle_models import maker, model
 from support.forked import fork_ranks
 
-from ds_minis.context.needle_model import prepare
-from ds_minis.context.needle_run import Ranks, run_needle
+from ds_minis.context.needle.model import prepare
+from ds_minis.context.needle.run import Ranks, run_needle
 
 CELLS = [(length, depth) for length in (201, 256) for depth in (0.0, 0.6, 1.0)]
 ABOUT = {"model": "tiny"}

@@ -12,8 +12,8 @@ from support import warm
 
 from ds_minis.config import MiniSequenceConfig
 from ds_minis.context import SEED_STAGES, rope_theta_for
-from ds_minis.context.estimate import GIB, bytes_of
-from ds_minis.context.recipe import RecipeError, read_recipe
+from ds_minis.context.recipes.estimate import GIB, bytes_of
+from ds_minis.context.recipes.recipe import RecipeError, read_recipe
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "create_config.py"

@@ -13,8 +13,8 @@ from needle_models import model, tokenizer
 
 from ds_minis.cli import main
 from ds_minis.cli.needle import add_arguments, cells_of, check_files, check_numbers, model_of, task_of
-from ds_minis.context import needle_model
-from ds_minis.context.needle_task import NeedleTask, WrongTask
+from ds_minis.context.needle import model as needle_model
+from ds_minis.context.needle.task import NeedleTask, WrongTask
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--lengths", "200,260", "--depths", "0,1", "--num-samples", "1"]

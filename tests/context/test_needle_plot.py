@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from ds_minis.context import needle_plot
-from ds_minis.context.needle_plot import plot_animation, plot_heat_map, plot_panels
+from ds_minis.context.needle import plot as needle_plot
+from ds_minis.context.needle.plot import plot_animation, plot_heat_map, plot_panels
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install 'ds_minis[plots]'")
 Image = pytest.importorskip("PIL.Image", reason="pictures need pillow: pip install 'ds_minis[plots]'")

@@ -14,9 +14,9 @@ from needle_worker import CELLS, results_of
 from support import warm
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from ds_minis.context.needle_model import predict, prepare
-from ds_minis.context.needle_run import OtherRun, Ranks, _of_all_groups, load_done, read, run_needle
-from ds_minis.context.needle_task import NeedleTest, WrongTask
+from ds_minis.context.needle.model import predict, prepare
+from ds_minis.context.needle.run import OtherRun, Ranks, _of_all_groups, load_done, read, run_needle
+from ds_minis.context.needle.task import NeedleTest, WrongTask
 
 HERE = Path(__file__).parent
 GPT2 = GPT2Config(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2)

@@ -5,8 +5,8 @@ import re
 import pytest
 from needle_models import maker, tokenizer
 
-from ds_minis.context.needle_model import make_needle_maker
-from ds_minis.context.needle_task import PROMPTS, NeedleTask, WrongTask
+from ds_minis.context.needle.model import make_needle_maker
+from ds_minis.context.needle.task import PROMPTS, NeedleTask, WrongTask
 
 CASES = [
     {"prompts": prompts, "variant": variant, **more}

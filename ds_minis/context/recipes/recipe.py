@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ds_minis.config_values import MODES, SequenceParallel
-from ds_minis.context.estimate import GIB, Need, need_of
-from ds_minis.context.recipe_fields import (
+from ds_minis.context.recipes.estimate import GIB, Need, need_of
+from ds_minis.context.recipes.fields import (
     CLUSTER_FIELDS,
     FIELDS,
     STAGE_FIELDS,

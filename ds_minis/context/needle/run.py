@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_minis import __version__
-from ds_minis.context.needle_model import predict
-from ds_minis.context.needle_task import NeedleMaker, WrongTask
+from ds_minis.context.needle.model import predict
+from ds_minis.context.needle.task import NeedleMaker, WrongTask
 
 FORMAT = 1
 _EDGE = 1 << 16

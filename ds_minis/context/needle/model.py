@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_minis.context.needle_task import NeedleMaker, NeedleTask, NeedleTest, WrongTask
+from ds_minis.context.needle.task import NeedleMaker, NeedleTask, NeedleTest, WrongTask
 from ds_minis.context.rope import change_rope, exact_rope, rope_theta_of
 from ds_minis.convert import NothingToTile, convert_to_mini_sequence
 from ds_minis.parallel.model.rows import only_rows

@@ -10,7 +10,7 @@ from typing import Any
 
 from ds_minis.config import MiniSequenceConfig
 from ds_minis.config_values import MODES
-from ds_minis.context.estimate import ENGINES, bytes_of
+from ds_minis.context.recipes.estimate import ENGINES, bytes_of
 
 REQUIRED = object()
 # Fields that may be lists, with the value where they are left out.
