@@ -15,7 +15,7 @@ _PUBLIC = {
     "convert_to_mini_sequence": "ds_minis.convert",
     "revert_mini_sequence": "ds_minis.convert",
     "mini_sequence_report": "ds_minis.convert",
-    "ConversionReport": "ds_minis.report",
+    "ConversionReport": "ds_minis.conversion.report",
     # data loaders
     "sampler_arguments": "ds_minis.replicas",
     # engines

@@ -12,7 +12,7 @@ from torch import nn
 
 from ds_minis.config import MiniSequenceConfig
 from ds_minis.config_sources import BY_RUN, Request, reconcile
-from ds_minis.detect import (
+from ds_minis.conversion.detect import (
     REPLACED,
     Candidate,
     find_candidates,
@@ -22,10 +22,10 @@ from ds_minis.detect import (
     has_several_heads,
     require_model,
 )
+from ds_minis.conversion.report import ConversionReport
+from ds_minis.conversion.sizes import find_sizes
 from ds_minis.parallel.model.attach import attach_sequence_parallel, detach_sequence_parallel
 from ds_minis.ranks import is_main_process
-from ds_minis.report import ConversionReport
-from ds_minis.sizes import find_sizes
 from ds_minis.tiling.core.warn import Warnings
 from ds_minis.tiling.layer.tiled_layer import TiledLayer, one_call_fallback_reason
 from ds_minis.tiling.loss.forward_hooks import (

@@ -22,7 +22,7 @@ TITLES = {  # first parts of a module's name, the longest that fits: where its m
     "environment": "Settings",
     "unread_settings": "Settings",
     "convert": "Conversion",
-    "detect": "Conversion",
+    "conversion": "Conversion",
     "integrations": "Engines and trainers",
     "run": "Engines and trainers",
     "replicas": "Sequence parallelism",

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
-from ds_minis.detect import find_candidates
+from ds_minis.conversion.detect import find_candidates
 from ds_minis.tiling.modules.tiled_module import TiledModule
 
 H, V = 16, 37

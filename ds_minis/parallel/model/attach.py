@@ -27,7 +27,7 @@ def sequence_parallel_fallback_reason(model: nn.Module, stack: Sequence[tuple[st
     """The reason why a model's sequences cannot be divided, as far as its structure tells; empty if they can.
 
     Args:
-        stack: name, module and reason of each decoder layer, see `ds_minis.detect.Candidate`.
+        stack: name, module and reason of each decoder layer, see `ds_minis.conversion.detect.Candidate`.
     """
     if not stack:
         return "no list of decoder layers was found in it"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ds_minis.detect import find_candidates
+from ds_minis.conversion.detect import find_candidates
 from ds_minis.parallel.model.attach import sequence_parallel_fallback_reason
 
 

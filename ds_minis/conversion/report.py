@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ds_minis.config import MiniSequenceConfig
-from ds_minis.sizes import Sizes
+from ds_minis.conversion.sizes import Sizes
 
 
 @dataclass(frozen=True)
