@@ -134,7 +134,7 @@ class MiniSequenceConfig:
                 raise ValueError(f"{key}={value!r}: {REMOVED[key]}")
             if key not in names:
                 raise ValueError(
-                    f"unknown key {key!r} (value {value!r}){nearest(key, names)}; allowed keys: {', '.join(names)}"
+                    f"unknown key {key!r} (value {value!r}){nearest(key, names, 0.5)}; allowed keys: {', '.join(names)}"
                 )
 
     def __post_init__(self):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,7 +124,7 @@ def nearest_value(value: Any, kind: str) -> str:
     return f"; did you mean {json.dumps(found[0])}?" if found else ""
 
 
-def nearest(key: Any, allowed: list[str]) -> str:
-    """`'; did you mean "x"?'` for the nearest of the allowed keys (an empty string when nothing is near)."""
-    matches = difflib.get_close_matches(str(key).lower(), allowed, n=1, cutoff=0.5)
+def nearest(word: Any, allowed: Iterable[str], cutoff: float = 0.6) -> str:
+    """`'; did you mean "x"?'` for the nearest of the allowed words (an empty string when nothing is near)."""
+    matches = difflib.get_close_matches(str(word).lower(), list(allowed), n=1, cutoff=cutoff)
     return f'; did you mean "{matches[0]}"?' if matches else ""

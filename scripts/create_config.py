@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import shlex
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from ds_minis.config_values import nearest
 from ds_minis.context.recipes.estimate import GIB
 from ds_minis.context.recipes.recipe import PlannedStage, Recipe, RecipeError, read_recipe
 
@@ -114,9 +114,7 @@ def check_names(given: Mapping[str, Any]) -> None:
     known = [field.name for kind in (ModelArguments, DataArguments, SFTConfig) for field in dataclasses.fields(kind)]
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise RecipeError(f"training_arguments.{name}: train.py has no such argument{hint}")
+            raise RecipeError(f"training_arguments.{name}: train.py has no such argument{nearest(name, known)}")
 
 
 def planner_for(fields: Mapping[str, Any]):

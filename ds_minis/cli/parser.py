@@ -1,11 +1,12 @@
-"""argparse, with errors of one line that name the nearest flag or command. Standard library only."""
+"""argparse, with errors of one line that name the nearest flag or command. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from typing import NoReturn
+
+from ds_minis.config_values import nearest
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,15 +36,10 @@ class Parser(argparse.ArgumentParser):
 
     def _near(self, parsed: argparse.Namespace, word: str) -> str:
         flags = self._of_command(parsed)._option_string_actions
-        return _did_you_mean(word.partition("=")[0], list(flags)) if word.startswith("-") else ""
+        return nearest(word.partition("=")[0], flags) if word.startswith("-") else ""
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
         if action.choices is not None and value not in action.choices:
             allowed = [str(choice) for choice in action.choices]
-            near = _did_you_mean(str(value), allowed)
+            near = nearest(value, allowed)
             raise argparse.ArgumentError(action, f"one of {', '.join(allowed)} is allowed, got {value!r}{near}")
-
-
-def _did_you_mean(word: str, allowed: list[str]) -> str:
-    near = difflib.get_close_matches(word, allowed, n=1)
-    return f"; did you mean {near[0]}?" if near else ""

@@ -60,10 +60,10 @@ def test_an_interrupt_is_one_line(capsys, monkeypatch, llama):
     ("words", "said"),
     [
         ([], "ds-minis: the following arguments are required: command"),
-        (["chekc", "x"], "'chekc'; did you mean check?"),
+        (["chekc", "x"], "'chekc'; did you mean \"check\"?"),
         (["check"], "ds-minis check: the following arguments are required: model"),
-        (["check", "x", "--jsn"], "ds-minis check: no such argument: --jsn; did you mean --json?"),
-        (["config", "valdate", "x"], "did you mean validate?"),
+        (["check", "x", "--jsn"], 'ds-minis check: no such argument: --jsn; did you mean "--json"?'),
+        (["config", "valdate", "x"], 'did you mean "validate"?'),
         (["config", "validate", "x", "--quite"], "ds-minis config validate: no such argument: --quite ("),
         (["env", "x"], "ds-minis env: no such argument: x ("),
         (["needle", "x", "--max-context-length", "x"], "invalid int value: 'x'"),

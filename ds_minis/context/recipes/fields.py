@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from ds_minis.config import MiniSequenceConfig
-from ds_minis.config_values import MODES
+from ds_minis.config_values import MODES, nearest
 from ds_minis.context.recipes.estimate import ENGINES, bytes_of
 
 REQUIRED = object()
@@ -74,9 +73,8 @@ def filled(given: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -> d
     """
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"allowed are {', '.join(known)}"
-            raise RecipeError(f"{prefix}{name}: no field has this name; {hint}")
+            hint = nearest(name, known) or f"; allowed are {', '.join(known)}"
+            raise RecipeError(f"{prefix}{name}: no field has this name{hint}")
     missing = [name for name, value in known.items() if value is REQUIRED and given.get(name) is None]
     if missing:
         raise RecipeError(f"{prefix}{missing[0]}: the recipe has none; add it (examples/long_context/ has recipes)")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from ds_minis.config_values import nearest
 
 ENGINES = "single", "ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"
 DTYPES = "bfloat16", "float16", "float32"
@@ -63,9 +64,8 @@ class Setup:
         for name, allowed in (("engine", ENGINES), ("train", ADAPTERS), ("dtype", DTYPES), ("optimizer", OPTIMIZERS)):
             value = getattr(self, name)
             if value not in allowed:
-                near = difflib.get_close_matches(str(value).lower(), allowed, n=1)
-                meant = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"{name}: one of {', '.join(allowed)} is allowed, got {value!r}{meant}")
+                near = nearest(value, allowed)
+                raise ValueError(f"{name}: one of {', '.join(allowed)} is allowed, got {value!r}{near}")
         for name in ("gpus", "batch", "accumulation", "lora_rank"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name}: a whole number from 1 is allowed, got {getattr(self, name)!r}")
