@@ -7,6 +7,7 @@ import contextlib
 import json
 import re
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from ds_minis.cli.plan_output import as_data, as_parts
@@ -99,7 +100,8 @@ def plan(args: argparse.Namespace, settings: dict[str, Any]):
     """
     if args.plot and not args.plot.endswith(PICTURES):
         raise WrongArgument(f"--plot: a name that ends in {', '.join(PICTURES)} is allowed, got {args.plot!r}")
-    setup = base_setup(args, settings)
+    file, stated = source_file(args.source)
+    setup = base_setup(args, settings, stated)
     from ds_minis.planner.plan.compare import compare
     from ds_minis.planner.step.profile import cache_folder
     from ds_minis.planner.step.trace import CannotTrace
@@ -120,10 +122,8 @@ def plan(args: argparse.Namespace, settings: dict[str, Any]):
         raise WrongArgument(f"{args.model}: {error}") from None
     except WrongGroups as error:
         raise WrongArgument(f"--set: {error}") from None
-    if args.source:
-        from ds_minis.planner.inputs.files import assumptions
-
-        result.notes += assumptions(args.source, setup.gpus, args.gpus is not None)
+    if file:
+        result.notes += file.assumptions(setup.gpus, args.gpus is not None)
     if args.plot:
         from ds_minis.planner.plan.picture import NoPicture, draw
 
@@ -134,23 +134,29 @@ def plan(args: argparse.Namespace, settings: dict[str, Any]):
     if args.write:
         from ds_minis.planner.inputs.files import write_configuration
 
-        written = write_configuration(result, args.write, args.source)
+        written = write_configuration(result, args.write, file)
         result.notes.append(f"written: {', '.join(map(str, written)) or 'nothing, as nothing of ds_minis fits'}")
     return result
 
 
-def base_setup(args: argparse.Namespace, settings: dict[str, Any]):
-    """The setup that arguments and a configuration file describe; arguments go before the file."""
+def source_file(path: str | None):
+    """The configuration file that a plan begins with, read once, and what it states; None and nothing without one."""
+    if not path:
+        return None, {}
+    from ds_minis.planner.inputs.files import ConfigurationFile
+
+    try:
+        file = ConfigurationFile.read(path)
+        return file, file.fields
+    except ValueError as error:
+        raise WrongArgument(f"--from: {error}") from None
+
+
+def base_setup(args: argparse.Namespace, settings: dict[str, Any], stated: Mapping[str, Any]):
+    """The setup that arguments and what a configuration file states describe; arguments go before the file."""
     from ds_minis.planner.inputs.setup import OFFLOADING, Setup
 
-    found: dict[str, Any] = {}
-    if args.source:
-        from ds_minis.planner.inputs.files import read_configuration
-
-        try:
-            found = read_configuration(args.source)
-        except ValueError as error:
-            raise WrongArgument(f"--from: {error}") from None
+    found = dict(stated)
     settings = {**found.pop("settings", {}), **settings}
     given = {
         "gpus": args.gpus,

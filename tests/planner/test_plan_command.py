@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,7 +12,7 @@ from transformers import AutoConfig, LlamaConfig
 from ds_minis.cli import main
 from ds_minis.cli.command import make_parser
 from ds_minis.planner.inputs import files
-from ds_minis.planner.inputs.files import read_configuration, write_configuration
+from ds_minis.planner.inputs.files import ConfigurationFile, write_configuration
 from ds_minis.planner.inputs.models import MODELS, known_name
 from ds_minis.planner.inputs.setup import Setup
 from ds_minis.planner.plan.compare import UNIT, Plan, compare
@@ -124,14 +125,14 @@ def test_a_tensor_of_more_than_2_to_the_31_elements_is_named(model, capsys):
         (["--set", "chunksize=3"], "chunk_size"),
         (["--from", "nowhere.yaml"], "no such file"),
         (["--lora", "--qlora"], "not allowed"),
-        (["--gpu-memry", "8"], "no such argument: --gpu-memry 8; did you mean --gpu-memory?"),
+        (["--gpu-memry", "8"], 'no such argument: --gpu-memry 8; did you mean "--gpu-memory"?'),
         (["--plot", "memory.xyz"], "a name that ends in .png"),
         (["--gpus", "-2"], "a whole number from 1"),
         (["--gpu-memory", "much"], "a number of gigabytes above 0"),
         (["--gpu-memory", "80000"], "at most 16,384"),
         (["--seq", "1.0001K"], "such as 131072, 128K or 1.5M"),
-        (["--engine", "fsdp"], "did you mean 'fsdp2'"),
-        (["--dtype", "bf16"], "did you mean 'bfloat16'"),
+        (["--engine", "fsdp"], 'did you mean "fsdp2"'),
+        (["--dtype", "bf16"], 'did you mean "bfloat16"'),
         (["--set", "head_groups=3"], "did you mean 2"),
         (["--gpus", "3", "--set", "sequence_parallel=2"], "--set sequence_parallel: 2 ranks"),
         (["--offload-optimizer"], "zero1, zero2, zero3"),
@@ -186,6 +187,10 @@ def test_more_gpus_share_a_machines_memory(model, capsys):
     assert alone["gpus_needed"] is None or alone["gpus_needed"] > 8  # each has 1 GiB of the machine's 8 then
 
 
+def stated(path):
+    return ConfigurationFile.read(path).fields
+
+
 def test_reads_accelerates_and_deepspeeds_files(tmp_path):
     zero = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 5e8}}
     zero |= {"gradient_accumulation_steps": 4, "mini_sequence": {"offload": "cpu"}}
@@ -193,14 +198,14 @@ def test_reads_accelerates_and_deepspeeds_files(tmp_path):
     (tmp_path / "zero.json").write_text(json.dumps(zero))
     expected = {"engine": "zero2", "offload_optimizer": True, "bucket": 500000000, "accumulation": 4, "batch": 3}
     expected |= {"settings": {"offload": "cpu"}}
-    assert read_configuration(tmp_path / "zero.json") == expected
+    assert stated(tmp_path / "zero.json") == expected
     content = {
         "distributed_type": "DEEPSPEED",
         "num_processes": 8,
         "deepspeed_config": {"deepspeed_config_file": "zero.json"},
     }
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(content))
-    assert read_configuration(tmp_path / "a.yaml") == {**expected, "gpus": 8}
+    assert stated(tmp_path / "a.yaml") == {**expected, "gpus": 8}
     fsdp = {
         "distributed_type": "FSDP",
         "num_processes": 2,
@@ -208,7 +213,7 @@ def test_reads_accelerates_and_deepspeeds_files(tmp_path):
         "mini_sequence": True,
     }
     (tmp_path / "f.yaml").write_text(yaml.safe_dump(fsdp))
-    assert read_configuration(tmp_path / "f.yaml") == {
+    assert stated(tmp_path / "f.yaml") == {
         "engine": "fsdp2",
         "gpus": 2,
         "offload_param": True,
@@ -224,7 +229,7 @@ def test_reads_accelerates_and_deepspeeds_files(tmp_path):
     ):
         (tmp_path / "w.yaml").write_text(text)
         with pytest.raises(ValueError, match=said):
-            read_configuration(tmp_path / "w.yaml")
+            stated(tmp_path / "w.yaml")
 
 
 def test_writes_what_it_advises_and_reads_it_back(model, capsys, tmp_path):
@@ -235,7 +240,7 @@ def test_writes_what_it_advises_and_reads_it_back(model, capsys, tmp_path):
         plan(capsys, model, "--gpu-memory", "8", "--lora", *arguments, "--write", str(folder))
         _, data = plan_json(capsys, model, "--gpu-memory", "8", "--lora", *arguments)
         best = next(row for row in data["rows"] if row["name"] == data["best"])
-        found = read_configuration(folder / "accelerate.yaml")
+        found = stated(folder / "accelerate.yaml")
         assert (found["engine"], found["gpus"], found["settings"]) == (engine, 2, best["settings"])
     assert yaml.safe_load((tmp_path / "fsdp2" / "accelerate.yaml").read_text())["mixed_precision"] == "bf16"
 
@@ -264,7 +269,7 @@ def test_what_is_written_says_what_was_planned(model, name, arguments, capsys, t
     )
     plan(capsys, *given, "--write", str(tmp_path / "out"))
     setup, path = made[0].best.candidate.setup, tmp_path / "out" / "accelerate.yaml"
-    found = Setup(train="lora", **read_configuration(path))
+    found = Setup(train="lora", **stated(path))
     fields = ["engine", "gpus", "settings", "offload_optimizer", "offload_param"]
     fields += ["accumulation", "batch"] if setup.engine.startswith("zero") else []  # else they are the script's
     assert [getattr(found, field) for field in fields] == [getattr(setup, field) for field in fields]
@@ -298,6 +303,17 @@ def test_what_a_deepspeed_json_beside_its_yaml_says_is_kept(model, capsys, tmp_p
     folder = tmp_path / "advised"
     plan(capsys, model, "--gpu-memory", "8", "--lora", "--from", str(source), "--write", str(folder))
     assert json.loads((folder / "deepspeed.json").read_text())["gradient_clipping"] == 0.25
+
+
+def test_a_file_and_the_json_that_it_names_are_read_once(model, capsys, tmp_path, monkeypatch):
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 3}}')
+    named = "deepspeed_config: {deepspeed_config_file: zero.json}"
+    (tmp_path / "own.yaml").write_text(f"{{distributed_type: DEEPSPEED, num_processes: 2, {named}}}")
+    load, reads = files.load_mapping, []
+    monkeypatch.setattr(files, "load_mapping", lambda path: reads.append(Path(path).name) or load(path))
+    given = ["--gpu-memory", "8", "--lora", "--from", str(tmp_path / "own.yaml"), "--write", str(tmp_path / "out")]
+    assert plan(capsys, model, *given)[0] == 0 and (tmp_path / "out" / "deepspeed.json").exists()
+    assert reads == ["own.yaml", "zero.json"]
 
 
 def test_the_picture_has_titles_units_and_the_card(model, capsys, tmp_path):

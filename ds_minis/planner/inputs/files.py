@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,32 +70,59 @@ def deepspeed_file(content: Mapping[str, Any], path: Path) -> Path | None:
     return place
 
 
-def read_configuration(path: str | Path) -> dict[str, Any]:
-    """Fields of a `Setup` that a file states: engine, gpus, settings, offloading, accumulation, optimizer.
+@dataclass(frozen=True)
+class ConfigurationFile:
+    """An accelerate YAML or a DeepSpeed JSON that a plan is read from; it and the JSON that it names are read once."""
 
-    Raises:
-        ValueError: it is neither, or its mini-sequence settings are wrong.
-    """
-    content = load_mapping(path)
-    if "distributed_type" in content:
-        return _read_accelerate(content, Path(path))
-    if "zero_optimization" in content or any("batch_size" in key for key in content) or SECTION in content:
-        return read_deepspeed(content, str(path))
-    raise ValueError(f"{str(path)!r}: {_ALLOWED}, got the keys {', '.join(map(str, content)) or 'of nothing'}")
+    path: Path
+    content: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: str | Path) -> ConfigurationFile:
+        """Raises ValueError, as `load_mapping` does."""
+        return cls(Path(path), load_mapping(path))
+
+    @property
+    def is_accelerate(self) -> bool:
+        return "distributed_type" in self.content
+
+    @functools.cached_property
+    def named(self) -> ConfigurationFile | None:
+        """The DeepSpeed JSON that an accelerate YAML names.
+
+        Raises:
+            ValueError: it is not there, or is no JSON.
+        """
+        place = deepspeed_file(self.content, self.path) if self.is_accelerate else None
+        return ConfigurationFile.read(place) if place else None
+
+    @functools.cached_property
+    def fields(self) -> dict[str, Any]:
+        """Fields of a `Setup` that the file states: engine, gpus, settings, offloading, accumulation, optimizer.
+
+        Raises:
+            ValueError: it is neither, or its mini-sequence settings are wrong.
+        """
+        content = self.content
+        if self.is_accelerate:
+            return _read_accelerate(self)
+        if "zero_optimization" in content or any("batch_size" in key for key in content) or SECTION in content:
+            return read_deepspeed(content, str(self.path))
+        raise ValueError(f"{str(self.path)!r}: {_ALLOWED}, got the keys {', '.join(map(str, content)) or 'of nothing'}")
+
+    def assumptions(self, gpus: int, given: bool) -> list[str]:
+        """What a plan for so many GPUs, a number that was given or not, takes for granted and the file does not say."""
+        content, found = self.content, []
+        if not given and not isinstance(content.get("num_processes"), int):
+            found.append(f"{str(self.path)!r} names no number of processes: planned for {gpus} (--gpus)")
+        fsdp = content.get("fsdp_config") or {}
+        if str(content.get("distributed_type")).upper() == "FSDP" and str(fsdp.get("fsdp_version", 1)) != "2":
+            found.append(f"{str(self.path)!r} is of FSDP1: planned as FSDP2")
+        return found
 
 
-def assumptions(path: str | Path, gpus: int, given: bool) -> list[str]:
-    """What a plan for so many GPUs, a number that was given or not, takes for granted and the file does not say."""
-    content, found = load_mapping(path), []
-    if not given and not isinstance(content.get("num_processes"), int):
-        found.append(f"{str(path)!r} names no number of processes: planned for {gpus} (--gpus)")
-    fsdp = content.get("fsdp_config") or {}
-    if str(content.get("distributed_type")).upper() == "FSDP" and str(fsdp.get("fsdp_version", 1)) != "2":
-        found.append(f"{str(path)!r} is of FSDP1: planned as FSDP2")
-    return found
-
-
-def _read_accelerate(content: dict[str, Any], path: Path) -> dict[str, Any]:
+def _read_accelerate(file: ConfigurationFile) -> dict[str, Any]:
+    content, path = file.content, file.path
     kind = str(content["distributed_type"]).upper()
     if kind not in ENGINES:
         raise ValueError(f"{str(path)!r}: distributed_type {', '.join(ENGINES)} can be planned, got {kind!r}")
@@ -101,7 +130,7 @@ def _read_accelerate(content: dict[str, Any], path: Path) -> dict[str, Any]:
     if isinstance(content.get("num_processes"), int):
         found["gpus"] = content["num_processes"]
     if kind == "DEEPSPEED":
-        found |= _read_stage(content, path)
+        found |= _read_stage(file)
     if kind == "FSDP":
         found |= _read_fsdp(content.get("fsdp_config") or {}, path)
     return found | _settings(content, str(path), found.get("settings"))
@@ -119,11 +148,10 @@ def _read_fsdp(fsdp: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return {"offload_param": True} if fsdp.get("fsdp_offload_params") in (True, "true", "True") else {}
 
 
-def _read_stage(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    place = deepspeed_file(content, path)
-    if place is not None:
-        return read_deepspeed(load_mapping(place), str(place))
-    nested = content.get("deepspeed_config") or {}
+def _read_stage(file: ConfigurationFile) -> dict[str, Any]:
+    if file.named is not None:
+        return read_deepspeed(file.named.content, str(file.named.path))
+    nested = file.content.get("deepspeed_config") or {}
     found: dict[str, Any] = {"engine": f"zero{nested.get('zero_stage', 2)}"}
     if nested.get("offload_optimizer_device") in ("cpu", "nvme"):
         found["offload_optimizer"] = True
@@ -159,7 +187,7 @@ def _settings(content: Mapping[str, Any], source: str, other: dict[str, Any] | N
     return {"settings": own or other or {}}
 
 
-def write_configuration(plan: Any, folder: str | Path, source: str | None) -> list[Path]:
+def write_configuration(plan: Any, folder: str | Path, source: ConfigurationFile | None) -> list[Path]:
     """Writes the advised configuration: an accelerate YAML, and for ZeRO the DeepSpeed JSON that it names.
 
     Args:
@@ -172,14 +200,12 @@ def write_configuration(plan: Any, folder: str | Path, source: str | None) -> li
     setup, folder = row.candidate.setup, Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     section = dict(setup.settings) or True
-    given = load_mapping(source) if source else {}
-    own_yaml = given if "distributed_type" in given else {}
-    own_json = {} if own_yaml else given
-    named = deepspeed_file(own_yaml, Path(source)) if own_yaml else None
-    if named is not None:
-        own_json = load_mapping(named)
+    own_yaml = source.content if source and source.is_accelerate else {}
+    own_json = source.content if source and not own_yaml else {}
+    if source and source.named:
+        own_json = source.named.content
     written = []
-    same_engine = bool(own_yaml) and read_configuration(source)["engine"] == setup.engine
+    same_engine = bool(own_yaml) and source.fields["engine"] == setup.engine
     content = {key: value for key, value in own_yaml.items() if key not in _OF_ENGINE}
     content = {"compute_environment": "LOCAL_MACHINE", **content, "num_processes": setup.gpus}
     if setup.engine.startswith("zero"):
