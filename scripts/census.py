@@ -83,6 +83,23 @@ def all_architectures() -> list[str]:
     return [f"{kind}:{name}" for kind, names in NAMES.items() for name in names]
 
 
+def choose(
+    parser: argparse.ArgumentParser, known: list[str], names: list[str], sample: bool = False, whole: bool = False
+) -> list[str]:
+    """The known architectures that a command line asks for: by name, with or without a kind, or by kind; or the sample.
+
+    Args:
+        whole: whether all of them are needed, for a page.
+    """
+    by_name = [a for a in known if {a, *a.split(":", 1)} & set(names)]
+    chosen = [a for a in SAMPLE if a in known] if sample else by_name if names else known
+    if not chosen:
+        parser.error(f"no architecture is called {' or '.join(names)}; allowed: such as {', '.join(known[:3])}")
+    if whole and chosen != known:
+        parser.error("--write needs the results of all architectures: leave names and --sample out")
+    return chosen
+
+
 def configuration(architecture: str) -> tuple[type, Any, Recipe]:
     """Class and tiny configuration of an architecture, and how its inputs are made."""
     kind, name = architecture.split(":", 1)
@@ -235,13 +252,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--settings", type=json.loads, help="settings of the conversion, as JSON, beside small chunks")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name} from the results (of all)")
     args = parser.parse_args(argv)
-    known = all_architectures()
-    chosen = [a for a in known if a in args.names or a.split(":", 1)[1] in args.names or a.split(":")[0] in args.names]
-    chosen = SAMPLE if args.sample else chosen if args.names else known
-    if not chosen:
-        parser.error(f"no architecture is called {' or '.join(args.names)}; allowed: such as {', '.join(known[:3])}")
-    if args.write and chosen != known:
-        parser.error("--write needs the results of all architectures: leave names and --sample out")
+    chosen = choose(parser, all_architectures(), args.names, args.sample, whole=args.write)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore")

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from census import PAGE, all_architectures, configuration, warm_up
+from census import PAGE, all_architectures, choose, configuration, warm_up
 from census_page import SEQUENCE_PARALLEL, with_more_columns
 
 from ds_minis import convert_to_mini_sequence
@@ -123,15 +123,13 @@ def main() -> int:
     )
     args = parser.parse_args()
     known = all_architectures()
-    chosen = [a for a in known if a in args.names or a.split(":", 1)[1] in args.names]
-    if args.names and not chosen:
-        parser.error(f"no architecture is called {' or '.join(args.names)}; allowed: such as {', '.join(known[:3])}")
+    chosen = choose(parser, known, args.names)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
     warm_up()
     results = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
-    for architecture in chosen or known:
+    for architecture in chosen:
         if architecture in results:
             continue
         start = time.monotonic()

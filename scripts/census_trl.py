@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import transformers
-from census import NAMES, PAGE, SAMPLE, configuration, run_all, warm_up
+from census import NAMES, PAGE, choose, configuration, run_all, warm_up
 from census_page import TRL_HEADS, with_more_columns
 from torch import Tensor, nn
 
@@ -214,12 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     known = [f"causal:{name}" for name in NAMES["causal"]]
-    sample = [name for name in SAMPLE if name in known]
-    chosen = sample if args.sample else [a for a in known if not args.names or a.split(":")[1] in args.names]
-    if not chosen:
-        parser.error(f"no architecture is called {' or '.join(args.names)}; allowed: such as {', '.join(known[:3])}")
-    if args.write and chosen != known:
-        parser.error("--write needs the results of all architectures: leave names and --sample out")
+    chosen = choose(parser, known, args.names, args.sample, whole=args.write)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     logging.getLogger("ds_minis").setLevel(logging.ERROR)

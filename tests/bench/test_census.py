@@ -1,5 +1,6 @@
 """The census: a sample of it, what it says of what is wrong, and its page."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -77,6 +78,29 @@ def test_exit_status(monkeypatch, capsys):
     assert "not exact: causal:gpt2" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         census.main(["lama"])
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen"),
+    [
+        ({"names": []}, ["causal:a", "causal:llama", "image-text:a"]),
+        ({"names": ["a"]}, ["causal:a", "image-text:a"]),
+        ({"names": ["image-text:a", "llama"]}, ["causal:llama", "image-text:a"]),
+        ({"names": ["causal"]}, ["causal:a", "causal:llama"]),
+        ({"names": ["b"]}, "no architecture is called b; allowed: such as causal:a, causal:llama, image-text:a"),
+        ({"names": ["a"], "whole": True}, "--write needs the results of all architectures"),
+        ({"names": [], "sample": True}, ["image-text:a", "causal:a"]),
+    ],
+)
+def test_names_choose_architectures(given, chosen, monkeypatch, capsys):
+    known = ["causal:a", "causal:llama", "image-text:a"]
+    monkeypatch.setattr(census, "SAMPLE", ["image-text:a", "causal:b", "causal:a"])
+    if isinstance(chosen, list):
+        assert census.choose(argparse.ArgumentParser(), known, **given) == chosen
+        return
+    with pytest.raises(SystemExit):
+        census.choose(argparse.ArgumentParser(), known, **given)
+    assert chosen in capsys.readouterr().err
 
 
 def test_model_that_does_not_run_is_no_failure():
