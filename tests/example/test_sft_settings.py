@@ -245,6 +245,25 @@ def test_data_that_cannot_be_trained_on_is_named(example, tmp_path, text, words)
         data.load_splits(arguments)
 
 
+@pytest.mark.parametrize("kind", ["saved", "saved after a filter", "parquet", "csv"])
+def test_a_split_without_rows_is_refused_with_the_folders_name(example, tmp_path, kind):
+    import data
+    from datasets import Dataset, DatasetDict, Features, Value
+
+    full, none = (Dataset.from_dict({"text": rows}, Features({"text": Value("string")})) for rows in (["a"], []))
+    if kind == "parquet":
+        none.to_parquet(tmp_path / "test.parquet")
+        full.to_parquet(tmp_path / "train.parquet")
+    elif kind == "csv":
+        (tmp_path / "train.csv").write_text("text\na\n")
+        (tmp_path / "test.csv").write_text("text\n")
+    else:
+        none = none if kind == "saved" else full.filter(lambda row: False)
+        DatasetDict(train=full, test=none).save_to_disk(tmp_path)
+    with pytest.raises(ValueError, match=f"^--dataset_name {tmp_path}: a split of it has no rows"):
+        data.load_splits(data.DataArguments(dataset_name=str(tmp_path), splits="train,test"))
+
+
 def test_a_file_that_is_not_there_is_not_asked_for_on_the_hub(example, chats):
     import data
 
