@@ -81,10 +81,8 @@ def _data_are_named(name: str) -> Iterator[None]:
         yield
     except StopIteration:
         raise ValueError(f"--dataset_name {name}: a file of it has no rows") from None
-    except (
-        IndexError,
-        ValueError,
-    ) as error:  # a split that was saved without rows; a file with the names of columns alone
+    except (IndexError, ValueError) as error:
+        # IndexError: a split that was saved without rows. ValueError: a file with the names of columns alone.
         if isinstance(error, ValueError) and "no data" not in str(error):
             raise
         raise ValueError(f"--dataset_name {name}: a split of it has no rows ({error})") from error
