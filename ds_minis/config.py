@@ -92,9 +92,11 @@ class MiniSequenceConfig:
         "keep",
         'What a tiled layer keeps from forward to backward. "input": its input alone; backward runs the rest again. '
         '"attention": the attention\'s output too, so that backward does not run the attention again, for about as much '
-        'memory again as the inputs take (host memory, with `offload`). "all": as without checkpointing, so that nothing is '
-        'computed twice. "auto": at each call as much as fits into `memory_budget`; without one, on a CUDA device as for '
-        '`memory_budget: "auto"` (unless `head_groups` or `sequence_parallel` is set), and elsewhere "input".',
+        'memory again as the inputs take (host memory, with `offload`). "matmuls": the results of its linear layers too, so '
+        "that backward repeats norms and activations alone, for about half of the memory that training without checkpointing "
+        'takes. "all": as without checkpointing, so that nothing is computed twice. "auto": at each call as much as fits into '
+        '`memory_budget`; without one, on a CUDA device as for `memory_budget: "auto"` (unless `head_groups` or '
+        '`sequence_parallel` is set), and elsewhere "input".',
     )
     memory_budget: float | str | None = _setting(
         None,
@@ -164,15 +166,15 @@ class MiniSequenceConfig:
         self._require_keep()
 
     def _require_keep(self) -> None:
-        if self.keep in ("attention", "all") and self.head_groups != 1:
+        if self.keep in ("attention", "matmuls", "all") and self.head_groups != 1:
             raise ValueError(
                 f"keep={self.keep!r} takes memory to save time, and head_groups={self.head_groups!r} takes time to save "
                 f"memory: give one of the two (with keep={self.keep!r}, head_groups must be 1)"
             )
-        if self.keep == "all" and self.offload is not None:
+        if self.keep in ("matmuls", "all") and self.offload is not None:
             raise ValueError(
-                f"keep='all' holds all of a layer on the device, and offload={self.offload!r} keeps its input off it: give "
-                'one of the two (offload goes with keep "input", "attention" and "auto")'
+                f"keep={self.keep!r} holds most of a layer on the device, and offload={self.offload!r} keeps its input off "
+                'it: give one of the two (offload goes with keep "input", "attention" and "auto")'
             )
         if self.keep == "attention" and self.offload == AUTO:
             raise ValueError(
@@ -192,8 +194,8 @@ class MiniSequenceConfig:
             if decides:
                 raise ValueError(
                     f"{name}={value!r} does not go with sequence_parallel={self.sequence_parallel.to_value()!r}, whose "
-                    'ranks must run the same attentions in backward: set keep "input" or "attention" and offload "cpu" or '
-                    "null, without memory_budget"
+                    'ranks must run the same attentions in backward: set keep "input", "attention" or "matmuls" and offload '
+                    '"cpu" or null, without memory_budget'
                 )
 
     @classmethod

@@ -10,7 +10,7 @@ from typing import Any
 
 AUTO = "auto"
 SCOPES = ("mlp", "tokens", "layer")
-KEEPS = ("input", "attention", "all", "auto")
+KEEPS = ("input", "attention", "matmuls", "all", "auto")
 OFFLOADS = ("cpu", "auto")
 MODES = ("auto", "gather", "ulysses", "ring")
 

@@ -36,6 +36,10 @@ SETTINGS = {
         engine="fsdp2", lora=True, keep="attention", offload_inputs="cpu"
     ),
     "attention kept, FSDP1": Case(engine="fsdp1", keep="attention", uneven=True),
+    "products kept, ZeRO-2": Case(zero_stage=2, keep="matmuls", uneven=True),
+    "products kept, ZeRO-3, LoRA": Case(zero_stage=3, keep="matmuls", lora=True),
+    "products kept, FSDP2": Case(engine="fsdp2", keep="matmuls", uneven=True),
+    "products kept, FSDP1": Case(engine="fsdp1", keep="matmuls"),
     "all kept, ZeRO-2": Case(zero_stage=2, keep="mixed", uneven=True),
     "all kept, ZeRO-3": Case(zero_stage=3, keep="mixed", uneven=True),
     "all kept, ZeRO-3, LoRA": Case(zero_stage=3, keep="mixed", lora=True),

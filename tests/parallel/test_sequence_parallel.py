@@ -77,6 +77,7 @@ CASES = [
         case(f"{mode}: attention is kept", mode, 2, settings={"keep": "attention"})
         for mode in ("gather", "ulysses", "ring")
     ),
+    case("products are kept", "ring", 2, settings={"keep": "matmuls"}),
     case("adapters", "auto", 2, lora=True),
     case("adapters, scope mlp, checkpointed", "ring", 2, lora=True, checkpointing=True, settings={"scope": "mlp"}),
     case("plain layers, checkpointed", "gather", 2, checkpointing=True, settings={"scope": "tokens"}),

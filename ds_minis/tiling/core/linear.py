@@ -2,7 +2,7 @@
 
 - Its weight gradient goes straight into the sum over all chunks. Autograd would first make each chunk's gradient in the
   weight's dtype: a second tensor of that size (1 GiB for the LM head of Llama-3-8B), and a rounding to bfloat16 each.
-- Its output is not computed where it is a dead value: the backward reads only input and weight.
+- Its output is not computed where it is a dead value (the backward reads only input and weight), or where it is given.
 
 Shapes: C rows of one chunk, V outputs and H inputs.
 """
@@ -10,7 +10,8 @@ Shapes: C rows of one chunk, V outputs and H inputs.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ from ds_minis.tiling.core.params import submodules
 from ds_minis.tiling.core.replay import autocast_dtype, matmul_dtype, patched_forwards
 
 Forwards = dict[nn.Module, Callable]
+Results = Mapping[nn.Linear, Callable[[Tensor], Tensor]]  # from a layer's input to its result
+_NONE: Results = MappingProxyType({})
 
 
 class _Linear(torch.autograd.Function):
@@ -30,7 +33,7 @@ class _Linear(torch.autograd.Function):
     Args:
         leaf: the parameter that `weight` was cast from; it gives the result a graph where nothing else is trained.
         add: accumulates the weight gradient from its two operands; None leaves that to autograd.
-        value: fills the result where it is a dead value; None computes the product.
+        result: gives the result from `x`, without a graph; None computes the product.
     """
 
     @staticmethod
@@ -41,15 +44,15 @@ class _Linear(torch.autograd.Function):
         bias: Tensor | None,
         leaf: Tensor | None,
         add: Callable[[Tensor, Tensor], None] | None,
-        value: float | None,
+        result: Callable[[Tensor], Tensor] | None,
     ):
         ctx.save_for_backward(x, weight)
         ctx.add = add
-        if value is None:
+        if result is None:
             # Not a view, which `F.linear` returns for three dimensions: the module may write to the result in place.
             y = F.linear(x.flatten(0, -2), weight, bias)
             return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
-        return x.new_full((), value).expand(*x.shape[:-1], weight.shape[0])
+        return result(x).detach()  # autograd makes what is returned part of the graph
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # never differentiated, but `once_differentiable` would cost time at each call
@@ -78,29 +81,41 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def chunk_forwards(
-    module: nn.Module, sums: Sequence[GradientSums], dead: Sequence[nn.Linear] = (), value: float = 0.0
+    module: nn.Module,
+    sums: Sequence[GradientSums],
+    dead: Sequence[nn.Linear] = (),
+    value: float = 0.0,
+    results: Results = _NONE,
 ) -> Forwards:
     """Forwards for the plain linear layers in `module`, to be patched in while leaves replace its parameters.
 
-    A layer whose `forward` is not `nn.Linear.forward`, or whose weight is a tensor subclass (DTensor), is left to
-    autograd.
+    Other linear layers (`plain_linears`) are left to autograd.
 
     Args:
         sums: accumulate the gradients of the weights that are among their leaves.
         dead: layers whose result is a dead value.
         value: fills the results of `dead`.
+        results: give the results of other layers, which are not computed either.
     """
     forwards: Forwards = {}
+    for linear in plain_linears(module):
+        add = _adder(linear.weight, sums)
+        result = _filled(linear, value) if linear in dead else results.get(linear)
+        if add is not None or result is not None:
+            forwards[linear] = _forward(linear, add, result)
+    return forwards
+
+
+def plain_linears(module: nn.Module) -> Iterator[nn.Linear]:
+    """The layers in `module` that run `nn.Linear.forward`, and whose weight is no tensor subclass (DTensor)."""
     for linear in submodules(module):
         own = type(linear).forward is nn.Linear.forward and "forward" not in linear.__dict__
-        if not own or is_traceable_wrapper_subclass(linear.weight):
-            continue
-        add = _adder(linear.weight, sums)
-        if linear in dead:
-            forwards[linear] = _forward(linear, add, value)
-        elif add is not None:
-            forwards[linear] = _forward(linear, add, None)
-    return forwards
+        if own and not is_traceable_wrapper_subclass(linear.weight):
+            yield linear
+
+
+def _filled(linear: nn.Linear, value: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.new_full((), value).expand(*x.shape[:-1], linear.weight.shape[0])
 
 
 def _adder(leaf: Tensor, all_sums: Sequence[GradientSums]) -> Callable[[Tensor, Tensor], None] | None:
@@ -111,7 +126,11 @@ def _adder(leaf: Tensor, all_sums: Sequence[GradientSums]) -> Callable[[Tensor, 
     return None
 
 
-def _forward(linear: nn.Linear, add: Callable[[Tensor, Tensor], None] | None, value: float | None) -> Callable:
+def _forward(
+    linear: nn.Linear,
+    add: Callable[[Tensor, Tensor], None] | None,
+    result: Callable[[Tensor], Tensor] | None,
+) -> Callable:
     cast: dict[torch.dtype, Tensor] = {}  # cast once for all chunks
 
     def forward(input: Tensor) -> Tensor:
@@ -121,12 +140,12 @@ def _forward(linear: nn.Linear, add: Callable[[Tensor, Tensor], None] | None, va
         if dtype is not None:
             input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
         if add is None:
-            return _Linear.apply(input, leaf if dtype is None else leaf.to(dtype), bias, None, None, value)
+            return _Linear.apply(input, leaf if dtype is None else leaf.to(dtype), bias, None, None, result)
         if dtype is None:
-            return _Linear.apply(input, leaf.detach(), bias, leaf, add, value)
+            return _Linear.apply(input, leaf.detach(), bias, leaf, add, result)
         if dtype not in cast:
             cast[dtype] = leaf.detach().to(dtype)
-        return _Linear.apply(input, cast[dtype], bias, leaf, add, value)
+        return _Linear.apply(input, cast[dtype], bias, leaf, add, result)
 
     return forward
 
@@ -140,9 +159,7 @@ class LastLinear:
 
     def __init__(self, module: nn.Module):
         # Plain layers only: a quantized or patched forward may do something else.
-        self._linears = [
-            m for m in submodules(module) if type(m).forward is nn.Linear.forward and "forward" not in m.__dict__
-        ]
+        self._linears = list(plain_linears(module))
         self._found: nn.Linear | None = None
 
     @contextlib.contextmanager

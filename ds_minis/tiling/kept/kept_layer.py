@@ -85,7 +85,7 @@ class KeptLayer(TiledOp):
         except Exception as error:
             if budget.account(x) is None or not is_out_of_memory(error):
                 raise
-            budget.out_of_memory(x)
+            budget.out_of_memory(budget.account(x))
             budget.fell_back(ALL)
         if graph is not None and graph.reason:
             self._refuse(graph.reason)
@@ -94,7 +94,7 @@ class KeptLayer(TiledOp):
             budget.fell_back(ALL)
             graph = None
         if graph is not None:
-            budget.learn(ALL, module, x, graph.num_bytes, graph.pair_bytes)
+            budget.learn_all(module, x, graph.num_bytes, graph.pair_bytes)
             self._reservation = budget.reserve(x, graph.num_bytes)
         if self._reservation is None:
             if random is not None:

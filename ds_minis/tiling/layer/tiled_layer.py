@@ -21,7 +21,8 @@ from ds_minis.tiling.layer.analysis import analyze_layer
 from ds_minis.tiling.layer.checkpointed_layer import ItsOwnCheckpointing
 from ds_minis.tiling.layer.layer_analysis import LayerAnalysis, analyze_again, attributes_read_by_layer
 from ds_minis.tiling.layer.probe import a_few_tokens
-from ds_minis.tiling.memory.keep_budget import ALL, ATTENTION, INPUT
+from ds_minis.tiling.memory.call_budget import CallBudget
+from ds_minis.tiling.memory.keep_budget import ALL, ATTENTION, INPUT, MATMULS
 from ds_minis.tiling.memory.layer_inputs import LayerInput
 from ds_minis.tiling.modules.compiling import compiled_inside, outside_of_graphs
 from ds_minis.tiling.modules.gate import run_whole
@@ -29,6 +30,7 @@ from ds_minis.tiling.modules.state import experts_per_choice
 from ds_minis.tiling.modules.swap import Tiled, own_forward, warn_once
 from ds_minis.tiling.modules.tiled_module import engine_inside, passing_state, require_weights
 from ds_minis.tiling.passes.attention import attention_unwrapped
+from ds_minis.tiling.passes.keeping_node import KeepingNode
 from ds_minis.tiling.passes.layer_args import LayerArgs
 from ds_minis.tiling.passes.layer_passes import DifferentSettings, LayerPasses, NoAttention
 from ds_minis.tiling.passes.node import LayerNode
@@ -248,18 +250,13 @@ def _forward_by_tokens(
             level = store.budget.level(layer, x, store.num_layers)
             layer_input = store.new_input(x, level)
         call.until_backward()
+    keeping = CallBudget(store.budget, layer, x, level) if level in (ATTENTION, MATMULS) else None
     nodes: list[LayerNode] = []
 
     def by_chunks(slots: ParameterSlots | None = None, layer_input: LayerInput | None = layer_input) -> LayerNode:
         passes = LayerPasses(layer, forward, call, bounds, chunking, analysis.settings, shorten=True)
-        keep, reserve = level == ATTENTION, None
-        if keep and store.budget.account(x) is not None:
-            reserve = functools.partial(store.budget.reserve_attention, layer, x)
-        nodes.append(
-            LayerNode(
-                layer, passes, analysis.dead_values, analysis.groups, layer_input, keep, slots=slots, reserve=reserve
-            )
-        )
+        node = LayerNode if keeping is None else functools.partial(KeepingNode, keeping=keeping)
+        nodes.append(node(layer, passes, analysis.dead_values, analysis.groups, layer_input, slots=slots))
         return nodes[-1]
 
     if level == ALL:

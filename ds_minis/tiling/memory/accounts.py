@@ -18,6 +18,10 @@ class Reservation:
         self._live = live
         live[id(self)] = num_bytes
 
+    def add(self, num_bytes: float) -> None:
+        if id(self) in self._live:
+            self._live[id(self)] += num_bytes
+
     def release(self) -> None:
         self._live.pop(id(self), None)
 

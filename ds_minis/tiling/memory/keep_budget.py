@@ -6,9 +6,8 @@ The budget is given, or it is what a device has free (`learned_memory`). Nothing
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +20,8 @@ from ds_minis.tiling.memory.accounts import Account, Reservation
 from ds_minis.tiling.memory.device_memory import DeviceMemory, memory_of
 from ds_minis.tiling.memory.learned_memory import LearnedMemory
 
-HOST, INPUT, ATTENTION, ALL = "host", "input", "attention", "all"
-_AFTER_TOO_LARGE = 1.25  # a graph that was given up would have grown at least this much further
+HOST, INPUT, ATTENTION, MATMULS, ALL = "host", "input", "attention", "matmuls", "all"
+AFTER_TOO_LARGE = 1.25  # what was given up would have grown at least this much further
 
 
 @dataclass(frozen=True)
@@ -36,28 +35,31 @@ class Need:
         return batch * num_tokens * (self.per_token + num_tokens * self.per_pair)
 
 
-def choose_level(
-    budget: float, layers: int, num_tokens: int, width: int, all_bytes: float, attention_bytes: float
-) -> str:
+_UNKNOWN = Need(0.0)  # the limit alone decides until a call has shown it
+
+
+def choose_level(budget: float, layers: int, num_tokens: int, width: int, needs: Mapping[str, float]) -> str:
     """What the first of `layers` layers keeps.
 
-    The last layers keep most, since their memory is needed for the shortest time. Seconds saved per byte: with H the hidden
-    size and S tokens, a layer of a Llama in bfloat16 keeps about 60 H bytes per token to save 26 H^2 + 2 S H operations, and
-    its attention's output 2 H bytes to save 2 S H. So attentions come first from S = H / 2 on.
+    The last layers keep most, since their memory is needed for the shortest time. Operations saved per byte in bfloat16, with
+    H the hidden size and S tokens: a causal attention's output takes 2 H bytes per token and saves 2 S H; a product's result
+    takes 2 bytes for each value and saves 2 H. So attentions come first from S = H on. All else that backward reads takes
+    about as much memory again and saves no product, so it comes last.
 
     Args:
-        budget: bytes left, also for computing with what is kept: as much again as one layer keeps.
+        budget: bytes left, also for computing with what is kept: where everything is, as much again as one layer keeps.
         layers: this layer and those behind it.
-        all_bytes, attention_bytes: what one such layer keeps of each kind.
+        needs: level -> what one such layer keeps.
     """
-    room = budget - all_bytes
-    if layers * all_bytes <= room:
+    if (layers + 1) * needs[ALL] <= budget:
         return ALL
-    if 2 * num_tokens < width:
-        wholes = max(0, int(room // all_bytes)) if all_bytes else 0
-        budget -= (wholes + 1) * all_bytes if wholes else 0
-        layers -= wholes
-    return ATTENTION if (layers + 1) * attention_bytes <= budget else INPUT
+    attention, matmuls = needs[ATTENTION], needs[MATMULS]
+    if layers * matmuls + attention <= budget:
+        return MATMULS
+    if num_tokens < width and matmuls:
+        before = min(layers, max(0, int((budget - attention) // matmuls)))
+        budget, layers = budget - before * matmuls, layers - before
+    return ATTENTION if (layers + 1) * attention <= budget else INPUT
 
 
 class KeepBudget:
@@ -81,8 +83,7 @@ class KeepBudget:
         self.last: dict[str, int] = {}
         self._pass = _Pass()
         self._told = False
-        self._all: dict[Any, Need] = {}
-        self._attention: dict[Any, Need] = {}
+        self._needs: dict[tuple, Need] = {}
         self._order: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
     def __reduce__(self):
@@ -148,11 +149,14 @@ class KeepBudget:
         if self._config.keep == INPUT:
             return INPUT
         kind = kind_of(layer, x)
-        # Until a call has shown what a layer keeps, the limit alone decides.
-        need, attention = self._all.get(kind), self._attention.get(kind, Need(4.0 * width * x.element_size()))
-        all_bytes = 0.0 if need is None else max(0.0, need.of(batch, num_tokens) - inputs)
-        level = choose_level(left, layers, num_tokens, width, all_bytes, attention.of(batch, num_tokens))
-        return INPUT if level == ATTENTION and self._config.head_groups != 1 else level
+        unknown = {ATTENTION: Need(4.0 * width * x.element_size())}
+        needs = {
+            level: self._needs.get((level, kind), unknown.get(level, _UNKNOWN)).of(batch, num_tokens)
+            for level in (ATTENTION, MATMULS, ALL)
+        }
+        needs[ALL] = max(0.0, needs[ALL] - inputs)
+        level = choose_level(left, layers, num_tokens, width, needs)
+        return INPUT if level in (ATTENTION, MATMULS) and self._config.head_groups != 1 else level
 
     def limit(self, x: Tensor) -> float:
         """Bytes that a call may keep, of which as many again are needed to compute with."""
@@ -164,26 +168,21 @@ class KeepBudget:
         account = self.account(x)
         return Reservation({}, num_bytes) if account is None else account.reserve(num_bytes)
 
-    def reserve_attention(self, layer: nn.Module, x: Tensor, num_bytes: float) -> Reservation | None:
-        """`reserve` for an attention's output; learns its size."""
-        self.learn(ATTENTION, layer, x, num_bytes)
-        reservation = self.reserve(x, num_bytes)
-        if reservation is None:
-            self.fell_back(ATTENTION)
-        return reservation
-
-    def learn(self, level: str, layer: nn.Module, x: Tensor, num_bytes: float, pair_bytes: float = 0.0) -> None:
-        """Notes what a call keeps, of which `pair_bytes` grow with the square of the length."""
-        batch, num_tokens, width = x.shape
-        tokens = max(1, batch * num_tokens)
+    def learn_all(self, layer: nn.Module, x: Tensor, num_bytes: float, pair_bytes: float = 0.0) -> None:
+        """Notes what a call that keeps everything takes, of which `pair_bytes` grow with the square of the length."""
+        _, num_tokens, width = x.shape
         if pair_bytes and (num_tokens == width or any(num_tokens in p.shape for p in layer.parameters())):
             pair_bytes = 0.0  # a width may look like as many tokens
-        need = Need((num_bytes - pair_bytes) / tokens, pair_bytes / (tokens * max(1, num_tokens)))
-        (self._all if level == ALL else self._attention)[kind_of(layer, x)] = need
+        self.learn(ALL, kind_of(layer, x), x.shape, num_bytes, pair_bytes)
+
+    def learn(self, level: str, kind: tuple, shape: torch.Size, num_bytes: float, pair_bytes: float = 0.0) -> None:
+        """Notes what a call of a kind (`kind_of`) with an input of this shape keeps."""
+        tokens, num_tokens = max(1, shape[:2].numel()), max(1, shape[1])
+        self._needs[level, kind] = Need((num_bytes - pair_bytes) / tokens, pair_bytes / (tokens * num_tokens))
 
     def too_large(self, layer: nn.Module, x: Tensor, num_bytes: float) -> None:
         """Notes that a call was given up when it had kept this much, and keeps its input alone."""
-        self.learn(ALL, layer, x, _AFTER_TOO_LARGE * num_bytes)
+        self.learn_all(layer, x, AFTER_TOO_LARGE * num_bytes)
         self.fell_back(ALL)
 
     def after_backward(self, x: Tensor) -> Callable[[], None] | None:
@@ -192,36 +191,36 @@ class KeepBudget:
         forward_pass = account and account.take_pass()
         return forward_pass and forward_pass.done
 
-    def fell_back(self, level: str) -> None:
-        """Counts a layer of the last forward pass that keeps its input alone, and not what was chosen."""
+    def fell_back(self, level: str, to: str = INPUT) -> None:
+        """Counts a layer of the last forward pass that keeps less than what was chosen."""
         self.last[level] = self.last.get(level, 1) - 1
-        self.last[INPUT] = self.last.get(INPUT, 0) + 1
+        self.last[to] = self.last.get(to, 0) + 1
 
-    def out_of_memory(self, x: Tensor) -> None:
-        """Shrinks the budget, and says so once."""
-        account = self.account(x)
+    def out_of_memory(self, account: Account) -> None:
+        """Shrinks a budget, and says so once."""
         before, told, self._told = account.limit, self._told, True
         account.shrink()
         if told:
             return
         self._warnings.once(
-            f"memory ran out while a layer kept what its backward reads, so it keeps its input alone, and the budget shrinks "
+            f"memory ran out while a layer kept what its backward reads, so it keeps less, and the budget shrinks "
             f'from {before / 2**30:.2f} to {account.limit / 2**30:.2f} GiB: a smaller "memory_budget" avoids that'
         )
 
     def in_words(self) -> str:
         """What the last step kept, and what was not run again for that; empty where all layers kept their inputs alone."""
-        if not any(self.last.get(level) for level in (ALL, ATTENTION, HOST)):
+        if not any(self.last.get(level) for level in (ALL, MATMULS, ATTENTION, HOST)):
             return ""
         words = {
             ALL: "everything",
+            MATMULS: "the results of their matrix products",
             ATTENTION: "the attention's output",
             INPUT: "the input alone",
             HOST: "the input in host memory",
         }
         parts = [f"{_count(self.last[level], 'layer')} kept {words[level]}" for level in words if self.last.get(level)]
-        saved = {"layer": self.last.get(ALL, 0), "attention": self.last.get(ATTENTION, 0)}
-        once = [_count(number, word) for word, number in saved.items() if number]
+        saved = {ALL: ("", "layer"), MATMULS: ("the products of ", "layer"), ATTENTION: ("", "attention")}
+        once = [what + _count(self.last[level], word) for level, (what, word) in saved.items() if self.last.get(level)]
         return f"{', '.join(parts)}; run once, not twice: {' and '.join(once) or 'none'}"
 
 

@@ -6,8 +6,8 @@ Backward recomputes `pre_attention` and the attention. Then it goes back: `post_
 `pre_attention` by chunks.
 
 With `head_groups`, queries, keys, values and their gradients exist for one group at a time. `pre_attention` and the attention
-run group by group, and once more in backward than without groups. With `keep` "attention", the attention's output stays until
-backward beside the layer's input, and backward does not recompute the attention.
+run group by group, and once more in backward than without groups. `keeping_node` keeps more than the
+input, so that backward recomputes less.
 
 Shapes: B batch, S tokens, H hidden size, N heads of D.
 """
@@ -16,32 +16,29 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_minis.tiling.core.chunk_grads import backward_of_chunk
 from ds_minis.tiling.core.grad_accum import GradientSums
-from ds_minis.tiling.core.linear import chunk_forwards
+from ds_minis.tiling.core.linear import Forwards, chunk_forwards
 from ds_minis.tiling.core.out_of_memory import is_out_of_memory
 from ds_minis.tiling.core.params import ParameterSlots, Untrained
 from ds_minis.tiling.core.replay import graph_is_kept, patched_forwards
 from ds_minis.tiling.core.reuse import can_overwrite
 from ds_minis.tiling.core.tiled_op import TiledOp
+from ds_minis.tiling.memory.kept_products import KeptProducts
 from ds_minis.tiling.memory.layer_inputs import LayerInput
 from ds_minis.tiling.modules.swap import Tiled, warn_once
 from ds_minis.tiling.passes.attention import AttentionRequest
 from ds_minis.tiling.passes.attention_graph import AttentionGraph
 from ds_minis.tiling.passes.head_groups import CutWeights, HeadGroups
-from ds_minis.tiling.passes.kept_attention import (
-    Attend,
-    KeptAttention,
-    attend_once,
-    recompute_attention,
-    recomputes_attention,
-)
+from ds_minis.tiling.passes.kept_attention import Attend, KeptAttention, attend_once
 from ds_minis.tiling.passes.layer_passes import DeadValues, LayerPasses, chunk_of
+
+PRE, POST = "pre_attention", "post_attention"  # the passes over the chunks
 
 
 class LayerNode(TiledOp):
@@ -50,8 +47,6 @@ class LayerNode(TiledOp):
     Args:
         groups: groups of heads; None for one call of the attention.
         layer_input: stores the layer's input until backward; None leaves that to autograd.
-        keep: store the attention's output there too, if possible.
-        reserve: counts what that keeps until its result is dropped; None if it is too much. None: anything may be kept.
         attend: replaces the attention while the layer is analyzed.
         compared: gradients are only compared, so they need no sums in float32, which may take twice the weights' memory.
         slots: the module's tensors; None finds them now. bitsandbytes replaces a weight in the first forward under FSDP1.
@@ -70,67 +65,34 @@ class LayerNode(TiledOp):
         dead_values: DeadValues,
         groups: HeadGroups | None = None,
         layer_input: LayerInput | None = None,
-        keep: bool = False,
         attend: Attend = attend_once,
         compared: bool = False,
         slots: ParameterSlots | None = None,
-        reserve: Callable[[int], object | None] | None = None,
     ):
         self.module, self.slots = module, slots or ParameterSlots(module)
         self.constants, self.way = passes.constants, passes.way
         self.memory = module.mini_sequence_chunking.memory
         self._untrained = Untrained(module, self.slots, self.memory.copies)
         self._passes, self._dead_values, self._groups = passes, dead_values, groups
-        self.layer_input, self._keep, self._attend = layer_input, keep, attend
-        self._compared, self._reserve, self._reserved = compared, reserve, None
-        self._plans = module.mini_sequence_chunking.kept_plans
+        self.layer_input, self._attend, self._compared = layer_input, attend, compared
         self._kept: KeptAttention | None = None
+        self._products: KeptProducts | None = None
 
     def saved(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         if self.layer_input is None:
             return tensors
-        if not self._keep:
-            with self._passes.layer_memory():
-                self.layer_input.keep(tensors[0])
+        with self._passes.layer_memory():
+            self.layer_input.keep(tensors[0])
         return tensors[1:]
 
     def forward(self, rows: Sequence[Tensor], *, with_backward: bool) -> Tensor:
         with self._passes.running():
-            y = self._forward_keeping(rows[0]) if self._keep and with_backward else self._forward(rows[0])
+            y = self._forward_with_backward(rows[0]) if with_backward else self._forward(rows[0])
         self._passes.advance()
         return y
 
-    def _forward_keeping(self, x: Tensor) -> Tensor:
-        request, qkv = self._pre_attention(x)
-        tensors: list[Tensor] = []
-        with self._passes.attending():
-            if recomputes_attention(self.module, request.way):
-                out = self._attend(request, qkv)
-            else:
-                kept = KeptAttention(self._attend_with_graph, request, qkv, self._plans)
-                out, fits = kept.result, not kept.reason and self._may_keep(kept.tensors)
-                tensors = kept.tensors if fits else []
-                kept.free()
-                if kept.reason:
-                    recompute_attention(self.module, kept.reason, request.way)
-                self._kept = kept if fits else None
-                del kept
-        del request, qkv
-        (out,) = self.seen(out)
-        with self._passes.layer_memory():
-            self.layer_input.keep(x, *tensors)
-        del tensors
-        return self._post_attention_all(x, out)
-
-    def _may_keep(self, tensors: Sequence[Tensor]) -> bool:
-        reserve, self._reserve = self._reserve, None  # it refers to the layer's input
-        self._reserved = reserve and reserve(sum(t.nbytes for t in tensors))
-        return reserve is None or self._reserved is not None
-
-    def _attend_with_graph(self, request: AttentionRequest, qkv: Sequence[Tensor]) -> Tensor:
-        out = self._attend(request, qkv)
-        self.seen(out)  # the attention function may use weights, too
-        return out
+    def _forward_with_backward(self, x: Tensor) -> Tensor:
+        return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
         return self._post_attention_all(x, self._attended(x))
@@ -138,7 +100,10 @@ class LayerNode(TiledOp):
     def _post_attention_all(self, x: Tensor, out: Tensor) -> Tensor:
         """The layer's result, given the attention's output."""
         output = None
-        with patched_forwards(self._dead_values.output_forwards()):
+        with (
+            self._recorded(POST, self._dead_values.values_post_attention),
+            patched_forwards(self._dead_values.output_forwards()),
+        ):
             for i, (start, stop) in enumerate(self._passes.bounds):
                 (y,) = self.seen(self._passes.post_attention(chunk_of(x, start, stop), out[:, start:stop], i))
                 if output is None:
@@ -204,7 +169,7 @@ class LayerNode(TiledOp):
                 grad_x = grad_y if reuse else torch.empty_like(x)
         with self._passes.running(), self._passes.again(), self._as_in_forward(leaves):
             if self._kept is not None:
-                _, qkv = self._passes.pre_attention(x)
+                _, qkv = self._qkv_again(x)
                 with self._passes.attention_memory():
                     out = self._kept.output(qkv, kept)
                     grad_out = torch.empty_like(out)
@@ -233,8 +198,12 @@ class LayerNode(TiledOp):
                 self._backward_by_groups(x, grad_out, grad_x, sums, leaves)
         if self.layer_input is not None:
             self.layer_input.release()
-        self._reserved = self._reserved if graph_is_kept() else None
+        if not graph_is_kept():
+            self._free()
         return [grad_x, *sums.result()]
+
+    def _free(self) -> None:
+        """Frees what is kept beside the layer's input."""
 
     @contextlib.contextmanager
     def _as_in_forward(self, leaves: Sequence[Tensor]) -> Iterator[None]:
@@ -242,10 +211,22 @@ class LayerNode(TiledOp):
             yield
 
     def _pre_attention(self, x: Tensor) -> tuple[AttentionRequest, list[Tensor]]:
-        return self._passes.pre_attention(x, self.seen)
+        with self._recorded(PRE):
+            return self._passes.pre_attention(x, self.seen)
+
+    def _recorded(self, name: str, without: Sequence[nn.Linear] = ()) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self._products is None else self._products.recorded(name, without)
+
+    def _qkv_again(self, x: Tensor) -> tuple[AttentionRequest, list[Tensor]]:
+        with contextlib.nullcontext() if self._products is None else self._products.replayed(PRE):
+            return self._passes.pre_attention(x)
+
+    def _forwards_in_backward(self, name: str, sums: Sequence[GradientSums], dead: Sequence[nn.Linear]) -> Forwards:
+        results = {} if self._products is None else self._products.results(name)
+        return chunk_forwards(self.module, sums, dead, self._dead_values.value, results)
 
     def _attended_with_graph(self, x: Tensor, group: int = 0) -> AttentionGraph:
-        request, qkv = self._passes.pre_attention(x)
+        request, qkv = self._qkv_again(x)
         with self._passes.attending(group):
             return AttentionGraph(functools.partial(self._attend, request), qkv)
 
@@ -260,7 +241,7 @@ class LayerNode(TiledOp):
         leaves: Sequence[Tensor],
     ) -> None:
         """Gradients of the attention's output, and of the layer's input except through the attention."""
-        forwards = chunk_forwards(self.module, [sums], self._dead_values.values_post_attention, self._dead_values.value)
+        forwards = self._forwards_in_backward(POST, [sums], self._dead_values.values_post_attention)
         forwards |= self._dead_values.output_forwards()
         with torch.enable_grad(), patched_forwards(forwards):
             for i, (start, stop) in enumerate(self._passes.bounds):
@@ -298,9 +279,7 @@ class LayerNode(TiledOp):
         cut: CutWeights | None = None,
     ) -> None:
         all_sums, cut_leaves = ([sums], []) if cut is None else ([cut.sums, sums], cut.leaves)
-        forwards = chunk_forwards(
-            self.module, all_sums, self._dead_values.values_pre_attention, self._dead_values.value
-        )
+        forwards = self._forwards_in_backward(PRE, all_sums, self._dead_values.values_pre_attention)
         with torch.enable_grad(), patched_forwards(forwards):
             for i, (start, stop) in enumerate(self._passes.bounds):
                 chunk = chunk_of(x, start, stop).detach().requires_grad_(grad_x is not None)
