@@ -94,8 +94,8 @@ class MiniSequenceConfig:
         '"attention": the attention\'s output too, so that backward does not run the attention again, for about as much '
         'memory again as the inputs take (host memory, with `offload`). "matmuls": the results of its linear layers too, so '
         "that backward repeats norms and activations alone, for about half of the memory that training without checkpointing "
-        'takes. "all": as without checkpointing, so that nothing is computed twice. "auto": at each call as much as fits into '
-        '`memory_budget`; without one, on a CUDA device as for `memory_budget: "auto"` (unless `head_groups` or '
+        'takes. "all": as without checkpointing, so that nothing is computed twice. "auto": at each call as much as fits '
+        'into `memory_budget`; without one, on a CUDA device as for `memory_budget: "auto"` (unless `head_groups` or '
         '`sequence_parallel` is set), and elsewhere "input".',
     )
     memory_budget: float | str | None = _setting(
