@@ -1,4 +1,4 @@
-"""Steps of a mix of lengths, as in supervised fine-tuning: a memory budget beside checkpointing and no checkpointing.
+"""Steps of a mix of lengths, as in supervised fine-tuning: memory budgets beside checkpointing and no checkpointing.
 
 python scripts/bench/mixed_lengths.py --json benchmarks/mixed_lengths_cpu.json
 
@@ -34,9 +34,10 @@ def mix(count: int, longest: int, seed: int = 0) -> list[int]:
 def variants(args, lora: bool) -> dict[str, torch.nn.Module]:
     plain = small_llama(args, lora=lora)
     models = {"no checkpointing": plain}
-    for name in ("checkpointing", "ds_minis, input", "ds_minis, auto"):
+    settings = {"ds_minis, input": {"keep": "input"}}
+    settings |= {f"ds_minis, {mib:g} MiB": {"memory_budget": mib / 1024} for mib in args.budgets_mib}
+    for name in ("checkpointing", *settings):
         models[name] = checkpointed(copy.deepcopy(plain))
-    settings = {"ds_minis, input": {"keep": "input"}, "ds_minis, auto": {"memory_budget": args.budget_mib / 1024}}
     for name, own in settings.items():
         with contextlib.redirect_stdout(io.StringIO()):
             convert_to_mini_sequence(models[name], own)
@@ -86,9 +87,9 @@ def main() -> None:
         ("count", 8),
         ("longest", 1024),
         ("rounds", 3),
-        ("budget_mib", 100),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--budgets_mib", type=float, nargs="+", default=[30.0, 100.0])
     parser.add_argument("--json", help="write the results to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -247,8 +247,8 @@ def mixed_lengths(content: dict[str, Any]) -> Iterator[str]:
     lengths = sorted(results["lengths"])
     yield (
         f"{len(lengths)} steps of {lengths[0]:,} to {lengths[-1]:,} tokens, median {lengths[len(lengths) // 2]:,}: a Llama "
-        f"of {arguments['layers']} layers of {arguments['hidden']}, float32. ds_minis, auto: `memory_budget` of "
-        f"{arguments['budget_mib']} MiB. Products counted, CPU seconds beside checkpointing's in the same round.\n"
+        f'of {arguments["layers"]} layers of {arguments["hidden"]}, float32. ds_minis: `keep: "input"`, and '
+        "`memory_budget`s. Products counted, CPU seconds beside checkpointing's in the same round.\n"
     )
     rows = [
         [

@@ -18,7 +18,7 @@ from torch import nn
 from ds_minis import convert_to_mini_sequence
 from ds_minis.config import MiniSequenceConfig
 from ds_minis.tiling.core import grad_accum
-from ds_minis.tiling.core.tiled_sum import sum_rows
+from ds_minis.tiling.heads.tiled_sum import sum_rows
 from ds_minis.tiling.kernels import cross_entropy
 from ds_minis.tiling.kernels.cross_entropy import token_losses
 from ds_minis.tiling.modules.state import Chunking

@@ -21,9 +21,9 @@ from ds_minis.tiling.core.exclusive import trackers_aside
 from ds_minis.tiling.core.params import Constants, ParameterSlots, constants_of
 from ds_minis.tiling.core.replay import AutocastState, matmul_dtype, patched_forwards
 from ds_minis.tiling.core.tiled_op import tile_rows
-from ds_minis.tiling.core.tiled_sum import sum_rows
 from ds_minis.tiling.heads.head_analysis import HeadAnalysis, analyze_head, call_mode, is_plain
 from ds_minis.tiling.heads.row_columns import columns_of, row_columns
+from ds_minis.tiling.heads.tiled_sum import sum_rows
 from ds_minis.tiling.heads.unreadable import UnreadableLogits, why_unreadable
 from ds_minis.tiling.kernels.cross_entropy import implementation
 from ds_minis.tiling.modules.compiling import outside_of_graphs
