@@ -31,7 +31,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CORE = "ds_minis/tiling"
 TESTS = """
-core/test_tiled_op core/test_tiled_sum loss/test_deferred_logits loss/test_tiled_loss
+core/test_tiled_op loss/test_tiled_sum loss/test_deferred_logits loss/test_tiled_loss
 loss/test_cross_entropy_rows loss/test_cross_entropy modules/test_token_wise layer/test_tiled_layer
 layer/test_layer_analysis layer/test_layer_fallbacks layer/test_layer_calls layer/test_kept_attention
 layer/test_kept_attention_kinds memory/test_offload convert/test_parity core/test_interrupted_chunks

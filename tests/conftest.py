@@ -9,7 +9,8 @@ from accelerate.state import AcceleratorState
 from models import LLAMA_CALLS
 from support import warm
 
-from ds_minis.tiling.core import tiled_op, tiled_sum
+from ds_minis.tiling.core import tiled_op
+from ds_minis.tiling.heads import tiled_sum
 from ds_minis.tiling.layer import tiled_layer
 
 LARGE_GIB = 19
