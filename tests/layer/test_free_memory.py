@@ -312,7 +312,7 @@ def test_inputs_of_the_first_layers_go_to_host_memory_as_far_as_they_do_not_fit(
 
 def test_room_beyond_the_inputs_keeps_more_of_the_last_layers():
     model, reference = twins("llama", attention="sdpa", num_hidden_layers=6)
-    converted(model, {"offload": "auto", "memory_budget": 0.0006})
+    converted(model, {"offload": "auto", "memory_budget": 0.0008})
     for _ in range(3):
         assert_same_training(model, reference, batch(41))
     assert set(kept(model)) == {"matmuls", "all"}, kept(model)
