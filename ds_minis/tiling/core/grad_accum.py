@@ -48,15 +48,15 @@ class GradientSums:
     @for_weight_gradients
     def add_product(self, index: int, left_CV: Tensor, right_CH: Tensor) -> None:
         """Adds `left_CV.t() @ right_CH` to one leaf's gradient, without a temporary of that size."""
-        left_VC = left_CV.t()
-        if self.sums[index] is not None:
-            self.sums[index] = self.sums[index].to(self._sum_dtype(left_CV))  # back to float32 if it was rounded
-            _add_product(self.sums[index], left_VC, right_CH)
-        elif self._single or left_CV.dtype == self._sum_dtype(left_CV):
+        left_VC, total, wide = left_CV.t(), self.sums[index], self._sum_dtype(left_CV)
+        if total is not None:
+            if total.dtype != wide:
+                self.sums[index] = total = total.to(wide)  # back to float32: it was rounded
+            _add_product(total, left_VC, right_CH)
+        elif left_CV.dtype == wide:
             self.sums[index] = left_VC @ right_CH
         else:
-            shape = left_CV.shape[1], right_CH.shape[1]
-            self.sums[index] = right_CH.new_empty(shape, dtype=self._sum_dtype(left_CV))
+            self.sums[index] = right_CH.new_empty(left_CV.shape[1], right_CH.shape[1], dtype=wide)
             _add_product(self.sums[index], left_VC, right_CH, beta=0)
 
     def _sum_dtype(self, grad: Tensor) -> torch.dtype:

@@ -48,30 +48,32 @@ class _Linear(torch.autograd.Function):
     ):
         ctx.save_for_backward(x, weight)
         ctx.add = add
-        if result is None:
-            # Not a view, which `F.linear` returns for three dimensions: the module may write to the result in place.
-            y = F.linear(x.flatten(0, -2), weight, bias)
-            return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
-        return result(x).detach()  # autograd makes what is returned part of the graph
+        if result is not None:
+            return result(x).detach()  # autograd makes what is returned part of the graph
+        if bias is None:
+            return F.linear(x, weight)
+        # Not a view, which `F.linear` returns with a bias: the module may write to the result in place.
+        y = F.linear(x.flatten(0, -2), weight, bias)
+        return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # never differentiated, but `once_differentiable` would cost time at each call
-        x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
-        with _without_autocast(grad.device.type):  # the operands are cast; the float32 sum must not be
-            grad_2d, grad_weight = grad.flatten(0, -2), None
-            if ctx.add is not None:
-                ctx.add(grad_2d, x.flatten(0, -2))
-            elif need_weight:
-                grad_weight = grad_2d.t() @ x.flatten(0, -2)
-            grad_x = (grad_2d @ weight).view(x.shape) if need_x else None
-            return grad_x, grad_weight, grad_2d.sum(0) if need_bias else None, None, None, None
+        if autocast_dtype(grad.device.type) is None:
+            return _gradients(ctx, grad)
+        with torch.autocast(grad.device.type, enabled=False):  # the operands are cast; the float32 sum must not be
+            return _gradients(ctx, grad)
 
 
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    if autocast_dtype(device_type) is None:
-        return contextlib.nullcontext()
-    return torch.autocast(device_type, enabled=False)
+def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
+    grad_2d, grad_weight = grad.flatten(0, -2), None
+    if ctx.add is not None:
+        ctx.add(grad_2d, x.flatten(0, -2))
+    elif need_weight:
+        grad_weight = grad_2d.t() @ x.flatten(0, -2)
+    grad_x = (grad_2d @ weight).view(x.shape) if need_x else None
+    return grad_x, grad_weight, grad_2d.sum(0) if need_bias else None, None, None, None
 
 
 def is_plain_linear(module: nn.Module) -> bool:
