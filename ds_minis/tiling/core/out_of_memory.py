@@ -21,9 +21,13 @@ _SHORTER = "shorter sequences (sequence parallelism gives each device a part of 
 
 
 class OutOfMemoryNote:
-    """Adds a note to an out-of-memory error raised inside, unless the error already has one; context or decorator."""
+    """Adds a note to an out-of-memory error raised inside, unless the error already has one; context or decorator.
 
-    def __init__(self, note: str):
+    Args:
+        note: the note, or a function that writes it when there is an error.
+    """
+
+    def __init__(self, note: str | Callable[[], str]):
         self._note = note
 
     def __enter__(self) -> None:
@@ -31,7 +35,7 @@ class OutOfMemoryNote:
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: TracebackType | None) -> None:
         if is_out_of_memory(error):
-            _add(error, self._note)
+            _add(error, self._note if isinstance(self._note, str) else self._note())
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Without entering a context: `add_product` runs once for each matmul."""
@@ -73,7 +77,7 @@ def in_a_chunk(config: MiniSequenceConfig, setting: str, chunk_rows: int, num_ro
     )
 
 
-def in_attention(config: MiniSequenceConfig, layer: str, num_tokens: int) -> OutOfMemoryNote:
+def in_attention(config: MiniSequenceConfig, layer: str, num_tokens: int) -> str:
     """The note for a tiled layer's attention: its queries, keys and values exist for all tokens at once."""
     ways = []
     if config.keep == "attention":
@@ -81,15 +85,15 @@ def in_attention(config: MiniSequenceConfig, layer: str, num_tokens: int) -> Out
     elif config.head_groups != AUTO:
         now = "all heads at once" if config.head_groups == 1 else f"{config.head_groups} groups"
         ways.append(f'"head_groups": "auto" (one KV head at a time; now {now})')
-    return OutOfMemoryNote(
+    return (
         f"in the attention of a {layer}, which is run for all {num_tokens} tokens at once: no chunk size changes that. "
         f"What needs less: {_in_words([*ways, *_fewer_inputs(config), _SHORTER])}"
     )
 
 
-def for_layer_inputs(config: MiniSequenceConfig, layer: str, num_tokens: int) -> OutOfMemoryNote:
+def for_layer_inputs(config: MiniSequenceConfig, layer: str, num_tokens: int) -> str:
     """The note for allocating hidden states of all tokens; one per layer is kept until backward."""
-    return OutOfMemoryNote(
+    return (
         f"for the input or the result of a {layer} ({num_tokens} tokens), of which one per layer is kept until backward: no "
         f"chunk size changes that. What needs less: {_in_words([*_fewer_inputs(config), _SHORTER])}"
     )

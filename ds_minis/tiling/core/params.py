@@ -17,6 +17,9 @@ from ds_minis.tiling.core.replay import has_values
 _SMALL = 2**16
 _NOTHING = object()
 
+# Attributes that `nn.Module` gives to every module: none is a setting but `training`.
+OF_EVERY_MODULE = frozenset(nn.Module().__dict__) - {"training"}
+
 Constants = list[tuple[nn.Module, dict[str, object]]]
 
 
@@ -203,14 +206,15 @@ def untouched(tensor: Tensor) -> Tensor:
 
 def constants_of(module: nn.Module) -> Constants:
     """The settings of all submodules (training, a scale, whether an adapter is on), without DeepSpeed's counters."""
-    return [
-        (part, {k: _copied(v) for k, v in part.__dict__.items() if _is_constant(v) and not k.startswith("ds_")})
-        for part in submodules(module)
-    ]
+    return [(part, _settings(part.__dict__)) for part in submodules(module)]
 
 
-def _copied(value: object) -> object:
-    return value if type(value) in _CONSTANTS else copy.copy(value)
+def _settings(attributes: dict[str, object]) -> dict[str, object]:
+    return {
+        name: value if type(value) in _CONSTANTS else copy.copy(value)
+        for name, value in attributes.items()
+        if name not in OF_EVERY_MODULE and _is_constant(value) and not name.startswith("ds_")
+    }
 
 
 _CONSTANTS = frozenset((bool, int, float, str, type(None)))

@@ -130,15 +130,18 @@ def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
 
 
-@contextlib.contextmanager
-def patched_forwards(forwards: dict[nn.Module, Callable | None]) -> Iterator[None]:
-    """Replaces the forward of each module by the given one (None: its class's). Hooks still run."""
-    before = {module: module.__dict__.get("forward") for module in forwards}
-    _set_forwards(forwards)
-    try:
-        yield
-    finally:
-        _set_forwards(before)
+class patched_forwards:
+    """Context: replaces the forward of each module by the given one (None: its class's). Hooks still run."""
+
+    def __init__(self, forwards: dict[nn.Module, Callable | None]):
+        self._forwards = forwards
+
+    def __enter__(self) -> None:
+        self._before = {module: module.__dict__.get("forward") for module in self._forwards}
+        _set_forwards(self._forwards)
+
+    def __exit__(self, *_: object) -> None:
+        _set_forwards(self._before)
 
 
 def _set_forwards(forwards: dict[nn.Module, Callable | None]) -> None:

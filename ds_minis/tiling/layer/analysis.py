@@ -207,7 +207,7 @@ class LayerProbe:
 
         def answer(request: AttentionRequest) -> Tensor:
             nonlocal reason
-            requests.append(dataclasses.replace(request, tensors=()))
+            requests.append(request._replace(tensors=()))
             self._settings = settings_of(request)
             reason = reason or layer_fallback_reason(request, part.is_argument, leaves, x.shape[1])
             return stand_in(request, request.tensors)

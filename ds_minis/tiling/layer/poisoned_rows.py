@@ -8,7 +8,6 @@ B batch, T tokens, H hidden size, N heads, E width of a value's head.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -96,7 +95,7 @@ def narrowed_request(request: AttentionRequest, shape: Sequence[int], few: Seque
         return None
     kwargs = {name: _narrowed(value, shape, few) for name, value in request.kwargs.items()}
     kwargs |= {name: 0.0 for name in ("dropout", "dropout_p") if isinstance(kwargs.get(name), float)}
-    return dataclasses.replace(request, args=tuple(_narrowed(v, shape, few) for v in request.args), kwargs=kwargs)
+    return request._replace(args=tuple(_narrowed(v, shape, few) for v in request.args), kwargs=kwargs)
 
 
 def _can_be_narrowed(value: Any) -> bool:

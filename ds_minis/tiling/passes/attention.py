@@ -8,14 +8,12 @@ layer that uses its interface has imported it already.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -24,8 +22,7 @@ from ds_minis.tiling.core.row_args import CONSTANTS, tensors_in
 _REGISTRY, _REPLACED = "ALL_ATTENTION_FUNCTIONS", "_mini_sequence_replaced"
 
 
-@dataclass(frozen=True)
-class AttentionRequest:
+class AttentionRequest(NamedTuple):
     """A layer's call of its attention function, `function(module, *tensors, *args, **kwargs)[0]`.
 
     Attributes:
@@ -42,14 +39,15 @@ class AttentionRequest:
     @classmethod
     def of_call(cls, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> AttentionRequest:
         """Raises TypeError for a call in another form."""
-        if len(args) < 4 or not all(isinstance(a, Tensor) and a.dim() == 4 for a in args[1:4]):
+        module, tensors, rest = args[:1], args[1:4], args[4:]
+        if len(tensors) < 3 or [isinstance(t, Tensor) and t.dim() for t in tensors] != [4, 4, 4]:
             raise TypeError("its attention is not called with module, queries, keys and values, in this order")
-        return cls(function, args[0], tuple(args[1:4]), args[4:], kwargs)
+        return cls(function, *module, tensors, rest, kwargs)
 
     def for_whole(self, whole_of: Callable[[Any], Any]) -> AttentionRequest:
         """The call for all tokens, without queries, keys and values; `whole_of` maps a chunk's argument to the whole one."""
         kwargs = {name: whole_of(value) for name, value in self.kwargs.items()}
-        return dataclasses.replace(self, tensors=(), args=tuple(map(whole_of, self.args)), kwargs=kwargs)
+        return self._replace(tensors=(), args=tuple(map(whole_of, self.args)), kwargs=kwargs)
 
     def per_head(self, num_heads: int) -> str:
         """The name of an argument with a dimension of heads; empty if none has one.
@@ -124,7 +122,7 @@ _num_answering = 0  # in all threads
 _default_wrapper: Wrapper | None = None
 
 
-def attention_answered_by(answer: Callable[[AttentionRequest], Tensor]) -> contextlib.AbstractContextManager[None]:
+def attention_answered_by(answer: Callable[[AttentionRequest], Tensor]) -> attention_handled_by:
     """Inside, `answer` replaces each call of an attention function in this thread, and returns its output."""
 
     def handler(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> tuple:
@@ -143,14 +141,17 @@ def attention_replaced() -> Iterator[None]:
         _set_answering(-1)
 
 
-@contextlib.contextmanager
-def attention_handled_by(handler: Handler) -> Iterator[None]:
+class attention_handled_by:
     """Inside, this thread runs `handler(function, args, kwargs)` instead of the attention `function(*args, **kwargs)`."""
-    _set_answering(1)
-    _answers.stack.append(handler)
-    try:
-        yield
-    finally:
+
+    def __init__(self, handler: Handler):
+        self._handler = handler
+
+    def __enter__(self) -> None:
+        _set_answering(1)
+        _answers.stack.append(self._handler)
+
+    def __exit__(self, *_: object) -> None:
         _answers.stack.pop()
         _set_answering(-1)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ds_minis.tiling.core.exclusive import alone
 from ds_minis.tiling.core.out_of_memory import OutOfMemoryNote, for_layer_inputs, in_attention
-from ds_minis.tiling.core.params import constants_of, restored_flags, submodules
+from ds_minis.tiling.core.params import constants_of, restored_flags
 from ds_minis.tiling.core.replay import AutocastState, has_values
 from ds_minis.tiling.modules.state import Chunking
 from ds_minis.tiling.modules.swap import untiled_class
@@ -103,7 +103,7 @@ class LayerPasses:
         self.way = call.key
         self.constants = constants_of(module)
         self._parts: dict[int, ChunkArgs] = {}  # without hidden states
-        self._seeds = Seeds(x.device) if has_values(x) and any(m.training for m in submodules(module)) else None
+        self._seeds = Seeds(x.device) if has_values(x) and any(m.training for m, _ in self.constants) else None
 
     def pre_attention(
         self, x: Tensor, seen: Callable[..., Sequence[Tensor]] | None = None
@@ -180,11 +180,11 @@ class LayerPasses:
 
     def attention_memory(self) -> OutOfMemoryNote:
         """Context for allocations of the attention, for all tokens."""
-        return in_attention(self._chunking.config, *self._size())
+        return OutOfMemoryNote(lambda: in_attention(self._chunking.config, *self._size()))
 
     def layer_memory(self) -> OutOfMemoryNote:
         """Context for allocations of hidden states, for all tokens."""
-        return for_layer_inputs(self._chunking.config, *self._size())
+        return OutOfMemoryNote(lambda: for_layer_inputs(self._chunking.config, *self._size()))
 
     def _size(self) -> tuple[str, int]:
         """The name of the layer's class, and the number of tokens in the batch."""
@@ -222,8 +222,7 @@ class LayerPasses:
             torch.clear_autocast_cache()
 
     def _seeded(self, index: int) -> contextlib.AbstractContextManager:
-        needed = self._seeds is not None and self._seeds.are_needed
-        return self._seeds.part(index) if needed else contextlib.nullcontext()
+        return contextlib.nullcontext() if self._seeds is None else self._seeds.part(index)
 
 
 def chunk_of(x: Tensor, start: int, stop: int) -> Tensor:

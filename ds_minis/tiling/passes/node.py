@@ -158,6 +158,7 @@ class LayerNode(TiledOp):
         else:
             with self._passes.layer_memory():
                 params, (x, *kept) = tensors, self.layer_input.fetch()
+        x = x.detach()  # its slices need no graph
         x_needs_grad, *params_need_grad = needs_grad
         leaves = [p.detach().requires_grad_(need) for p, need in zip(params, params_need_grad, strict=True)]
         single = len(self._passes.bounds) == 1 and self._groups is None

@@ -16,43 +16,50 @@ class Seeds:
     Parts run inside of `restored`, and all of them once before `advance`. If none drew anything by then, none will when it is
     run again, and it needs no seed. The first seed comes from the CPU's generator. That generator advances only if a part
     drew something.
+
+    Attributes:
+        first: the first seed.
+        device: whose generator is seeded beside the CPU's; None for none.
+        drawn: whether a part drew something.
     """
 
     def __init__(self, device: torch.device):
         generator = torch.Generator()
         generator.set_state(torch.get_rng_state())
-        self._first = int(torch.randint(2**62, (), generator=generator, device="cpu"))
-        self._device = device if len(random_states(device)) > 1 else None
-        self._drawn = self._has_run = False
+        self.first = int(torch.randint(2**62, (), generator=generator, device="cpu"))
+        self.device = device if len(random_states(device)) > 1 else None
+        self.drawn = self._has_run = False
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """Restores the caller's random state at the end."""
-        states = random_states(self._device)
+        states = random_states(self.device)
         try:
             yield
         finally:
-            set_random_states(self._device, states)
+            set_random_states(self.device, states)
 
-    @property
-    def are_needed(self) -> bool:
-        """False once all parts have run and none drew anything."""
-        return self._drawn or not self._has_run
-
-    @contextlib.contextmanager
-    def part(self, index: int) -> Iterator[None]:
-        """Seeds the generators for one part."""
-        seed_generators(self._device, self._first + index)
-        before = None if self._drawn else random_states(self._device)
-        try:
-            yield
-        finally:
-            if before is not None:
-                now = random_states(self._device)
-                self._drawn = not all(map(torch.equal, before, now))
+    def part(self, index: int) -> contextlib.AbstractContextManager:
+        """Context: seeds the generators for one part, unless all parts have run and none drew anything."""
+        return _Part(self, index) if self.drawn or not self._has_run else contextlib.nullcontext()
 
     def advance(self) -> None:
         """Call this after forward: advances the CPU's generator if this call drew random numbers."""
         self._has_run = True
-        if self._drawn:
+        if self.drawn:
             torch.rand((), device="cpu")
+
+
+class _Part:
+    def __init__(self, seeds: Seeds, index: int):
+        self._seeds, self._index = seeds, index
+
+    def __enter__(self) -> None:
+        seeds = self._seeds
+        seed_generators(seeds.device, seeds.first + self._index)
+        self._before = None if seeds.drawn else random_states(seeds.device)
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            now = random_states(self._seeds.device)
+            self._seeds.drawn = not all(map(torch.equal, self._before, now))

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_minis.tiling.core.params import OF_EVERY_MODULE
+
 _CONSTANTS = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype))
 _CONTAINERS = frozenset((list, tuple, set, frozenset))
 _MAPPINGS = frozenset((dict, OrderedDict))
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, type, functools.partial)
-# Attributes of every module, and a counter that an engine adds.
-_OF_EVERY_MODULE = (frozenset(nn.Module().__dict__) - {"training"}) | {"applied_pre_backward_ref_cnt"}  # DeepSpeed's
+_NO_SETTINGS = OF_EVERY_MODULE | {"applied_pre_backward_ref_cnt"}  # DeepSpeed's counter
 _NOT_LOOKED_AT = ("ds_", "mini_sequence_")
 _MOST_CHANGES = 3
 STALE = "tensors that decide what it does change from call to call"
@@ -58,7 +59,7 @@ def module_signature(module: nn.Module, ignored: dict[int, str] | None = None) -
     versions: list[int] = []
     hooked, parts, seen, objects = [], [], set(), []
     parametrized = compiled = False
-    append, constants, of_every = values.append, _CONSTANTS, _OF_EVERY_MODULE
+    append, constants, no_settings = values.append, _CONSTANTS, _NO_SETTINGS
     stack = [module]
     while stack:
         part = stack.pop()
@@ -69,7 +70,7 @@ def module_signature(module: nn.Module, ignored: dict[int, str] | None = None) -
         append(part.__class__)
         held = part.__dict__
         for name, value in held.items():
-            if name in of_every:
+            if name in no_settings:
                 continue
             kind = value.__class__
             if kind in constants:

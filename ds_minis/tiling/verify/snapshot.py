@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_minis.tiling.core.params import version_of
+from ds_minis.tiling.core.params import OF_EVERY_MODULE, version_of
 
 _CONTAINERS = frozenset((list, dict, set, deque, OrderedDict, defaultdict))
 _OPAQUE = (nn.Module, type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
@@ -27,7 +27,6 @@ _LIBRARIES = frozenset(
     "threading enum dataclasses weakref contextlib".split()
 )
 _MOST_OBJECTS = 20_000
-_OF_EVERY_MODULE = frozenset(nn.Module().__dict__) - {"training"}
 
 
 class State:
@@ -53,7 +52,7 @@ class State:
                     self._look("a tensor in place", value)
             for name, value in m.__dict__.items():
                 if (
-                    name not in _OF_EVERY_MODULE
+                    name not in OF_EVERY_MODULE
                     and not name.startswith("mini_sequence_")
                     and id(value) not in parameters
                 ):
