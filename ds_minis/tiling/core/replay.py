@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -17,7 +18,7 @@ class AutocastState:
         self._states = tuple(
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in dict.fromkeys((device.type, "cpu"))
-            if torch.amp.is_autocast_available(kind)
+            if _has_autocast(kind)
         )
         self._cache = torch.is_autocast_cache_enabled()
 
@@ -35,13 +36,18 @@ class AutocastState:
     def entered(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for kind, enabled, dtype in self._states:
+                if not enabled and not torch.is_autocast_enabled(kind):
+                    continue
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=self._cache))
             yield
 
 
+_has_autocast = functools.cache(torch.amp.is_autocast_available)
+
+
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """What autocast casts to on a kind of device; None when it is off."""
-    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    on = _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
     return torch.get_autocast_dtype(device_type) if on else None
 
 
