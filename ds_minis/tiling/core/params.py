@@ -60,18 +60,14 @@ class ParameterSlots:
         self._slots: list[tuple[nn.Module, str, int]] = []
         index_of: dict[int, int] = {}
         for submodule in submodules(module):
-            own = submodule.__dict__
-            for kind in ("_parameters", "_buffers", "__dict__"):
-                for name, value in (own if kind == "__dict__" else own[kind]).items():
-                    if not isinstance(value, Tensor):
-                        continue
-                    if not value.requires_grad:
-                        self.others.append((submodule, kind, name, value))
-                    elif kind == "_parameters" or _is_weight(submodule, name, value, outermost=submodule is module):
-                        index = index_of.setdefault(id(value), len(self.tensors))
-                        if index == len(self.tensors):
-                            self.tensors.append(value)
-                        self._slots.append((submodule, name, index))
+            for kind, name, value in _tensors_of(submodule):
+                if not value.requires_grad:
+                    self.others.append((submodule, kind, name, value))
+                elif kind == "_parameters" or _is_weight(submodule, name, value, outermost=submodule is module):
+                    index = index_of.setdefault(id(value), len(self.tensors))
+                    if index == len(self.tensors):
+                        self.tensors.append(value)
+                    self._slots.append((submodule, name, index))
 
     @property
     def names(self) -> tuple[tuple[str, int], ...]:
@@ -105,6 +101,15 @@ class ParameterSlots:
             yield
         finally:
             _put_back(before)
+
+
+def _tensors_of(part: nn.Module) -> list[tuple[str, str, Tensor]]:
+    """The tensors that a module holds itself, as (kind of holder, name, tensor)."""
+    own = part.__dict__
+    found = [
+        (kind, n, t) for kind in ("_parameters", "_buffers") for n, t in own[kind].items() if isinstance(t, Tensor)
+    ]
+    return found + [("__dict__", n, t) for n, t in own.items() if n not in OF_EVERY_MODULE and isinstance(t, Tensor)]
 
 
 def _is_weight(part: nn.Module, name: str, value: Tensor, outermost: bool) -> bool:

@@ -149,23 +149,29 @@ class _Packing:
         self._seen: set[int] = set()
 
     def __call__(self, t: Tensor):
-        try:
-            view = self._weights.view_of(t) or self._cast(t)
-        except NotAView as error:
-            self.reason = self.reason or str(error)
-            view = None
-        if view is not None:
-            return view
         storage = t.untyped_storage()
         if storage._cdata not in self._seen:
-            self._seen.add(storage._cdata)
-            self.num_bytes += storage.nbytes()
-            if sum(n == self._num_tokens for n in t.shape) > 1:
-                self.pair_bytes += storage.nbytes()
-            if self.num_bytes > self._limit:
-                raise TooLarge
+            view = self._view(t)
+            if view is not None:
+                return view
+            self._count(t, storage)
         # Detached: an operation that saves its own output would otherwise form a reference cycle and never be freed.
         return t.detach(), t._version
+
+    def _view(self, t: Tensor) -> WeightView | None:
+        try:
+            return self._weights.view_of(t) or self._cast(t)
+        except NotAView as error:
+            self.reason = self.reason or str(error)
+            return None
+
+    def _count(self, t: Tensor, storage: torch.UntypedStorage) -> None:
+        self._seen.add(storage._cdata)
+        self.num_bytes += storage.nbytes()
+        if sum(n == self._num_tokens for n in t.shape) > 1:
+            self.pair_bytes += storage.nbytes()
+        if self.num_bytes > self._limit:
+            raise TooLarge
 
     def _cast(self, t: Tensor) -> WeightView | None:
         """For a copy of a trainable weight that autocast made."""
