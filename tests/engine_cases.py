@@ -39,7 +39,7 @@ class Case:
         accumulation: micro batches per step.
         forwards: forward passes before a backward, which is that of their mean loss.
         loss: who computes it: "model", "weight" (from hidden states and the LM head's weight, without calling the head, as
-            Liger does), "module" (a submodule of the model), or "logits" (who called the model without labels: two
+            Liger does), "module" (a submodule of the model), or "logits" (who called the model without labels: three
             functions of its logits).
         uneven: sequences of rank 0 that fit into one chunk, and long ones on rank 1.
         clip: the norm that gradients are clipped to; 0 for none.
@@ -121,11 +121,13 @@ def micro_loss(case: Case, model, rank: int, step: int, micro: int) -> torch.Ten
 
 
 def loss_of_logits(model, labels, **inputs) -> torch.Tensor:
-    """A loss of somebody's own, of the logits of a model that is given no labels: two functions of one tensor."""
+    """A loss of somebody's own, of the logits of a model that is given no labels: three functions of one tensor."""
     logits = model(**inputs).logits[:, :-1]
     per_token = logits.float().log_softmax(-1).gather(-1, labels[:, 1:, None].clamp(min=0))[..., 0]
     mask = (labels[:, 1:] != -100).float()
-    return -(per_token * mask).sum() / mask.sum().clamp(min=1) + 1e-2 * (logits.logsumexp(-1) * mask).square().mean()
+    losses = F.cross_entropy(logits.float().flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
+    mean = (losses.sum() - (per_token * mask).sum()) / mask.sum().clamp(min=1)
+    return mean + 1e-2 * (logits.logsumexp(-1) * mask).square().mean()
 
 
 class SubmoduleLoss(torch.nn.Module):

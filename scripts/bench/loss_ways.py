@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_minis import convert_to_mini_sequence
+from ds_minis.tiling.heads.one_factor import Labelled
 from ds_minis.tiling.kernels import cross_entropy
 from ds_minis.tiling.kernels.token_statistics import token_statistics
 
@@ -85,7 +86,7 @@ def _ours(kernel: bool) -> Callable[[Problem], Loss]:
     return make
 
 
-def _ours_per_token(log_probs_of: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Problem], Loss]:
+def _ours_per_token(log_probs_of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Problem], Loss]:
     """A loss of log-probabilities, of a model without labels: of TRL's trainers, and of a loop of one's own."""
 
     def make(problem: Problem) -> Loss:
@@ -96,7 +97,7 @@ def _ours_per_token(log_probs_of: Callable[[Tensor, Tensor], Tensor]) -> Callabl
                 with contextlib.redirect_stdout(None):
                     models[id(weight)] = convert_to_mini_sequence(_Head(weight))
             mask = labels != -100
-            log_probs = log_probs_of(models[id(weight)](hidden), labels.clamp(min=0))
+            log_probs = log_probs_of(models[id(weight)](hidden), labels.clamp(min=0), mask)
             return -(log_probs * mask).sum() / mask.sum().clamp(min=1)
 
         return loss
@@ -104,19 +105,23 @@ def _ours_per_token(log_probs_of: Callable[[Tensor, Tensor], Tensor]) -> Callabl
     return make
 
 
-def _as_sft(logits: Tensor, labels: Tensor) -> Tensor:
+def _as_sft(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     """As a call with `fused_lm_head=True` is answered for TRL's SFTTrainer, which logs entropy and accuracy."""
-    return _statistics(logits, labels, OF_SFT)
+    return _statistics(logits, targets, mask, OF_SFT)
 
 
-def _as_dpo(logits: Tensor, labels: Tensor) -> Tensor:
-    """As it is answered for TRL's DPOTrainer."""
-    return _statistics(logits, labels, OF_DPO)
+def _as_dpo(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """As it is answered for TRL's DPOTrainer, whose loss has a factor for each sequence: here it is told, not seen."""
+    logits.heads()[0]._chunking.memory.one_factor["fused_lm_head"] = False
+    return _statistics(logits, targets, mask, OF_DPO)
 
 
-def _statistics(logits: Tensor, labels: Tensor, names: tuple[str, ...]) -> Tensor:
+def _statistics(logits: Tensor, targets: Tensor, mask: Tensor, names: tuple[str, ...]) -> Tensor:
+    def of_rows(logits_CV: Tensor, target_C: Tensor, mask_C: Tensor, expected: Tensor | None = None) -> Tensor:
+        return token_statistics(logits_CV, target_C, 1.0, names, None if expected is None else expected * mask_C)
+
     rows = logits.derived(logits.expression().before_upcast())
-    return rows.columns_by_chunks(lambda x_CV, y_C: token_statistics(x_CV, y_C, 1.0, names), labels)[0]
+    return rows.columns_by_chunks(of_rows, targets, mask, labelled=Labelled("fused_lm_head", mask))[0]
 
 
 def _torch_chunked(policy: str) -> Callable[[Problem], Loss]:
@@ -230,7 +235,7 @@ WAYS: dict[str, Callable[[Problem], Loss]] = {
     "ds_minis, kernel": _ours(kernel=True),
     "ds_minis, for TRL's SFT": _ours_per_token(_as_sft),
     "ds_minis, for TRL's DPO": _ours_per_token(_as_dpo),
-    "ds_minis, log_softmax and gather": _ours_per_token(lambda x, y: x.log_softmax(-1).gather(-1, y[:, None])[:, 0]),
+    "ds_minis, log_softmax and gather": _ours_per_token(lambda x, y, _: x.log_softmax(-1).gather(-1, y[:, None])[:, 0]),
     "torch linear_cross_entropy, auto": _torch_chunked("auto"),
     "torch linear_cross_entropy, accurate": _torch_chunked("accurate"),
     "TRL fused LM head, SFT": _trl_fused_head(OF_SFT),

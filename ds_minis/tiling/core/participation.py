@@ -61,10 +61,12 @@ class Memory:
 
     Attributes:
         copies: copies of small buffers.
+        one_factor: kind of loss -> whether it weighs all tokens equally (`ds_minis.tiling.heads.one_factor`).
     """
 
     def __init__(self):
         self.copies = Copies()
+        self.one_factor: dict[str, bool] = {}
         self._whole: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, tuple[int, ...]]] = weakref.WeakKeyDictionary()
         self._idle: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, tuple[int, ...]]] = weakref.WeakKeyDictionary()
 

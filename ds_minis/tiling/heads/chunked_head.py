@@ -22,7 +22,8 @@ from ds_minis.tiling.core.params import Constants, ParameterSlots, constants_of
 from ds_minis.tiling.core.replay import AutocastState, matmul_dtype, patched_forwards
 from ds_minis.tiling.core.tiled_op import tile_rows
 from ds_minis.tiling.heads.head_analysis import HeadAnalysis, analyze_head, call_mode, is_plain
-from ds_minis.tiling.heads.row_columns import columns_of, row_columns
+from ds_minis.tiling.heads.one_factor import Labelled, OneFactor, columns_of
+from ds_minis.tiling.heads.row_columns import row_columns
 from ds_minis.tiling.heads.tiled_sum import sum_rows
 from ds_minis.tiling.heads.unreadable import UnreadableLogits, why_unreadable
 from ds_minis.tiling.kernels.cross_entropy import implementation
@@ -189,9 +190,12 @@ class ChunkedHead:
         """
         return self._by_chunks(tile_rows, function, sample_0V, rows)
 
-    def columns(self, function: Callable[..., Tensor], sample_0V: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
-        """The columns of a `function` that gives `(C, N)` or `(C,)`; without a trained head, one matmul less than `tile`."""
-        result = self._by_chunks(row_columns, function, sample_0V, rows)
+    def columns(
+        self, function: Callable[..., Tensor], sample_0V: Tensor, labelled: Labelled | None, *rows: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The columns of a `function` that gives `(C, N)` or `(C,)`, with one matmul less than `tile` where possible."""
+        labels = None if labelled is None else OneFactor(self._chunking.memory, labelled)
+        result = self._by_chunks(functools.partial(row_columns, labels=labels), function, sample_0V, rows)
         return result if type(result) is tuple else columns_of(result)
 
     def sum(self, function: Callable[..., Tensor], sample_0V: Tensor, expected: Tensor, *rows: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 The gradient of a row's number by that row is known but for its factor, the number's incoming gradient. It is computed while
 a chunk's intermediates (its logits) exist, and scaled in backward: two matmuls of a frozen LM head instead of three. The
-gradient of a trained weight is a sum over rows, each with a factor of its own, so there is none that could be kept.
+gradient of a trained weight is a sum over rows, each with a factor of its own: it can be kept only where all factors are
+expected to be one (`one_factor`). Then backward scales it too, three matmuls instead of four, or, if they are not one,
+computes all gradients anew.
 
 Shapes: R rows of the whole input, C rows of one chunk, N numbers of each row; trailing dimensions are free.
 """
@@ -10,105 +12,105 @@ Shapes: R rows of the whole input, C rows of one chunk, N numbers of each row; t
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ds_minis.tiling.core.chunk_grads import backward_of_chunk
-from ds_minis.tiling.core.exclusive import alone
-from ds_minis.tiling.core.params import ParameterSlots, constants_of, restored_flags
-from ds_minis.tiling.core.replay import (
-    AutocastState,
-    Replay,
-    refuse_gradients_of_gradients,
-    unseen_graph,
-)
+from ds_minis.tiling.core.params import ParameterSlots
+from ds_minis.tiling.core.replay import AutocastState, refuse_gradients_of_gradients
 from ds_minis.tiling.core.tiled_op import Guard, runs_whole, tile_rows
+from ds_minis.tiling.heads.forward_grads import ForwardGrads
+from ds_minis.tiling.heads.one_factor import OneFactor, columns_of
 
 
-class RowColumns:
-    """One call: the state that its forward and its backward share."""
+class RowColumns(ForwardGrads):
+    """One call: the state that its forward and its backward share.
 
-    def __init__(
-        self, function: Callable[..., Tensor], module: nn.Module, rows: Sequence[Tensor], chunk_rows: int, guard: Guard
-    ):
-        self._function, self._module, self._guard = function, module, guard
-        self._replay, self._constants = Replay(rows[0].device), constants_of(module)
-        num_rows = rows[0].shape[0]
-        self._bounds = [(i, min(i + chunk_rows, num_rows)) for i in range(0, max(num_rows, 1), chunk_rows)]
+    Args:
+        labels: which rows have a label, and what a loss of them weighs alike; None where that is not known.
+
+    Attributes:
+        grads: the gradients of forward, until backward.
+    """
+
+    def __init__(self, *call, labels: OneFactor | None):
+        super().__init__(*call)
+        self._labels, self._trained = labels, bool(self.slots.tensors)
+        self.grads: list[Tensor | None] | None = None
 
     def forward(
-        self, rows: Sequence[Tensor], needs_grad: Sequence[bool], grads_N: Sequence[Tensor | None] | None = None
+        self, tensors: Sequence[Tensor], grads_N: Sequence[Tensor | None] | None = None
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """The numbers, `(R, N)` or `(R,)`, and the gradients of the rows.
+        """The numbers, `(R, N)` or `(R,)`, and the gradients of rows and parameters (in that order).
 
         Args:
-            grads_N: the incoming gradient `(R,)` of each number; None for 1 of the first one and 0 of all others.
+            grads_N: the incoming gradient `(R,)` of each number; None for what is expected: of the first one, and 0 of all
+                others.
         """
         results: list[Tensor] = []
-        row_grads = [torch.empty_like(x) if need else None for x, need in zip(rows, needs_grad, strict=True)]
-        with contextlib.ExitStack() as stack:
-            for context in (alone(self._module), self._guard(), unseen_graph(), torch.enable_grad()):
-                stack.enter_context(context)
-            stack.callback(torch.clear_autocast_cache)
-            for start, stop in self._bounds:
-                chunk = [x[start:stop].detach().requires_grad_(need) for x, need in zip(rows, needs_grad, strict=True)]
-                places = [None if row_grad is None else row_grad[start:stop] for row_grad in row_grads]
-                parts = None if grads_N is None else [None if g is None else g[start:stop] for g in grads_N]
-                run = functools.partial(self._with_graph, chunk, parts, results)
-                backward_of_chunk(run, chunk, places, (), ())
-        return torch.cat(results), row_grads
+        labels = self._labels if grads_N is None else None
+        expected = None if labels is None else labels.expected if self._trained else torch.ones_like(labels.expected)
 
-    def _with_graph(
-        self, chunk: Sequence[Tensor], grads_N: Sequence[Tensor | None] | None, results: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        y = self._function(*chunk)
-        results.append(y.detach())
-        incoming = torch.zeros_like(y)
-        for place, grad_C in zip(columns_of(incoming), [1.0] if grads_N is None else grads_N, strict=False):
-            if grad_C is not None:
-                place.copy_(grad_C) if isinstance(grad_C, Tensor) else place.fill_(grad_C)
-        return [y], [incoming]
+        def outputs(chunk: Sequence[Tensor], start: int, stop: int) -> tuple[list[Tensor], list[Tensor]]:
+            y = self.function(*chunk) if expected is None else self.function(*chunk, expected=expected)
+            results.append(y.detach())
+            incoming = torch.zeros_like(y)
+            places = columns_of(incoming)
+            if grads_N is None:
+                places[0].copy_(1 if labels is None else labels.labelled_R[start:stop] * expected)
+            for place, grad_R in zip(places, grads_N or (), strict=False):
+                if grad_R is not None:
+                    place.copy_(grad_R[start:stop])
+            return [y], [incoming]
 
-    def grads_again(
-        self, rows: Sequence[Tensor], needs_grad: Sequence[bool], grads_N: Sequence[Tensor | None]
-    ) -> list[Tensor | None]:
-        """The gradients of the rows for other incoming gradients; runs each chunk again."""
-        with self._replay.active(), restored_flags(self._constants):
-            return self.forward(rows, needs_grad, grads_N)[1]
+        grads = self.grads_of_chunks(tensors, [t.requires_grad for t in tensors], outputs)
+        return torch.cat(results), grads
+
+    def run(self, rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The columns of the result, in the autograd graph."""
+        with torch.no_grad():
+            result, grads = self.forward((*rows, *self.slots.tensors))
+        idle = [i for i, grad in enumerate(grads[len(rows) :]) if grad is None]
+        self.slots.leave_out(idle)  # autograd would run their hooks without a gradient
+        self.grads = [grad for i, grad in enumerate(grads) if i - len(rows) not in idle]
+        return _Columns.apply(self, result, *rows, *self.slots.tensors)
+
+    def grads_again(self, tensors: Sequence[Tensor], grads_N: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients for other incoming gradients; runs each chunk again."""
+        with self.as_in_forward():
+            return self.forward(tensors, grads_N)[1]
+
+    def found(self, grads_N: Sequence[Tensor | None]) -> float | Tensor | None:
+        """What the gradients of forward are to be scaled with, a number or one for each row; None if they are of no use."""
+        if self._trained:
+            return self._labels.found(grads_N)
+        return grads_N[0] if all(grad is None for grad in grads_N[1:]) else None
 
 
 class _Columns(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call: RowColumns, *rows: Tensor):
+    def forward(ctx, call: RowColumns, result: Tensor, *tensors: Tensor):
         ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*rows)
-        result, ctx.grads = call.forward(rows, ctx.needs_input_grad[1:])
+        ctx.save_for_backward(*tensors)
         return tuple(column_R.clone() for column_R in columns_of(result))
 
     @staticmethod
     def backward(ctx, *grads_N):
         refuse_gradients_of_gradients('set "loss": false')
-        rows, needs_grad = ctx.saved_tensors, ctx.needs_input_grad[1:]  # raises torch's own error if they are freed
-        first, others = grads_N[0], [grad for grad in grads_N[1:] if grad is not None]
-        if others or ctx.grads is None or first is None:
-            return None, *ctx.call.grads_again(rows, needs_grad, grads_N)
-        # Scaled in place and handed over without a copy.
-        grads, ctx.grads = ctx.grads, None
-        return None, *[None if grad is None else grad.mul_(_like(first, grad)) for grad in grads]
+        call, tensors = ctx.call, ctx.saved_tensors  # raises torch's own error if they are freed
+        # Scaled in place and handed over without a copy; a second backward (`retain_graph=True`) computes them again.
+        grads, call.grads = call.grads, None
+        factor = None if grads is None else call.found(grads_N)
+        if factor is None:
+            del grads
+            return None, None, *call.grads_again(tensors, grads_N)
+        return None, None, *[None if grad is None else grad.mul_(_like(factor, grad)) for grad in grads]
 
 
-def columns_of(result: Tensor) -> tuple[Tensor, ...]:
-    """The columns of `(R, N)`, or the one that `(R,)` is."""
-    # Not `unbind`, whose results autograd does not let a caller write to (transformers' label smoother does).
-    return (result,) if result.dim() == 1 else tuple(result[:, column] for column in range(result.shape[1]))
-
-
-def _like(factor_R: Tensor, grad: Tensor) -> Tensor:
-    return factor_R.view(-1, *[1] * (grad.dim() - 1))
+def _like(factor: float | Tensor, grad: Tensor) -> float | Tensor:
+    return factor.view(-1, *[1] * (grad.dim() - 1)) if isinstance(factor, Tensor) else factor
 
 
 def row_columns(
@@ -117,25 +119,33 @@ def row_columns(
     rows: Sequence[Tensor],
     chunk_rows: int,
     guard: Guard = contextlib.nullcontext,
+    labels: OneFactor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """`function(*rows)` or its columns, over chunks of rows, with the gradients of one untiled call.
 
     Args:
         function: maps C rows of each input to `(C, N)`, or `(C,)` for one number; its row i depends on row i of the inputs
-            alone.
+            alone. With `labels`, it also gets the keyword `expected` if the first number is sure to receive that gradient
+            in rows with a label, and all else none.
         module: holds every trainable tensor that `function` uses.
         rows: inputs of R rows each, `(R, ...)`.
         chunk_rows: C, at least 1. Input of one chunk may run untiled, see `tiled_op.runs_whole`.
         guard: makes a context for the chunks.
+        labels: which rows have a label: the incoming gradients of others are sure to be zero. It says whether one factor is
+            expected, and learns whether it is one.
 
     Returns:
-        N tensors `(R,)` if nothing in `module` is trained, the first with its gradient computed in forward. Otherwise the
-        result: not views of it, of which FSDP2 warns where a module returns them (`columns_of` makes them).
+        N tensors `(R,)` if gradients are computed in forward. Otherwise the result: not views of it, of which FSDP2 warns
+        where a module returns them (`columns_of` makes them).
     """
-    with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in rows)
+    trained = bool(ParameterSlots(module).tensors)
+    with_grad = torch.is_grad_enabled() and (trained or any(x.requires_grad for x in rows))
     # In float16 a gradient of 1 underflows where the loss scale, which is known only in backward, keeps it.
     narrow = torch.float16 in (rows[0].dtype, AutocastState(rows[0].device).dtype())
-    whole = runs_whole(rows[0].shape[0], chunk_rows)
-    if not with_grad or narrow or whole or ParameterSlots(module).tensors:
-        return tile_rows(function, module, rows, chunk_rows, guard=guard)
-    return _Columns.apply(RowColumns(function, module, rows, chunk_rows, guard), *rows)
+    in_forward = with_grad and not narrow and not runs_whole(rows[0].shape[0], chunk_rows)
+    if in_forward and (not trained or (labels is not None and labels.is_expected())):
+        return RowColumns(function, module, rows, chunk_rows, guard, labels=labels).run(rows)
+    result = tile_rows(function, module, rows, chunk_rows, guard=guard)
+    if in_forward and labels is not None and labels.is_unknown():
+        result.register_hook(labels.learn)
+    return result

@@ -9,22 +9,17 @@ Shapes: R rows of the whole input, C rows of one chunk; trailing dimensions are 
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ds_minis.tiling.core.chunk_grads import backward_of_chunk
-from ds_minis.tiling.core.exclusive import alone
-from ds_minis.tiling.core.grad_accum import GradientSums
-from ds_minis.tiling.core.linear import chunk_forwards
-from ds_minis.tiling.core.params import ParameterSlots, constants_of, restored_flags
-from ds_minis.tiling.core.replay import Replay, patched_forwards, refuse_gradients_of_gradients, unseen_graph
+from ds_minis.tiling.core.replay import refuse_gradients_of_gradients
 from ds_minis.tiling.core.tiled_op import Guard
+from ds_minis.tiling.heads.forward_grads import ForwardGrads
 
 
-class TiledSum:
+class TiledSum(ForwardGrads):
     """One call: the state that its forward and its backward share."""
 
     def __init__(
@@ -36,53 +31,30 @@ class TiledSum:
         expected: Tensor,
         guard: Guard,
     ):
-        self.slots = ParameterSlots(module)
+        super().__init__(function, module, rows, chunk_rows, guard)
         self.expected = expected
-        self._function, self._module, self._guard = function, module, guard
-        self._replay, self._constants = Replay(rows[0].device), constants_of(module)
-        num_rows = rows[0].shape[0]
-        self._bounds = [(i, min(i + chunk_rows, num_rows)) for i in range(0, max(num_rows, 1), chunk_rows)]
 
     def value(self, rows: Sequence[Tensor]) -> Tensor:
         """The sum alone, without a graph."""
-        with self._running(), torch.no_grad():
-            return sum(self._function(*[x[start:stop] for x in rows]).sum(0) for start, stop in self._bounds)
+        with self.running(), torch.no_grad():
+            return sum(self.function(*[x[start:stop] for x in rows]).sum(0) for start, stop in self.bounds)
 
     def value_and_grads(
         self, tensors: Sequence[Tensor], needs_grad: Sequence[bool]
     ) -> tuple[Tensor, list[Tensor | None]]:
         """The sum, and the gradients of rows and parameters (in that order) for the expected incoming gradient."""
-        num_rows = len(tensors) - len(self.slots.tensors)
-        rows, params = tensors[:num_rows], tensors[num_rows:]
-        row_grads = [torch.empty_like(x) if need else None for x, need in zip(rows, needs_grad, strict=False)]
-        leaves = [p.detach().requires_grad_(need) for p, need in zip(params, needs_grad[num_rows:], strict=True)]
-        sums, totals = GradientSums(leaves, single=len(self._bounds) == 1), []
-        with contextlib.ExitStack() as stack:
-            for context in (self._running(), torch.enable_grad(), self.slots.reparametrized(leaves)):
-                stack.enter_context(context)
-            stack.enter_context(patched_forwards(chunk_forwards(self._module, [sums])))
-            for start, stop in self._bounds:
-                chunk = [x[start:stop].detach().requires_grad_(need) for x, need in zip(rows, needs_grad, strict=False)]
-                places = [None if row_grad is None else row_grad[start:stop] for row_grad in row_grads]
-                backward_of_chunk(functools.partial(self._with_graph, chunk, totals), chunk, places, leaves, [sums])
-        return sum(totals), [*row_grads, *sums.result()]
+        totals: list[Tensor] = []
 
-    def _with_graph(self, chunk: Sequence[Tensor], totals: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        y = self._function(*chunk).sum(0)
-        totals.append(y.detach())
-        return [y], [self.expected.to(y.dtype)]
+        def outputs(chunk: Sequence[Tensor], start: int, stop: int) -> tuple[list[Tensor], list[Tensor]]:
+            y = self.function(*chunk).sum(0)
+            totals.append(y.detach())
+            return [y], [self.expected.to(y.dtype)]
 
-    @contextlib.contextmanager
-    def _running(self) -> Iterator[None]:
-        try:
-            with alone(self._module), self._guard(), unseen_graph():
-                yield
-        finally:
-            # Autocast has cached weights with no graph, or one that ends at our leaves; a later forward must not use them.
-            torch.clear_autocast_cache()
+        grads = self.grads_of_chunks(tensors, needs_grad, outputs)
+        return sum(totals), grads
 
     def grads_again(self, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
-        with self._replay.active(), restored_flags(self._constants):
+        with self.as_in_forward():
             return self.value_and_grads(tensors, needs_grad)[1]
 
 

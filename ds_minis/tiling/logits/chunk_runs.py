@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ds_minis.tiling.heads.chunked_head import ChunkedHead
+from ds_minis.tiling.heads.one_factor import Labelled
 from ds_minis.tiling.logits.expression import Evaluation, Expression, HeadRows
 
 _SECOND_HEAD = "several LM heads that are trained, or held in parts, at once"
@@ -23,10 +24,15 @@ def by_chunks(expression: Expression, function: Callable[..., Tensor], aligned_R
 
 
 def columns_by_chunks(
-    expression: Expression, function: Callable[..., Tensor], aligned_R: Sequence[Tensor]
+    expression: Expression, function: Callable[..., Tensor], aligned_R: Sequence[Tensor], labelled: Labelled | None
 ) -> tuple[Tensor, ...]:
     """The columns of a `function` that gives `(C, N)`, N tensors `(R,)`; see `row_columns.row_columns`."""
-    return _run(expression, function, aligned_R, lambda head, *run: head.columns(*run))
+    return _run(
+        expression,
+        function,
+        aligned_R,
+        lambda head, on_rows, sample, *rows: head.columns(on_rows, sample, labelled, *rows),
+    )
 
 
 def sum_by_chunks(

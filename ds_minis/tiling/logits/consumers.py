@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ds_minis.tiling.heads.one_factor import Labelled
 from ds_minis.tiling.kernels.cross_entropy import DTYPES, token_losses
 from ds_minis.tiling.logits.expression import Expression, operand_of
 
@@ -141,10 +142,10 @@ def _token_losses(
         weight_V = None if weight is None else weight.to(rows_CV.dtype)
         return loss(rows_CV, target_C, weight_V, ignore_index=ignore_index, reduction="none")
 
-    if reduction == "none":
-        (losses_R,) = rows.columns_by_chunks(losses, target)
-        return losses_R.to(dtype)
     counted = target != ignore_index
+    if reduction == "none":
+        (losses_R,) = rows.columns_by_chunks(losses, target, labelled=Labelled("losses", counted))
+        return losses_R.masked_fill(~counted, 0).to(dtype)  # they are 0, and so are now their incoming gradients
     total_weight = counted.sum() if weight is None else (weight[target.masked_fill(~counted, 0)] * counted).sum()
     total_weight = total_weight.masked_fill(total_weight == 0, 1)
     # A caller of reduction="sum" usually divides by the number of tokens in this batch.

@@ -23,6 +23,7 @@ from torch import Tensor
 from ds_minis.tiling.core.params import ParameterSlots
 from ds_minis.tiling.core.replay import AutocastState, graph_is_kept, refuse_gradients_of_gradients
 from ds_minis.tiling.heads.chunked_head import ChunkedHead
+from ds_minis.tiling.heads.one_factor import Labelled
 from ds_minis.tiling.logits.chunk_runs import by_chunks, columns_by_chunks, sum_by_chunks
 from ds_minis.tiling.logits.expression import Expression, HeadRows
 from ds_minis.tiling.logits.logit_ops import record_or_run, record_reversed
@@ -138,9 +139,9 @@ class DeferredLogits(torch.Tensor):
         """`function(logits_CV, *aligned_C)` of each chunk of rows, concatenated: `(R, ...)`, one result per row."""
         return self._watched(by_chunks(self.expression(), function, aligned_R))
 
-    def columns_by_chunks(self, function: Callable[..., Tensor], *aligned_R: Tensor) -> list[Tensor]:
-        """The columns of a `function` that gives `(C, N)`, with one matmul less than `by_chunks` where no head is trained."""
-        return [self._watched(column) for column in columns_by_chunks(self.expression(), function, aligned_R)]
+    def columns_by_chunks(self, function: Callable, *aligned_R: Tensor, labelled: Labelled | None = None) -> list:
+        """The columns of a `function` that gives `(C, N)`, with one matmul less than `by_chunks` where possible."""
+        return list(map(self._watched, columns_by_chunks(self.expression(), function, aligned_R, labelled)))
 
     def sum_by_chunks(self, function: Callable[..., Tensor], expected: Tensor, *aligned_R: Tensor) -> Tensor:
         """`by_chunks(function, *aligned_R).sum(0)`, with one matmul of the head less; see `tiled_sum.sum_rows`."""

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ds_minis.tiling.heads.one_factor import Labelled
 from ds_minis.tiling.kernels.token_statistics import LOG_PROB, NAMES, token_statistics
 from ds_minis.tiling.logits.deferred import DeferredLogits
 
@@ -71,7 +72,7 @@ class FusedCall:
         labels_BT = (self._labels[:, 1:] if self._shifted is None else self._shifted).to(logits.device)
         mask_BT = labels_BT != -100
         names = [name for name in NAMES if name == LOG_PROB or name in self._outputs]
-        statistics = self._of_all_ranks(logits, labels_BT.masked_fill(~mask_BT, 0), names)
+        statistics = self._of_all_ranks(logits, labels_BT, names)
         found = {name: value.masked_fill(~mask_BT, 0) for name, value in zip(names, statistics, strict=True)}
         if "is_top1" in found:
             found["is_top1"] = found["is_top1"].detach().bool()
@@ -88,28 +89,31 @@ class FusedCall:
             loss = loss + coefficient * aux_loss.to(loss.device)
         return self._class(loss=loss, label_mask=mask_BT, aux_loss=aux_loss, **found)
 
-    def _of_all_ranks(self, logits: Tensor, targets_BT: Tensor, names: list[str]) -> list[Tensor]:
+    def _of_all_ranks(self, logits: Tensor, labels_BT: Tensor, names: list[str]) -> list[Tensor]:
         """The statistics, each `(B, T)`; under sequence parallelism each rank computes those of its own tokens."""
         last = int(self._shifted is None)  # tokens at the end without a target
         if self.parallel is None:
-            return self._statistics(logits[:, :-last] if last else logits, targets_BT, names)
-        padded_BS = F.pad(targets_BT, (0, last))  # cut as the tokens were
-        mine_BTN = torch.stack(self._statistics(logits, self.parallel.mine(padded_BS), names), -1)
+            return self._statistics(logits[:, :-last] if last else logits, labels_BT, names)
+        padded_BS = F.pad(labels_BT + 100, (0, last))  # cut as the tokens were, with 0 where there is none
+        mine_BTN = torch.stack(self._statistics(logits, self.parallel.mine(padded_BS) - 100, names), -1)
         whole_BSN = self.parallel.whole(mine_BTN, padded_BS.shape[1])
-        return list(whole_BSN[:, : targets_BT.shape[1]].unbind(-1))
+        return list(whole_BSN[:, : labels_BT.shape[1]].unbind(-1))
 
-    def _statistics(self, logits: Tensor, targets_BT: Tensor, names: list[str]) -> list[Tensor]:
+    def _statistics(self, logits: Tensor, labels_BT: Tensor, names: list[str]) -> list[Tensor]:
+        labelled_R = labels_BT.reshape(-1) != -100
+        targets_R = labels_BT.reshape(-1).masked_fill(~labelled_R, 0)
 
-        def of_rows(logits_CV: Tensor, target_C: Tensor) -> Tensor:
-            return token_statistics(logits_CV, target_C, self._temperature, names)
+        def of_rows(logits_CV: Tensor, target_C: Tensor, labelled_C: Tensor, expected: Tensor | None = None) -> Tensor:
+            expected_C = None if expected is None else expected * labelled_C
+            return token_statistics(logits_CV, target_C, self._temperature, names, expected_C)
 
         if isinstance(logits, DeferredLogits) and logits.is_open():
             rows = logits.derived(logits.expression().before_upcast())
-            columns = rows.columns_by_chunks(of_rows, targets_BT.reshape(-1))
+            columns = rows.columns_by_chunks(of_rows, targets_R, labelled_R, labelled=Labelled(FUSED, labelled_R))
         else:
             logits = logits.materialize() if isinstance(logits, DeferredLogits) else logits
-            columns = of_rows(logits.reshape(-1, logits.shape[-1]), targets_BT.reshape(-1)).unbind(-1)
-        return [column.view(targets_BT.shape) for column in columns]
+            columns = of_rows(logits.reshape(-1, logits.shape[-1]), targets_R, labelled_R).unbind(-1)
+        return [column.view(labels_BT.shape) for column in columns]
 
 
 def recognized(model: nn.Module, kwargs: dict) -> FusedCall | str | None:
