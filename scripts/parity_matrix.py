@@ -4,12 +4,14 @@
     python scripts/parity_matrix.py --rows ZeRO-3 --columns full bf16
     python scripts/parity_matrix.py --write                          # and docs/parity_matrix.md with it
     python scripts/parity_matrix.py --write --resume matrix.json     # goes on after the rows that the file has
+    python scripts/parity_matrix.py --keep mixed                     # the same cells where layers keep more than their inputs
 
 Its exit status is 0 when every cell is exact, or refused by the engine for the unconverted model too.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 
@@ -53,10 +55,17 @@ def main() -> int:
     from parity import COLUMNS, MAX_STANDARD_ERRORS, ROWS, SEEDS, cell
 
     parser = make_parser(__doc__, list(ROWS), list(COLUMNS), PAGE)
+    parser.add_argument(
+        "--keep",
+        choices=("", "attention", "matmuls", "all", "mixed", "free"),
+        default="",
+        help='"keep" of the converted model; mixed: everything on one rank, some of each level on the other; free: '
+        '"memory_budget": "auto"',
+    )
     args = parser.parse_args()
-    if args.write and (args.rows != list(ROWS) or args.columns != list(COLUMNS)):
-        parser.error("--write is for the whole matrix: leave --rows and --columns out")
-    done = run(args, cell)
+    if args.write and (args.rows != list(ROWS) or args.columns != list(COLUMNS) or args.keep):
+        parser.error("--write is for the whole matrix: leave --rows, --columns and --keep out")
+    done = run(args, lambda row, column: dataclasses.replace(cell(row, column), keep=args.keep))
     head = HEAD + EXPLANATION.format(seeds=SEEDS, errors=MAX_STANDARD_ERRORS)
     return finish(as_page(head, done, args.rows, args.columns), PAGE, args.write, done, args.rows)
 
