@@ -90,7 +90,11 @@ def _breakdown(plan: Any, row: Any) -> list[Part]:
 
 
 def _kept(plan: Any) -> str:
-    words = {"all": "everything", "attention": "the attention's output"}
+    words = {
+        "all": "everything",
+        "matmuls": "the results of its matrix products",
+        "attention": "the attention's output",
+    }
     reached = [f"{words[level]} up to {tokens:,} tokens" for level, tokens in plan.kept.items() if tokens]
     return f"Memory that is free is used (keep: auto): each layer keeps {', '.join(reached)}, and above that some layers do."
 

@@ -55,12 +55,15 @@ def test_the_longest_that_fits_of_each_way(model, capsys):
         "counted",
         "slack",
         "each layer keeps everything up to",
+        "the results of its matrix products up to",
+        "the attention's output up to",
     ):
         assert said in out
     _, data = plan_json(capsys, model, "--gpu-memory", "12", "--gpus", "4", "--engine", "zero3", "--lora")
     rows = {row["name"]: row for row in data["rows"]}
     assert rows["plain"]["longest"] < rows["plain + checkpointing"]["longest"] < rows["ds_minis"]["longest"]
-    assert 0 < data["kept_up_to"]["all"] < data["kept_up_to"]["attention"] < rows["ds_minis"]["longest"]
+    kept = data["kept_up_to"]
+    assert 0 < kept["all"] < kept["matmuls"] < kept["attention"] < rows["ds_minis"]["longest"]
     assert rows[data["best"]]["longest"] == max(row["longest"] for row in data["rows"])
     for row in data["rows"]:
         on_device = sum(term["bytes"] for term in row["terms"] if not term["on_host"])
@@ -69,7 +72,7 @@ def test_the_longest_that_fits_of_each_way(model, capsys):
 
 def test_what_is_kept_leaves_a_tenth_of_the_card_free(model):
     plan = compare(AutoConfig.from_pretrained(model), Setup(train="lora"), model=model, gpu_memory=12)
-    assert set(plan.kept) == {"all", "attention"} and plan.capacity == 12 * 2**30 * 0.985
+    assert set(plan.kept) == {"all", "matmuls", "attention"} and plan.capacity == 12 * 2**30 * 0.985
     for level, tokens in plan.kept.items():
         setup = plan.setup.replace(settings={"keep": level})
         at, beyond = (plan.planner.estimate(setup, n).verdict(0.9 * plan.capacity) for n in (tokens, tokens + UNIT))
@@ -108,6 +111,21 @@ def test_settings_of_the_user_hold_in_all_rows(model, capsys):
     ours = [row for row in data["rows"] if row["settings"] is not None]
     assert ours and all(row["settings"]["chunk_size"] == 512 and row["settings"]["keep"] == "attention" for row in ours)
     assert not any("head_groups" in row["settings"] for row in ours)
+
+
+@pytest.mark.parametrize(
+    ("setting", "rows"),
+    [("keep=attention", ["", "offload"]), ("keep=matmuls", [""]), ("keep=all", [""])],
+)
+def test_rows_whose_settings_do_not_go_with_the_users_are_left_out(setting, rows, model, capsys):
+    status, data = plan_json(capsys, model, "--gpu-memory", "12", "--gpus", "4", "--engine", "zero3", "--set", setting)
+    ours = [row["settings"] for row in data["rows"] if row["settings"] is not None]
+    assert status == 0 and all("keep" in settings for settings in ours)
+    names = [
+        "".join(name for name in ("head_groups", "offload") if name in s) for s in ours if "sequence_parallel" not in s
+    ]
+    assert names == rows
+    assert any("sequence_parallel" in settings for settings in ours) == (setting != "keep=all")
 
 
 def test_a_tensor_of_more_than_2_to_the_31_elements_is_named(model, capsys):

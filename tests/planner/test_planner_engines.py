@@ -33,6 +33,10 @@ CASES = {
     "ZeRO-3, all kept": ({"engine": "zero3", **HALF}, 650),
     "ZeRO-3, not converted": ({"engine": "zero3", "reuse_distance": 1000, "settings": None, **WHOLE}, 200),
     "ZeRO-3, nothing kept": ({"engine": "zero3", "reuse_distance": 1000, **WHOLE}, 650),
+    "ZeRO-3, LoRA, products kept": (
+        {"engine": "zero3", "train": "lora", "settings": CHUNKS | {"keep": "matmuls"}, **HALF},
+        650,
+    ),
 }
 
 

@@ -12,7 +12,7 @@ from ds_minis.planner.plan.planner import FITS, TOO_LARGE, UNCERTAIN, USABLE, Es
 from ds_minis.planner.plan.settings import CHECKPOINTED, PLAIN, Candidate, candidates
 from ds_minis.planner.plan.timing import StepTime, step_time
 from ds_minis.planner.step.trace import CannotTrace
-from ds_minis.tiling.memory.keep_budget import ALL, ATTENTION
+from ds_minis.tiling.memory.keep_budget import ALL, ATTENTION, MATMULS
 from ds_minis.tiling.memory.learned_memory import RESERVE
 
 UNIT, MOST_TOKENS, MOST_ELEMENTS = 1024, 2**24, 2**31
@@ -53,7 +53,8 @@ class Plan:
         tokens: the asked length; None to find the longest.
         best: the row that is advised; None if nothing fits.
         gpus_needed: for a length that does not fit: the fewest GPUs with which it does, and the row then.
-        kept: "all" or "attention" -> the longest sequence for which each layer keeps that, where free memory decides it.
+        kept: "all", "matmuls" or "attention" -> the longest sequence for which each layer keeps that, where free memory
+            decides.
     """
 
     model: str
@@ -136,13 +137,13 @@ def _row(plan: Plan, candidate: Candidate) -> Row:
 
 
 def _kept(plan: Plan) -> dict[str, int]:
-    """The longest sequences at which all layers keep everything, and their attention's output; empty without a decision."""
+    """The longest sequences at which all layers keep so much; empty without a decision."""
     own = plan.setup.settings or {}
     decides = ("keep", "head_groups", "offload", "sequence_parallel", "memory_budget", "scope")
     if any(name in own for name in decides) or plan.setup.sequence_parallel > 1:
         return {}
     found = {}
-    for level in (ALL, ATTENTION):
+    for level in (ALL, MATMULS, ATTENTION):
         setup = plan.setup.replace(settings={**own, "keep": level})
         with contextlib.suppress(CannotTrace):
             found[level] = plan.planner.longest(setup, plan.capacity * (1 - RESERVE), unit=UNIT, most=MOST_TOKENS)

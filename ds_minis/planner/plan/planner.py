@@ -152,6 +152,7 @@ class Planner:
             setup.lora_rank if lora else 0,
             setup.lora_dropout if lora else 0.0,
             setup.dtype,
+            setup.train == "qlora",
         )
 
     def counts(self, profile: Profile) -> Counts:

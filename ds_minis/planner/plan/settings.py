@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ds_minis.config import MiniSequenceConfig
 from ds_minis.planner.inputs.setup import Setup
 
 PLAIN, CHECKPOINTED = "plain", "plain + checkpointing"
@@ -50,13 +52,21 @@ def candidates(base: Setup) -> Iterator[Candidate]:
         widths = [1, *([base.gpus] if base.gpus > 1 else [])]
     for width in widths:
         for name, settings, costs in rows:
-            if own.get("keep") in ("attention", "all") and "head_groups" in settings:
-                continue
             parallel = {} if width == 1 else {"sequence_parallel": width}
+            if (settings or parallel) and not _go_together({**own, **settings, **parallel}):
+                continue
             named = name if width == 1 else f"{name}, sequence_parallel: {_words(width)}"
             costs_too = "all GPUs train one sequence" if width != 1 else ""
             both = ", ".join(filter(None, (costs, costs_too)))
             yield Candidate(named, base.replace(settings={**own, **settings, **parallel}), both)
+
+
+def _go_together(settings: dict) -> bool:
+    """Whether a row's settings go with the user's, which the first row tells of if they are wrong by themselves."""
+    with contextlib.suppress(ValueError):
+        MiniSequenceConfig.from_value(settings, source="plan")
+        return True
+    return False
 
 
 def _words(width) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -33,8 +34,19 @@ class LoraLinear(nn.Module):
         return result.to(dtype)
 
 
-def add_lora(model: nn.Module, rank: int, dropout: float = 0.0) -> None:
-    """Adapters on all linear layers but the LM head ("all-linear"); nothing else is trained."""
+class FourBitLinear(nn.Linear):
+    """A linear layer with 4-bit weights, as ds_minis sees bitsandbytes': it does not run `nn.Linear.forward`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def add_lora(model: nn.Module, rank: int, dropout: float = 0.0, four_bits: bool = False) -> None:
+    """Adapters on all linear layers but the LM head ("all-linear"); nothing else is trained.
+
+    Args:
+        four_bits: the layers have 4-bit weights.
+    """
     model.requires_grad_(False)
     head = model.get_output_embeddings()
     found = [
@@ -44,6 +56,8 @@ def add_lora(model: nn.Module, rank: int, dropout: float = 0.0) -> None:
         if type(child) is nn.Linear and child is not head  # a router is a subclass that gives a tuple
     ]
     for owner, name, child in found:
+        if four_bits:
+            child.__class__ = FourBitLinear
         setattr(owner, name, LoraLinear(child, rank, dropout))
 
     def require(module, args, output):

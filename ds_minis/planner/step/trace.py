@@ -18,7 +18,7 @@ from ds_minis.convert import NothingToTile, convert_to_mini_sequence
 from ds_minis.planner.step.adapters import LoraLinear, add_lora
 from ds_minis.planner.step.anatomy import Anatomy, anatomy_of
 from ds_minis.planner.step.lengths import Lengths, lengths_for
-from ds_minis.planner.step.recorder import MOST_OPERATIONS, Recorder, TooManyOperations
+from ds_minis.planner.step.recorder import MOST_OPERATIONS, Recorder, TooManyOperations, WithoutValues
 from ds_minis.planner.step.stubs import ATTENTION, ON_ATTENTION, no_mask, register
 from ds_minis.tiling.core.warn import logger
 from ds_minis.tiling.layer.tiled_layer import layer_experts_per_choice
@@ -41,6 +41,7 @@ class Way:
         checkpointing: transformers' gradient checkpointing (a converted layer has its own).
         lora_rank: of the adapters; 0: every parameter is trained.
         dtype: of weights and activations.
+        four_bits: linear layers have 4-bit weights.
     """
 
     settings: Mapping[str, Any] | None
@@ -48,12 +49,13 @@ class Way:
     lora_rank: int = 0
     lora_dropout: float = 0.0
     dtype: str = "bfloat16"
+    four_bits: bool = False
 
     @property
     def key(self) -> list:
         """As plain JSON types."""
         settings = None if self.settings is None else sorted(self.settings.items())
-        return [settings, self.checkpointing, self.lora_rank, self.lora_dropout, self.dtype]
+        return [settings, self.checkpointing, self.lora_rank, self.lora_dropout, self.dtype, self.four_bits]
 
 
 def build(config: Any, way: Way) -> nn.Module:
@@ -74,7 +76,7 @@ def build(config: Any, way: Way) -> nn.Module:
         raise CannotTrace(f"{type(config).__name__} cannot be built without weights: {_short(error)}") from error
     model = model.train()
     if way.lora_rank:
-        add_lora(model, way.lora_rank, way.lora_dropout)
+        add_lora(model, way.lora_rank, way.lora_dropout, way.four_bits)
     if way.checkpointing:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -92,7 +94,7 @@ def examine(config: Any) -> Anatomy:
         raise CannotTrace(
             f"{type(config).__name__} is of an encoder and a decoder: what is planned is a decoder's step"
         )
-    model = build(config, Way(None, checkpointing=False))
+    model = build(copy.deepcopy(config), Way(None, checkpointing=False))  # which writes a dtype into it
     return anatomy_of(model, _layers(model))
 
 
@@ -155,10 +157,15 @@ def trace_with_mask(config: Any, way: Way, mask: torch.Tensor | None) -> dict[st
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(recorder.count_gradient)
-    token = ON_ATTENTION.set(recorder.on_attention)
+    token = ON_ATTENTION.set(None)
     try:
-        with recorder, _collected_warnings() as said:
-            _step(model, recorder, lengths, mask)
+        with _collected_warnings() as said:
+            if way.settings is not None:
+                with torch.no_grad(), WithoutValues():  # in which layers are analyzed
+                    _loss(model, lengths, mask)
+            ON_ATTENTION.set(recorder.on_attention)
+            with recorder:
+                _step(model, recorder, lengths, mask)
         recorder.finish()
     except TooManyOperations:
         raise RunsTokenByToken(
@@ -198,11 +205,15 @@ def _collected_warnings() -> Iterator[list[str]]:
 
 
 def _step(model: nn.Module, recorder: Recorder, lengths: Lengths, mask: torch.Tensor | None) -> None:
-    ids = torch.zeros(1, lengths.tokens, dtype=torch.int64, device="meta")
-    mask = torch.ones_like(ids) if mask is None else mask
-    loss = model(input_ids=ids, labels=ids, attention_mask=mask, use_cache=False).loss
+    loss = _loss(model, lengths, mask)
     recorder.end_forward()
     loss.backward()
+
+
+def _loss(model: nn.Module, lengths: Lengths, mask: torch.Tensor | None) -> torch.Tensor:
+    ids = torch.zeros(1, lengths.tokens, dtype=torch.int64, device="meta")
+    mask = torch.ones_like(ids) if mask is None else mask
+    return model(input_ids=ids, labels=ids, attention_mask=mask, use_cache=False).loss
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

@@ -143,7 +143,7 @@ class LayerProbe:
         self._slots = ParameterSlots(layer)
         self._params = [p.detach() for p in self._slots.tensors]
         self._with_grad = [p.numel() <= LARGEST_WEIGHT for p in self._params]
-        self._grad: Tensor | None = None
+        self._grad = torch.empty_like(self._x)
         self._settings: dict[int | str, Any] = {}  # of the attention, called for all tokens
         self._num_counting = 0  # chunks that call torch.arange
         self._sentinels: list = []
@@ -188,13 +188,14 @@ class LayerProbe:
 
     def analysis_by_shapes(self) -> LayerAnalysis:
         """The analysis on meta tensors: compares no values; head groups are accepted if the numbers of heads match."""
+        cut, found = False, LayerAnalysis(dead_values=self._search().found_by_shapes())
         if self._chunking.config.head_groups == 1:
-            return LayerAnalysis()
-        cut, (groups, shapes) = False, self._groups()
+            return found
+        groups, shapes = self._groups()
         with contextlib.suppress(RuntimeError), torch.no_grad(), groups.cut(0):
             _, qkv = self._passes().pre_attention(self._x)
             cut = [t.shape[1] * groups.count for t in qkv] == [shape[1] for shape in shapes]
-        return LayerAnalysis(groups=groups if cut else None)
+        return dataclasses.replace(found, groups=groups) if cut else found
 
     def _whole(self) -> tuple[list[Tensor | None], tuple | None, str]:
         """Runs the layer at once: results as of `by_chunks`, further outputs, the reason why it cannot be tiled."""

@@ -60,6 +60,15 @@ class DeadValueSearch:
                 return NO_DEAD_VALUES
         return found
 
+    def found_by_shapes(self) -> DeadValues:
+        """Those that no operation reads, of tensors without values; none where a run without them fails."""
+        try:
+            found = self._followed()
+            self._by_chunks(found)
+        except RuntimeError:
+            return NO_DEAD_VALUES
+        return found
+
     def _matter(self, dead_values: DeadValues, expected: Sequence[Tensor | None]) -> bool:
         """Whether NaN in place of these values changes the result or a gradient."""
         try:
