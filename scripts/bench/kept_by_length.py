@@ -94,8 +94,14 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows}
 
 
+def kept(said: str) -> str:
+    """What the layers of a step kept, in a line for each level, of what the report says."""
+    parts = said.partition(";")[0].split(", ") if said else ["all layers kept the inputs alone"]
+    return "\n".join(part.replace(" kept the ", ": ").replace(" kept ", ": ") for part in parts)
+
+
 def draw(content: dict[str, Any], path: Path) -> None:
-    """Milliseconds for each 1,000 tokens, by length."""
+    """Milliseconds for each 1,000 tokens, by length; at the bottom what ds_minis's layers kept."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -108,6 +114,10 @@ def draw(content: dict[str, Any], path: Path) -> None:
         axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=name)
         if len(points) < len(rows):
             axes.annotate("out of memory beyond", points[-1], (8, -4), textcoords="offset points", fontsize="small")
+    for row in rows:
+        place = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom"}
+        axes.text(row["tokens"], 0.03, kept(row["kept"]), fontsize="x-small", color=COLOURS[OURS], **place)
+    axes.margins(x=0.12)
     axes.set_xscale("log", base=2)
     axes.set_xticks([row["tokens"] for row in rows], [f"{row['tokens']:,}" for row in rows])
     axes.set_ylim(bottom=0)
