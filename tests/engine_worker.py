@@ -44,6 +44,7 @@ def tiling(model) -> dict:
         "layers": count_layers(model),
         "loss": loss_fallback_reason(model),
         "parallel": mini_sequence_report(model).parallel if tiled else "",
+        "last_loss": mini_sequence_report(model).last_loss if tiled else "",
     }
 
 

@@ -104,6 +104,13 @@ def test_the_unconverted_models_parameters_or_its_refusal(results, name):
     assert judgement.kind == ("refused" if name in REFUSED else "exact"), judgement.text
 
 
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.loss == "logits"])
+def test_no_engine_makes_all_logits(results, name):
+    """FSDP2 asks whether they are a view. FSDP1 cannot gather the head again, and logits are all there."""
+    said = results[CASES[name].name]["converted"]["last_loss"]
+    assert said == ("" if CASES[name].engine == "fsdp1" else "by chunks (gather, cross_entropy, logsumexp)")
+
+
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.keep == "attention"])
 def test_attentions_are_kept_in_every_step(results, name):
     case = CASES[name]

@@ -174,9 +174,9 @@ def autocast(model, dtype) -> torch.Tensor:
         return losses(model).sum() / 7
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_calls_of_trls_trainers(lora):
-    """An entropy that is logged is no part of the loss; one in the loss is."""
+@pytest.mark.parametrize(("lora", "other"), [(False, (1, 0.1)), (False, (0, 0.1)), (True, (1, 0.1))])
+def test_calls_of_trls_trainers(lora, other):
+    """An entropy that is logged is no part of the loss; one in the loss is, alone or beside the log-probabilities."""
     utils = pytest.importorskip("trl.trainer.utils")
     model, reference = twins("llama", num_hidden_layers=1)
     inputs, totals = batch(23, prompt=4, padding=3), []
@@ -184,27 +184,26 @@ def test_calls_of_trls_trainers(lora):
     if lora:
         model, reference = (add_lora(m, target_modules=["q_proj", "lm_head"]) for m in (model, reference))
     convert_to_mini_sequence(model.train(), {**LOSS_ONLY, "loss_chunk_size": 4})
-    for weight in (0.0, 0.0, 0.1, 0.0):
+    for weights in ((1, 0), (1, 0), other, (1, 0)):
         with Flops() as counter:
-            actual = grads_of(model, lambda m, weight=weight: fused_loss(m(**inputs, fused_lm_head=True), weight))
-        assert_same_tensors(actual, grads_of(reference.train(), lambda m, w=weight: plain_loss(m, inputs, w)))
+            actual = grads_of(model, lambda m, weights=weights: fused_loss(m(**inputs, fused_lm_head=True), *weights))
+        assert_same_tensors(actual, grads_of(reference.train(), lambda m, w=weights: plain_loss(m, inputs, *w)))
         totals.append(counter.total)
     assert totals[1] < totals[3] < totals[2] and totals[3] <= totals[0]  # which analyzes the head too
 
 
-def fused_loss(output, weight: float) -> torch.Tensor:
-    loss = -output.log_probs.sum() / 7
-    return loss + weight * output.entropy.square().sum() if weight else loss + 0 * output.entropy.detach().sum()
+def fused_loss(output, of_labels: float, of_entropy: float) -> torch.Tensor:
+    terms = [-of_labels * output.log_probs.sum() / 7, of_entropy * output.entropy.square().sum()]
+    return sum(term if weight else term.detach() for term, weight in zip(terms, (of_labels, of_entropy), strict=True))
 
 
-def plain_loss(model, inputs: dict, weight: float) -> torch.Tensor:
+def plain_loss(model, inputs: dict, of_labels: float, of_entropy: float) -> torch.Tensor:
     logits = model(**{key: value for key, value in inputs.items() if key != "labels"}).logits[:, :-1]
     labels = inputs["labels"][:, 1:]
     log_p = logits.log_softmax(-1)
     entropy = -(log_p.exp() * log_p).sum(-1).masked_fill(labels == -100, 0)
-    return (
-        F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / 7 + weight * entropy.square().sum()
-    )
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / 7
+    return of_labels * loss + of_entropy * entropy.square().sum()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

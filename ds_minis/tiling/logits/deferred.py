@@ -36,7 +36,7 @@ _FACTS = frozenset(
     "get_device __len__ __hash__ is_same_size".split()
 )
 _FACT_ATTRIBUTES = frozenset(
-    "shape dtype device layout ndim is_cuda is_cpu is_meta is_sparse is_quantized requires_grad grad_fn is_leaf "
+    "shape dtype device layout ndim is_cuda is_cpu is_meta is_sparse is_quantized requires_grad grad_fn is_leaf _base "
     "is_nested is_mps is_xpu".split()
 )
 
