@@ -10,6 +10,7 @@ Shapes: C rows of one chunk, V outputs and H inputs.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
@@ -124,7 +125,7 @@ def _adder(leaf: Tensor, all_sums: Sequence[GradientSums]) -> Callable[[Tensor, 
     for sums in all_sums:
         index = sums.index_of(leaf)
         if index is not None:
-            return lambda grad_CV, x_CH, sums=sums, index=index: sums.add_product(index, grad_CV, x_CH)
+            return functools.partial(sums.add_product, index)
     return None
 
 

@@ -7,7 +7,7 @@ elsewhere in memory. A graph must not hold them in between.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ds_minis.tiling.core.params import ParameterSlots
 
 
-@dataclass(frozen=True)
-class WeightView:
+class WeightView(NamedTuple):
     """A view of a weight.
 
     Attributes:
