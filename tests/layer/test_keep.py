@@ -289,9 +289,17 @@ def peak(model, inputs) -> int:
     return live.peak
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kib", [50, 1500])
-def test_live_bytes_stay_within_the_budget_and_what_inputs_need(kib, attention):
+@pytest.mark.parametrize(
+    ("kib", "attention", "levels"),
+    [
+        (50, "sdpa", {"input", "attention"}),
+        (300, "sdpa", {"attention", "matmuls"}),
+        (1200, "sdpa", {"attention", "matmuls", "all"}),
+        (50, "eager", {"input"}),
+        (1500, "eager", {"attention", "matmuls", "all"}),
+    ],
+)
+def test_live_bytes_stay_within_the_budget_and_what_inputs_need(kib, attention, levels):
     sizes = {"num_hidden_layers": 6, "hidden_size": 64, "intermediate_size": 160, "head_dim": 16}
     model, plain = twins("llama", attention=attention, **sizes)
     for p in (*model.parameters(), *plain.parameters()):
@@ -300,9 +308,12 @@ def test_live_bytes_stay_within_the_budget_and_what_inputs_need(kib, attention):
     converted(plain, {"keep": "input"})
     for m in (model, plain):
         loss_and_grads(m, batch(12, batch_size=1))
+    seen = set()
     for length in (90, 30, 128, 110):
         inputs = batch(length, batch_size=1)
         assert peak(model, inputs) <= peak(plain, inputs) + kib * 1024, length
+        seen |= {level for level, number in budget_of(model).last.items() if number}
+    assert seen == levels
 
 
 def test_more_is_kept_with_more_budget_and_the_last_layers_first():

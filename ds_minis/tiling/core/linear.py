@@ -24,7 +24,8 @@ from ds_minis.tiling.core.params import submodules
 from ds_minis.tiling.core.replay import autocast_dtype, matmul_dtype, patched_forwards
 
 Forwards = dict[nn.Module, Callable]
-Results = Mapping[nn.Linear, Callable[[Tensor], Tensor]]  # from a layer's input to its result
+Result = Callable[[Tensor], Tensor | None]  # from a layer's input to its result; None: to be computed
+Results = Mapping[nn.Linear, Result]
 _NONE: Results = MappingProxyType({})
 
 
@@ -34,7 +35,7 @@ class _Linear(torch.autograd.Function):
     Args:
         leaf: the parameter that `weight` was cast from; it gives the result a graph where nothing else is trained.
         add: accumulates the weight gradient from its two operands; None leaves that to autograd.
-        result: gives the result from `x`, without a graph; None computes the product.
+        result: gives the result from `x`, without a graph; None, as result or in its place, computes the product.
     """
 
     @staticmethod
@@ -45,12 +46,13 @@ class _Linear(torch.autograd.Function):
         bias: Tensor | None,
         leaf: Tensor | None,
         add: Callable[[Tensor, Tensor], None] | None,
-        result: Callable[[Tensor], Tensor] | None,
+        result: Result | None,
     ):
         ctx.save_for_backward(x, weight)
         ctx.add = add
-        if result is not None:
-            return result(x).detach()  # autograd makes what is returned part of the graph
+        y = None if result is None else result(x)
+        if y is not None:
+            return y.detach()  # autograd makes what is returned part of the graph
         if bias is None:
             return F.linear(x, weight)
         # Not a view, which `F.linear` returns with a bias: the module may write to the result in place.
@@ -132,7 +134,7 @@ def _adder(leaf: Tensor, all_sums: Sequence[GradientSums]) -> Callable[[Tensor, 
 def _forward(
     linear: nn.Linear,
     add: Callable[[Tensor, Tensor], None] | None,
-    result: Callable[[Tensor], Tensor] | None,
+    result: Result | None,
 ) -> Callable:
     cast: dict[torch.dtype, Tensor] = {}  # cast once for all chunks
 

@@ -209,11 +209,11 @@ def _runs_whole(layer: TiledLayer, call: LayerArgs, chunk: int) -> bool:
 
 
 def _keeps_what_is_checkpointed(layer: TiledLayer, x: Tensor) -> bool:
-    """Whether the layer would be checkpointed if it ran untiled, where it may keep everything."""
+    """Whether the layer would be checkpointed if it ran untiled, where it may keep all products."""
     store = layer.mini_sequence_chunking.layer_inputs
     if store is None or not (torch.is_grad_enabled() and layer.training and layer.is_checkpointed):
         return False
-    return store.budget.may_keep_all(x)
+    return store.budget.may_repeat_nothing(x)
 
 
 def _chunk_tokens(layer: TiledLayer, call: LayerArgs) -> int:

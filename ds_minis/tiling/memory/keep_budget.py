@@ -110,9 +110,9 @@ class KeepBudget:
             self._learned[x.device] = memory and Account(learned=LearnedMemory(memory))
         return self._learned[x.device]
 
-    def may_keep_all(self, x: Tensor) -> bool:
-        """Whether a layer with this input may keep everything."""
-        return self._config.keep == ALL or (self._config.keep == AUTO and self.account(x) is not None)
+    def may_repeat_nothing(self, x: Tensor) -> bool:
+        """Whether a layer with this input may keep so much that no product is repeated."""
+        return self._config.keep in (MATMULS, ALL) or (self._config.keep == AUTO and self.account(x) is not None)
 
     def level(self, layer: nn.Module, x: Tensor, num_layers: int) -> str:
         """What a call keeps.
@@ -126,7 +126,7 @@ class KeepBudget:
         if not in_backward and self._pass.is_over(position, x, num_layers):
             self._pass, self.last = _Pass(), {}
         level, account = self._config.keep, self.account(x)
-        if account is not None and not (account.is_learned and (in_backward or _is_decided_outside(layer))):
+        if account is not None and not self._is_decided_outside(account, layer, in_backward):
             account.enter(self._pass, x)
             level = self._choice(account, layer, x, max(1, num_layers - position))
         elif self._config.offload == AUTO:
@@ -137,6 +137,15 @@ class KeepBudget:
             self._pass.note(position, x)
             self.last[level] = self.last.get(level, 0) + 1
         return level
+
+    def _is_decided_outside(self, account: Account, layer: nn.Module, in_backward: bool) -> bool:
+        """Whether something around the layer (checkpointing, offloading) decides what is kept, also when it runs it again.
+
+        Memory that is free is not divided either in a backward, or among the replicas of threads.
+        """
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            return True
+        return account.is_learned and (in_backward or "_is_replica" in layer.__dict__)
 
     def _choice(self, account: Account, layer: nn.Module, x: Tensor, layers: int) -> str:
         batch, num_tokens, width = x.shape
@@ -241,11 +250,6 @@ class _Pass:
 
     def note(self, position: int, x: Tensor) -> None:
         self._position, self._calls, self._shape = position, self._calls + 1, x.shape
-
-
-def _is_decided_outside(layer: nn.Module) -> bool:
-    """Whether something around the layer (checkpointing, offloading) decides what is kept, or it is a thread's replica."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None or "_is_replica" in layer.__dict__
 
 
 def kind_of(layer: nn.Module, x: Tensor) -> tuple:

@@ -34,6 +34,11 @@ class AttentionTail:
         self._num_more = -1  # further results, all None; -1 for one tensor that is no tuple
         self._reached: list[Tensor] | None = None
         self._is_known = False
+        self._children_before: list[nn.Module] = []
+
+    def skipped(self) -> list[nn.Module]:
+        """The modules that the first run alone has called before its attention."""
+        return [] if self._projection is None else self._children_before
 
     def answer(self, out: Tensor) -> Tensor:
         """The attention's output for a run, which has reached its attention."""
@@ -62,7 +67,9 @@ class AttentionTail:
         def watch_child(child: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
             def watching(*args, **kwargs):
                 y = forward(*args, **kwargs)
-                if self._reached is not None:
+                if self._reached is None:
+                    self._children_before.append(child)
+                else:
                     calls.append((child, args, kwargs, y, _version(y)))
                 return y
 

@@ -12,7 +12,7 @@ from ds_minis.tiling.memory.keep_budget import AFTER_TOO_LARGE, ATTENTION, INPUT
 from ds_minis.tiling.memory.kept_products import KeptProducts
 from ds_minis.tiling.passes.attention import AttentionRequest
 from ds_minis.tiling.passes.kept_attention import KeptAttention, recompute_attention, recomputes_attention
-from ds_minis.tiling.passes.node import LayerNode
+from ds_minis.tiling.passes.node import POST, LayerNode
 
 
 class KeepingNode(LayerNode):
@@ -34,7 +34,10 @@ class KeepingNode(LayerNode):
     def _forward_with_backward(self, x: Tensor) -> Tensor:
         keeping = self._keeping
         if keeping.level == MATMULS:
-            self._products = KeptProducts(self.module, x.shape[2], keeping.take, keeping.give_back)
+            passes = self._passes
+            self._products = KeptProducts(
+                self.module, x.shape[2], lambda: passes.chunk, keeping.take, keeping.give_back
+            )
         attended = self._unless_out_of_memory(lambda: self._attended_keeping(x))
         out, tensors = (self._attended(x), []) if attended is None else attended
         del attended
@@ -85,6 +88,7 @@ class KeepingNode(LayerNode):
     def _end_products(self, attention_bytes: int) -> None:
         """Notes what the products took, or that they were too much."""
         products = self._products
+        products.leave_out(POST, self._passes.skipped())
         grows = AFTER_TOO_LARGE if products.is_too_large else 1.0
         self._keeping.needs(MATMULS, attention_bytes + grows * products.num_bytes)
         if products.is_too_large:

@@ -81,7 +81,10 @@ class LayerPasses:
     Attributes:
         constants: the settings of the layer's submodules.
         way: the call's key.
+        chunk: the number of the chunk that runs, or ran last.
     """
+
+    chunk = 0
 
     def __init__(
         self,
@@ -166,8 +169,13 @@ class LayerPasses:
             y = self._forward(*args, **kwargs)
         return y[0] if isinstance(y, tuple) else y
 
+    def skipped(self) -> list[nn.Module]:
+        """Modules that only the first run behind the attention calls in front of it; the later ones are shortened."""
+        return [] if self._tail is None else self._tail.skipped()
+
     def _part(self, index: int) -> ChunkArgs:
         """The other arguments for a chunk: views, made once for all passes over the chunk."""
+        self.chunk = index
         if index not in self._parts:
             self._parts[index] = self._call.with_tokens(None, *self.bounds[index])
         return self._parts[index]
