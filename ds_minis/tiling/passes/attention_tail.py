@@ -34,11 +34,7 @@ class AttentionTail:
         self._num_more = -1  # further results, all None; -1 for one tensor that is no tuple
         self._reached: list[Tensor] | None = None
         self._is_known = False
-        self._children_before: list[nn.Module] = []
-
-    def skipped(self) -> list[nn.Module]:
-        """The modules that the first run alone has called before its attention."""
-        return [] if self._projection is None else self._children_before
+        self.skipped: list[nn.Module] = []  # the first run alone has called them, in front of its attention
 
     def answer(self, out: Tensor) -> Tensor:
         """The attention's output for a run, which has reached its attention."""
@@ -62,13 +58,14 @@ class AttentionTail:
         calls: list[tuple[nn.Module, tuple, dict, Any, int]] = []
         results: list[Any] = []
         before: list[list[Tensor]] = []
+        before_attention: list[nn.Module] = []
         version = _version(out)
 
         def watch_child(child: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
             def watching(*args, **kwargs):
                 y = forward(*args, **kwargs)
                 if self._reached is None:
-                    self._children_before.append(child)
+                    before_attention.append(child)
                 else:
                     calls.append((child, args, kwargs, y, _version(y)))
                 return y
@@ -94,7 +91,7 @@ class AttentionTail:
         first, *more = results[0] if isinstance(results[0], tuple) else (results[0],)
         unchanged = isinstance(y, Tensor) and first is y and y._version == y_version and _version(out) == version
         if unchanged and not kwargs and len(args) == 1 and _is_flat(args[0], out) and all(v is None for v in more):
-            self._projection = child
+            self._projection, self.skipped = child, before_attention
             self._num_more = len(more) if isinstance(results[0], tuple) else -1
 
     def _forward(self, out: Tensor, *args, **kwargs) -> Any:

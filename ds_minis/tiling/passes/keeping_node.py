@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,10 +35,8 @@ class KeepingNode(LayerNode):
     def _forward_with_backward(self, x: Tensor) -> Tensor:
         keeping = self._keeping
         if keeping.level == MATMULS:
-            passes = self._passes
-            self._products = KeptProducts(
-                self.module, x.shape[2], lambda: passes.chunk, keeping.take, keeping.give_back
-            )
+            chunk = functools.partial(getattr, self._passes, "chunk")
+            self._products = KeptProducts(self.module, x.shape[2], chunk, keeping.take, keeping.give_back)
         attended = self._unless_out_of_memory(lambda: self._attended_keeping(x))
         out, tensors = (self._attended(x), []) if attended is None else attended
         del attended
@@ -59,7 +58,9 @@ class KeepingNode(LayerNode):
         except Exception as error:
             if not self._keeping.gives_up(error):
                 raise
-        self._drop_products()
+        if self._products is not None:
+            self._products.drop()
+        self._products = None
         self._keeping.falls_back(INPUT if self._kept is None else ATTENTION)
         return None
 
@@ -88,17 +89,12 @@ class KeepingNode(LayerNode):
     def _end_products(self, attention_bytes: int) -> None:
         """Notes what the products took, or that they were too much."""
         products = self._products
-        products.leave_out(POST, self._passes.skipped())
+        products.leave_out(POST, self._passes.tail.skipped if self._passes.tail else ())
         grows = AFTER_TOO_LARGE if products.is_too_large else 1.0
         self._keeping.needs(MATMULS, attention_bytes + grows * products.num_bytes)
         if products.is_too_large:
             self._products = None
             self._keeping.falls_back(INPUT if self._kept is None else ATTENTION)
-
-    def _drop_products(self) -> None:
-        products, self._products = self._products, None
-        if products is not None:
-            products.drop()
 
     def _attend_with_graph(self, request: AttentionRequest, qkv: Sequence[Tensor]) -> Tensor:
         out = self._attend(request, qkv)

@@ -82,9 +82,8 @@ class LayerPasses:
         constants: the settings of the layer's submodules.
         way: the call's key.
         chunk: the number of the chunk that runs, or ran last.
+        tail: shortens runs behind the attention.
     """
-
-    chunk = 0
 
     def __init__(
         self,
@@ -97,9 +96,9 @@ class LayerPasses:
         shorten: bool = False,
     ):
         self._settings, self._shorten = settings, shorten
-        self._tail: AttentionTail | None = None
+        self.tail: AttentionTail | None = None
         x, call.hidden = call.hidden, None  # autograd or the layer-input store saves them
-        self.bounds, self._batch = bounds, x.shape[0]
+        self.bounds, self._batch, self.chunk = bounds, x.shape[0], 0
         self.autocast = AutocastState(x.device)
         self._module = module
         self._forward, self._call, self._chunking = forward, call, chunking
@@ -121,8 +120,8 @@ class LayerPasses:
                 request, part = self.reach(chunk_of(x, start, stop), i)
                 self._require_settings(request)
                 if not whole:
-                    if self._shorten and self._tail is None and request.module is not self._module:
-                        self._tail = AttentionTail(request.module)
+                    if self._shorten and self.tail is None and request.module is not self._module:
+                        self.tail = AttentionTail(request.module)
                     first = request.for_whole(part.whole_of)
                     with self.attention_memory():
                         whole = [_for_all_tokens(t, x.shape[1]) for t in request.tensors]
@@ -160,7 +159,7 @@ class LayerPasses:
     def post_attention(self, chunk: Tensor, out: Tensor, index: int) -> Tensor:
         """The layer's result for a chunk, given the attention's output."""
         args, kwargs = self._part(index).given(chunk)
-        out, tail = out.contiguous(), self._tail
+        out, tail = out.contiguous(), self.tail
         with (
             contextlib.nullcontext() if tail is None else tail.run(out),
             attention_answered_by(lambda request: out if tail is None else tail.answer(out)),
@@ -168,10 +167,6 @@ class LayerPasses:
         ):
             y = self._forward(*args, **kwargs)
         return y[0] if isinstance(y, tuple) else y
-
-    def skipped(self) -> list[nn.Module]:
-        """Modules that only the first run behind the attention calls in front of it; the later ones are shortened."""
-        return [] if self._tail is None else self._tail.skipped()
 
     def _part(self, index: int) -> ChunkArgs:
         """The other arguments for a chunk: views, made once for all passes over the chunk."""

@@ -6,8 +6,7 @@ Backward recomputes `pre_attention` and the attention. Then it goes back: `post_
 `pre_attention` by chunks.
 
 With `head_groups`, queries, keys, values and their gradients exist for one group at a time. `pre_attention` and the attention
-run group by group, and once more in backward than without groups. `keeping_node` keeps more than the
-input, so that backward recomputes less.
+run group by group, and once more in backward than without groups. `keeping_node` keeps more than the layer's input.
 
 Shapes: B batch, S tokens, H hidden size, N heads of D.
 """
