@@ -216,6 +216,24 @@ def test_a_layer_that_calls_its_linear_layers_otherwise_in_backward():
         linear(x)
 
 
+@pytest.mark.parametrize(("width", "kept_bytes"), [(4, 48), (8, 0)])
+def test_layers_with_few_inputs_are_left_out(width, kept_bytes):
+    """A quarter of the hidden size is enough; a vector is no row."""
+    linear = nn.Linear(1, 4)
+    kept = KeptProducts(linear, width, lambda: 0, lambda num_bytes: True, lambda num_bytes: None)
+    with kept.recorded("pass"):
+        linear(torch.randn(3, 1)), linear(torch.randn(1))
+    assert kept.num_bytes == kept_bytes
+
+
+def test_no_call_takes_more_than_is_left():
+    """Not in the first step either, before it is known how much products take."""
+    model, _ = with_budget(70)
+    loss = model(**batch(60)).loss
+    assert budget_of(model).live_bytes <= 70 * 1024
+    loss.backward()
+
+
 def test_each_chunk_gets_its_own_results():
     linear, x, running = nn.Linear(4, 4), torch.randn(2, 3, 4), [0]
     kept, _ = kept_of(linear, running=running)
