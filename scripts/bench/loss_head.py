@@ -3,7 +3,8 @@
     python scripts/bench/loss_head.py                              # Llama-3-8B's head on a GPU; a small one on a CPU
     python scripts/bench/loss_head.py --tokens 65536 --repeats 9
 
-Ways with a frozen head have the gradient of the hidden states alone, as beside LoRA adapters.
+Ways with a frozen head have the gradient of the hidden states alone, as beside LoRA adapters. Ways for TRL's DPO are of one
+pair: two sequences of half the tokens.
 
 Time is the median of interleaved runs; with one thread on a CPU it is the processor's, whatever else runs there. Peak is
 what is allocated above hidden states, weight and labels, the gradients included: by CUDA's own count, or tensor by tensor on
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from common import MIB, envelope, write
 from live_bytes import LiveBytes
-from loss_ways import WAYS, Loss, Problem, Skip
+from loss_ways import DPO, WAYS, Loss, Problem, Skip, signs_of
 from torch import Tensor, nn
 
 from ds_minis.config import MiniSequenceConfig
@@ -44,14 +45,17 @@ def inputs(args: argparse.Namespace, device: torch.device) -> tuple[Tensor, nn.P
     return hidden.requires_grad_(), weight, labels
 
 
-def exact(hidden: Tensor, weight: Tensor, labels: Tensor, rows: int = 1024) -> tuple[Tensor, Tensor, Tensor]:
+def exact(
+    hidden: Tensor, weight: Tensor, labels: Tensor, of_pair: bool, rows: int = 1024
+) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and gradients in float64, over chunks for the sake of memory."""
+    signs = signs_of(labels, of_pair)
     wide, total = weight.detach().double(), 0.0
     weight_grad, hidden_grads, count = torch.zeros_like(wide), [], (labels != -100).sum()
-    for x, y in zip(hidden.detach().split(rows), labels.split(rows), strict=True):
+    for x, y, sign in zip(hidden.detach().split(rows), labels.split(rows), signs.split(rows), strict=True):
         x = x.double()
         logits = (x @ wide.t()).requires_grad_()
-        loss = F.cross_entropy(logits, y, reduction="sum") / count
+        loss = (F.cross_entropy(logits, y, reduction="none") * sign).sum() / count
         (grad,) = torch.autograd.grad(loss, logits)
         total += loss.detach()
         weight_grad.addmm_(grad.t(), x)
@@ -103,21 +107,21 @@ def relative(actual: Tensor, oracle: Tensor, rows: int = 4096) -> float:
 
 
 def measure(ways: dict[str, Loss], tensors: tuple[Tensor, nn.Parameter, Tensor], repeats: int) -> dict[str, dict]:
-    oracle = exact(*tensors)
+    oracles = {of_pair: exact(*tensors, of_pair) for of_pair in (False, True)}
     results: dict[str, dict] = {}
     for name, loss in ways.items():
         print(f"  {name}", file=sys.stderr, flush=True)
         try:
             value = step(loss, tensors)  # compiles and loads what it needs
             found = (value, *(t.grad for t in tensors[:2]))
-            errors = [None if a is None else relative(a, b) for a, b in zip(found, oracle, strict=True)]
+            errors = [None if a is None else relative(a, b) for a, b in zip(found, oracles[DPO in name], strict=True)]
             results[name] = dict(zip(("loss_error", "hidden_grad_error", "weight_grad_error"), errors, strict=True))
             results[name]["peak_bytes"] = peak_bytes(loss, tensors)
         except Exception as error:  # somebody else's code: whatever it raises is its result
             results[name] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
             if tensors[0].is_cuda:
                 torch.cuda.empty_cache()
-    del oracle
+    del oracles
     running = {name: [] for name, result in results.items() if "failed" not in result}
     for _ in range(repeats):
         for name, seconds in running.items():

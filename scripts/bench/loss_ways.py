@@ -1,6 +1,7 @@
 """The ways to compute the loss of an LM head that `loss_head.py` compares: each a function of the same three tensors.
 
 `make(problem)` gives `loss(hidden_RH, weight_VH, labels_R)`, the mean over all labels that are not -100, or raises `Skip`.
+Ways for TRL's DPO are of one pair, two sequences of half the tokens: those of the second have the other sign (`signs_of`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ds_minis.tiling.kernels.token_statistics import token_statistics
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 FROZEN = ", frozen head"  # ends the names of ways that do not train the head
+DPO = "DPO"  # is in the names of ways that are for it
 OF_SFT, OF_DPO = ("log_probs", "entropy", "is_top1"), ("log_probs",)  # what TRL's trainers ask for
 
 
@@ -43,6 +45,18 @@ class Problem:
     def require_cuda(self) -> None:
         if self.device.type != "cuda":
             raise Skip("needs a CUDA device")
+
+
+def signs_of(labels: Tensor, of_pair: bool) -> Tensor:
+    """What each token's loss is multiplied with: 1, or -1 for the second sequence of a pair."""
+    signs = torch.ones_like(labels, dtype=torch.float32)
+    signs[len(labels) // 2 :] *= -1 if of_pair else 1
+    return signs
+
+
+def _loss(log_probs: Tensor, labels: Tensor, of_pair: bool) -> Tensor:
+    mask = labels != -100
+    return -(log_probs * mask * signs_of(labels, of_pair)).sum() / mask.sum().clamp(min=1)
 
 
 def plain(problem: Problem) -> Loss:
@@ -86,7 +100,9 @@ def _ours(kernel: bool) -> Callable[[Problem], Loss]:
     return make
 
 
-def _ours_per_token(log_probs_of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Problem], Loss]:
+def _ours_per_token(
+    log_probs_of: Callable[[Tensor, Tensor, Tensor], Tensor], of_pair: bool = False
+) -> Callable[[Problem], Loss]:
     """A loss of log-probabilities, of a model without labels: of TRL's trainers, and of a loop of one's own."""
 
     def make(problem: Problem) -> Loss:
@@ -97,8 +113,7 @@ def _ours_per_token(log_probs_of: Callable[[Tensor, Tensor, Tensor], Tensor]) ->
                 with contextlib.redirect_stdout(None):
                     models[id(weight)] = convert_to_mini_sequence(_Head(weight))
             mask = labels != -100
-            log_probs = log_probs_of(models[id(weight)](hidden), labels.clamp(min=0), mask)
-            return -(log_probs * mask).sum() / mask.sum().clamp(min=1)
+            return _loss(log_probs_of(models[id(weight)](hidden), labels.clamp(min=0), mask), labels, of_pair)
 
         return loss
 
@@ -111,17 +126,16 @@ def _as_sft(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
 
 
 def _as_dpo(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    """As it is answered for TRL's DPOTrainer, whose loss has a factor for each sequence: here it is told, not seen."""
-    logits.heads()[0]._chunking.memory.one_factor["fused_lm_head"] = False
+    """As it is answered for TRL's DPOTrainer."""
     return _statistics(logits, targets, mask, OF_DPO)
 
 
 def _statistics(logits: Tensor, targets: Tensor, mask: Tensor, names: tuple[str, ...]) -> Tensor:
-    def of_rows(logits_CV: Tensor, target_C: Tensor, mask_C: Tensor, expected: Tensor | None = None) -> Tensor:
-        return token_statistics(logits_CV, target_C, 1.0, names, None if expected is None else expected * mask_C)
+    def of_rows(logits_CV: Tensor, target_C: Tensor, expected: Tensor | None = None) -> Tensor:
+        return token_statistics(logits_CV, target_C, 1.0, names, expected)
 
     rows = logits.derived(logits.expression().before_upcast())
-    return rows.columns_by_chunks(of_rows, targets, mask, labelled=Labelled("fused_lm_head", mask))[0]
+    return rows.columns_by_chunks(of_rows, targets, labelled=Labelled("fused_lm_head", mask))[0]
 
 
 def _torch_chunked(policy: str) -> Callable[[Problem], Loss]:
@@ -147,13 +161,15 @@ def _trl_fused_head(names: tuple[str, ...]) -> Callable[[Problem], Loss]:
 
         def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
             mask = labels != -100
+            targets = labels.clamp(min=0)
             if hidden.is_cuda:
-                hidden, labels = hidden[mask], labels[mask]
+                hidden, targets = hidden[mask], targets[mask]
             log_probs, *_ = _ChunkedLogProbFunction.apply(
-                hidden, weight, None, labels.clamp(min=0), 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, names
+                hidden, weight, None, targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, names
             )
-            log_probs = log_probs if log_probs.shape[0] != mask.shape[0] else log_probs.masked_fill(~mask, 0)
-            return -log_probs.sum() / mask.sum().clamp(min=1)
+            if hidden.is_cuda:
+                log_probs = torch.zeros_like(mask, dtype=log_probs.dtype).masked_scatter(mask, log_probs)
+            return _loss(log_probs, labels, names is OF_DPO)
 
         return loss
 
@@ -234,7 +250,7 @@ WAYS: dict[str, Callable[[Problem], Loss]] = {
     "ds_minis, torch path": _ours(kernel=False),
     "ds_minis, kernel": _ours(kernel=True),
     "ds_minis, for TRL's SFT": _ours_per_token(_as_sft),
-    "ds_minis, for TRL's DPO": _ours_per_token(_as_dpo),
+    "ds_minis, for TRL's DPO": _ours_per_token(_as_dpo, of_pair=True),
     "ds_minis, log_softmax and gather": _ours_per_token(lambda x, y, _: x.log_softmax(-1).gather(-1, y[:, None])[:, 0]),
     "torch linear_cross_entropy, auto": _torch_chunked("auto"),
     "torch linear_cross_entropy, accurate": _torch_chunked("accurate"),

@@ -67,9 +67,9 @@ def made(name: str, models: Path, output: Path, **settings):
         extra["reward_funcs"] = lengths
         own = {"num_generations": 2, "max_completion_length": 5, "beta": 0.1 if name == "rloo" else 0.0}
     args = getattr(trl, f"{prefix}Config")(
-        str(output), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-3, logging_steps=1, use_cpu=True,
-        bf16=False, report_to=[], disable_tqdm=True, save_strategy="no", gradient_checkpointing=False, seed=1,
-        **own, **settings,
+        str(output), max_steps=3, learning_rate=1e-3, logging_steps=1, use_cpu=True, bf16=False, report_to=[],
+        disable_tqdm=True, save_strategy="no", gradient_checkpointing=False, seed=1,
+        **own, **{"per_device_train_batch_size": 2} | settings,
     )  # fmt: skip
     data = Dataset.from_dict(DATA[name])
     trainer_class = getattr(trl, f"{prefix}Trainer")
@@ -88,11 +88,14 @@ TRAINERS = {
     "sft, dft": {"loss_type": "dft"},
     "sft, label smoothing": {"label_smoothing_factor": 0.1},
     "dpo": {},
+    "dpo, one pair": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
     "kto": {},
     "reward": {},
     "grpo": {},
     "rloo": {},
 }
+# How their losses weigh tokens, as it was found out: three products of the head from the second step on.
+WEIGHED = {"sft": ("alike",), "dpo": (), "dpo, one pair": ("opposed",)}
 
 
 @pytest.mark.parametrize("name", TRAINERS)
@@ -111,6 +114,9 @@ def test_a_trainer_of_trl(tmp_path, folder, monkeypatch, name):
             assert mini_sequence_report(model).loss.startswith("tiled, ")
             assert mini_sequence_report(model).last_loss.startswith("by chunks")
             assert "all logits" not in mini_sequence_report(model).last_loss
+            if name in WEIGHED:
+                (head,) = model(input_ids=torch.ones(1, 2, dtype=torch.long)).logits.heads()
+                assert head._chunking.memory.one_factor == {"fused_lm_head": WEIGHED[name]}
     assert len(results[0][0]) == len(results[1][0]) >= 3
     for entry, expected in zip(results[0][0], results[1][0], strict=True):
         assert entry == pytest.approx(expected, rel=2e-4, abs=1e-5)

@@ -61,12 +61,12 @@ class Memory:
 
     Attributes:
         copies: copies of small buffers.
-        one_factor: kind of loss -> whether it weighs all tokens equally (`ds_minis.tiling.heads.one_factor`).
+        one_factor: kind of loss -> what the gradients of all backward passes were (`ds_minis.tiling.heads.one_factor`).
     """
 
     def __init__(self):
         self.copies = Copies()
-        self.one_factor: dict[str, bool] = {}
+        self.one_factor: dict[str, tuple[str, ...]] = {}
         self._whole: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, tuple[int, ...]]] = weakref.WeakKeyDictionary()
         self._idle: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, tuple[int, ...]]] = weakref.WeakKeyDictionary()
 

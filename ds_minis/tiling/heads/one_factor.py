@@ -1,8 +1,9 @@
 """Whether the incoming gradient of a number per token is one factor for all tokens that have a label, and zero elsewhere.
 
-It is for a mean and for a sum over them (supervised fine-tuning); not for a loss that weighs tokens or sequences (DPO), or
-that reads another number too (an entropy bonus). Which one it is shows in backward. What a backward has shown of a model is
-expected of the next pass, and checked in its backward.
+It is for a mean and for a sum over them (supervised fine-tuning), and but for its sign for a loss of the difference of two
+sequences' sums (DPO with one pair). It is not for a loss that weighs tokens or sequences (DPO with several pairs), or that
+reads another number too (an entropy bonus). Which one it is shows in backward. What each backward so far has shown of a model
+is expected of the next pass, and checked in its backward.
 
 Shapes: R rows (tokens).
 """
@@ -17,6 +18,9 @@ import torch
 from torch import Tensor
 
 from ds_minis.tiling.core.participation import Memory
+
+# The signs of the factor in rows with a label: 1 in all; 1 in the first half of the rows (sequences), -1 in the second half.
+ALIKE, OPPOSED = PATTERNS = ("alike", "opposed")
 
 
 class Labelled(NamedTuple):
@@ -35,15 +39,27 @@ class OneFactor:
 
     Attributes:
         labelled_R: which rows have a label.
-        expected: the gradient that is expected where there is a label.
     """
 
     def __init__(self, memory: Memory, labelled: Labelled):
         self._seen, (self._kind, self.labelled_R) = memory.one_factor, labelled
-        self.expected = 1 / self.labelled_R.sum().clamp(min=1).float()  # a mean's, which needs no scaling then
+        self._factor = 1 / self.labelled_R.sum().clamp(min=1).float()  # a mean's, which needs no scaling then
+        # Of this call: another's backward may come between its forward and its backward.
+        self._pattern = next(iter(self._seen.get(self._kind, ())), None)
 
     def is_expected(self) -> bool:
-        return self._seen.get(self._kind, False)
+        return self._pattern is not None
+
+    def expected(self) -> Tensor:
+        """The incoming gradient `(R,)` that is expected."""
+        return self._signs(self._pattern) * self._factor
+
+    def _signs(self, pattern: str) -> Tensor:
+        """1 or -1 where there is a label, else 0: `(R,)`."""
+        signs_R = self.labelled_R.to(torch.int8)
+        if pattern == OPPOSED:
+            signs_R[signs_R.shape[0] // 2 :].neg_()
+        return signs_R
 
     def is_unknown(self) -> bool:
         """Whether no backward has shown anything yet."""
@@ -57,21 +73,26 @@ class OneFactor:
         """
         first, *others = grads_N
         if first is None:
-            self._seen[self._kind] = False
+            self._seen[self._kind] = ()
         if first is None or not first.numel():
             return None
-        factor = first.take(self.labelled_R.long().argmax())
-        same = (first == torch.where(self.labelled_R, factor, 0)).all()
+        row = self.labelled_R.long().argmax()
+        signs_PR = torch.stack([self._signs(pattern) for pattern in PATTERNS])
+        factors_P = first.take(row) * signs_PR.index_select(1, row.view(1))[:, 0]  # indexing would wait for the device
+        same_P = (first == factors_P[:, None] * signs_PR).all(1)
         for other in others:
             if other is not None:
-                same = same & (other == 0).all()
-        ratio = factor / self.expected.to(factor.dtype)
-        same, ratio = torch.stack([same.to(ratio.dtype), ratio]).tolist()
-        if not math.isfinite(ratio):  # of a step that is lost shows nothing
+                same_P = same_P & (other == 0).all()
+        wide = torch.promote_types(first.dtype, torch.float32)
+        # The expected factor was rounded to the dtype of the numbers; their ratio is not.
+        ratios_P = factors_P.to(wide) / self._factor.to(first.dtype).to(wide)
+        same_P, ratios_P = torch.stack([same_P.to(wide), ratios_P]).tolist()
+        if not all(map(math.isfinite, ratios_P)):  # of a step that is lost shows nothing
             return None
-        if ratio or not same:  # nor do zeros
-            self._seen[self._kind] = bool(same) and self._seen.get(self._kind, True)
-        return ratio if same else None
+        fitting = [pattern for pattern, same in zip(PATTERNS, same_P, strict=True) if same]
+        if any(ratios_P) or not fitting:  # nor do zeros
+            self._seen[self._kind] = tuple(p for p in self._seen.get(self._kind, PATTERNS) if p in fitting)
+        return ratios_P[PATTERNS.index(self._pattern)] if self._pattern in fitting else None
 
     def learn(self, grad: Tensor) -> None:
         """A hook on the numbers of all rows, `(R, N)` or `(R,)`."""

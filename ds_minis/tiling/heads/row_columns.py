@@ -50,15 +50,16 @@ class RowColumns(ForwardGrads):
         """
         results: list[Tensor] = []
         labels = self._labels if grads_N is None else None
-        expected = None if labels is None else labels.expected if self._trained else torch.ones_like(labels.expected)
+        expected_R = None if labels is None else labels.expected() if self._trained else labels.labelled_R.float()
 
         def outputs(chunk: Sequence[Tensor], start: int, stop: int) -> tuple[list[Tensor], list[Tensor]]:
-            y = self.function(*chunk) if expected is None else self.function(*chunk, expected=expected)
+            options = {} if expected_R is None else {"expected": expected_R[start:stop]}
+            y = self.function(*chunk, **options)
             results.append(y.detach())
             incoming = torch.zeros_like(y)
             places = columns_of(incoming)
             if grads_N is None:
-                places[0].copy_(1 if labels is None else labels.labelled_R[start:stop] * expected)
+                places[0].copy_(options.get("expected", 1))
             for place, grad_R in zip(places, grads_N or (), strict=False):
                 if grad_R is not None:
                     place.copy_(grad_R[start:stop])
@@ -125,8 +126,8 @@ def row_columns(
 
     Args:
         function: maps C rows of each input to `(C, N)`, or `(C,)` for one number; its row i depends on row i of the inputs
-            alone. With `labels`, it also gets the keyword `expected` if the first number is sure to receive that gradient
-            in rows with a label, and all else none.
+            alone. With `labels`, it also gets the keyword `expected` `(C,)` if the first number is sure to receive that
+            gradient, and all else none.
         module: holds every trainable tensor that `function` uses.
         rows: inputs of R rows each, `(R, ...)`.
         chunk_rows: C, at least 1. Input of one chunk may run untiled, see `tiled_op.runs_whole`.

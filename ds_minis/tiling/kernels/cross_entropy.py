@@ -37,8 +37,8 @@ def token_losses(logits_CV: Tensor, target_C: Tensor, ignore_index: int, expecte
 
     Args:
         logits_CV: logits of one of `DTYPES`.
-        expected: the gradient that every one of these losses is sure to receive, once, before any other use of the graph.
-            The logits may then be overwritten.
+        expected: the gradient that every one of these losses, or each `(C,)`, is sure to receive, once, before any other use
+            of the graph. The logits may then be overwritten.
     """
     return _TokenLosses.apply(logits_CV, target_C, ignore_index, expected if is_fresh(logits_CV) else None)
 
@@ -92,7 +92,7 @@ class _Torch:
             losses_B = (picked_B.float() + greatest_B[:, 0]) + logs_B[:, 0]
             losses_C[start:stop] = losses_B.masked_fill_(ignored_B, 0.0)
             if factor is not None:
-                factor_B = factor.float().expand(stop - start).masked_fill(ignored_B, 0.0)[:, None]
+                factor_B = factor.float().expand_as(losses_C)[start:stop].masked_fill(ignored_B, 0.0)[:, None]
                 gradient_BV = exponentials_BV.mul_(factor_B / sums_B)
                 gradient_BV.scatter_add_(-1, target_B.masked_fill(ignored_B, 0)[:, None], -factor_B)
                 if not in_place:

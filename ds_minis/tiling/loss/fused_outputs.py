@@ -103,16 +103,15 @@ class FusedCall:
         labelled_R = labels_BT.reshape(-1) != -100
         targets_R = labels_BT.reshape(-1).masked_fill(~labelled_R, 0)
 
-        def of_rows(logits_CV: Tensor, target_C: Tensor, labelled_C: Tensor, expected: Tensor | None = None) -> Tensor:
-            expected_C = None if expected is None else expected * labelled_C
-            return token_statistics(logits_CV, target_C, self._temperature, names, expected_C)
+        def of_rows(logits_CV: Tensor, target_C: Tensor, expected: Tensor | None = None) -> Tensor:
+            return token_statistics(logits_CV, target_C, self._temperature, names, expected)
 
         if isinstance(logits, DeferredLogits) and logits.is_open():
             rows = logits.derived(logits.expression().before_upcast())
-            columns = rows.columns_by_chunks(of_rows, targets_R, labelled_R, labelled=Labelled(FUSED, labelled_R))
+            columns = rows.columns_by_chunks(of_rows, targets_R, labelled=Labelled(FUSED, labelled_R))
         else:
             logits = logits.materialize() if isinstance(logits, DeferredLogits) else logits
-            columns = of_rows(logits.reshape(-1, logits.shape[-1]), targets_R, labelled_R).unbind(-1)
+            columns = of_rows(logits.reshape(-1, logits.shape[-1]), targets_R).unbind(-1)
         return [column.view(labels_BT.shape) for column in columns]
 
 
