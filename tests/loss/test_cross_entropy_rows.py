@@ -87,12 +87,12 @@ def test_small_losses_of_large_logits(implementation, level):
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("vocab_size", [37, 301])
 def test_gradients_in_the_place_of_the_logits(implementation, dtype, vocab_size):
-    logits, target = chunk(vocab_size, dtype)
-    factor = torch.tensor(0.37)
-    losses, gradient = expected(logits, target, -100, factor)
-    actual, _ = implementation.losses(logits, target, -100, factor)
-    torch.testing.assert_close(actual.double(), losses, rtol=1e-6, atol=2e-6)
-    assert_close(logits, gradient, dtype)
+    for factor in (torch.tensor(0.37), torch.linspace(-1, 2, 7)):
+        logits, target = chunk(vocab_size, dtype)
+        losses, gradient = expected(logits, target, -100, factor)
+        actual, _ = implementation.losses(logits, target, -100, factor)
+        torch.testing.assert_close(actual.double(), losses, rtol=1e-6, atol=2e-6)
+        assert_close(logits, gradient, dtype)
 
 
 def test_rows_without_a_label(implementation):

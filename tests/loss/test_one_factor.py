@@ -56,6 +56,7 @@ LOSSES = {
     "pair": preference,
     "pair, scaled": lambda model: -3.7 * preference(model),
     "two pairs": lambda model: preference(model, TWO_PAIRS),
+    "two pairs, one factor": lambda model: preference(model, TWO_PAIRS, reward=lambda margin: -0.1 * margin),
     "by length": lambda model: preference(model, lengths=(14, 23)),
     "IPO": lambda model: preference(model, lengths=(14, 23), reward=lambda margin: (margin - 5) ** 2),
     "nll": lambda model: F.nll_loss(log_probs(model), LABELS, reduction="none").sum(),
@@ -108,6 +109,8 @@ def test_one_pair_and_what_is_not_one_factor_but_for_its_sign():
         assert products(*pair(bias=True), "pair", "pair", name, "pair") == [4, 3, 6, 4]
     assert products(*pair(), "mean", "mean", "pair", "mean") == [4, 3, 6, 4]
     assert products(*pair(), "two pairs", "two pairs", "pair") == [8, 8, 4]
+    # Until the policy leaves the reference.
+    assert products(*pair(), *["two pairs, one factor"] * 2, "two pairs", "two pairs") == [8, 6, 12, 8]
     assert products(*pair(), "by length", "pair", "pair") == [4, 4, 4]
 
 

@@ -37,7 +37,7 @@ def token_losses(logits_CV: Tensor, target_C: Tensor, ignore_index: int, expecte
 
     Args:
         logits_CV: logits of one of `DTYPES`.
-        expected: the gradient that every one of these losses, or each `(C,)`, is sure to receive, once, before any other use
+        expected: the gradient that these losses are sure to receive, one number for all or `(C,)`, once, before any other use
             of the graph. The logits may then be overwritten.
     """
     return _TokenLosses.apply(logits_CV, target_C, ignore_index, expected if is_fresh(logits_CV) else None)
