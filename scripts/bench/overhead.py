@@ -1,12 +1,13 @@
 """What ds_minis adds to a step where there is little to compute: Python, autograd nodes, verification.
 
-python scripts/bench/overhead.py                 # a minute on 2 CPU cores
+python scripts/bench/overhead.py                 # three minutes on 2 CPU cores
 python scripts/bench/overhead.py --json overhead.json
 
 A small Llama in float32 with plain checkpointing, beside the same model converted, interleaved: full fine-tuning with hidden
 size 256, 24 layers and 1,024 tokens in one chunk and in four, and LoRA on all linear layers with hidden size 64, 24 layers
-and 64 tokens. Ratios are of one round, their median and quartiles are printed. Then the first step of a converted model, in
-which its layers are verified, in steps of the plain one.
+and 64 tokens. Then layers that keep everything, beside the same model without checkpointing: hidden size 512, 4 layers.
+Ratios are of one round, their median and quartiles are printed. Last, the first step of a converted model, in which its
+layers are verified, in steps of the plain one.
 """
 
 from __future__ import annotations
@@ -30,7 +31,13 @@ VOCAB = 512
 CASES = {
     "full, hidden 256, 1,024 tokens": {"hidden": 256, "tokens": 1024, "lora": False, "chunks": (1024, 256)},
     "LoRA, hidden 64, 64 tokens": {"hidden": 64, "tokens": 64, "lora": True, "chunks": (64,)},
-}
+    **{
+        f"{name}, hidden 512, 1,024 tokens, everything kept": {
+            "hidden": 512, "tokens": 1024, "lora": name == "LoRA", "chunks": (256,), "layers": 4, "keep": "all",
+        }
+        for name in ("full", "LoRA")
+    },
+}  # fmt: skip
 
 
 def make_model(hidden: int, layers: int, lora: bool):
@@ -53,17 +60,20 @@ def step(model, input_ids: torch.Tensor) -> None:
     model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
 
 
-def measure(hidden: int, tokens: int, lora: bool, chunks: tuple[int, ...], *, layers: int, rounds: int) -> dict:
-    plain = make_model(hidden, layers, lora)
-    models = {"plain checkpointing": plain}
+def measure(
+    hidden: int, tokens: int, lora: bool, chunks: tuple[int, ...], *, layers: int, rounds: int, keep: str = "input"
+) -> dict:
+    plain, usual = make_model(hidden, layers, lora), "plain checkpointing" if keep == "input" else "no checkpointing"
+    models = {usual: plain}
     for chunk in chunks:
         name = f"ds_minis, {-(-tokens // chunk)} chunk{'s' if chunk < tokens else ''}"
         models[name] = copy.deepcopy(plain)
         with contextlib.redirect_stdout(io.StringIO()):
             # One process alone runs what fits into one chunk as it is: without recomputation, below plain's time.
-            convert_to_mini_sequence(models[name], {"chunk_size": chunk, "loss": False})
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # renamed after our oldest transformers
-        plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            convert_to_mini_sequence(models[name], {"chunk_size": chunk, "loss": False, "keep": keep})
+    if keep == "input":
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # renamed after our oldest transformers
+            plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     input_ids = torch.randint(0, VOCAB, (1, tokens), generator=torch.Generator().manual_seed(0))
     first = {}
     for name, model in models.items():
@@ -71,9 +81,8 @@ def measure(hidden: int, tokens: int, lora: bool, chunks: tuple[int, ...], *, la
         step(model, input_ids)
         first[name] = time.perf_counter() - start
     times = interleaved({name: lambda m=model: step(m, input_ids) for name, model in models.items()}, rounds)
-    result = compared(times, "plain checkpointing")
-    usual = result["plain checkpointing"]["seconds"]
-    return {name: row | {"first_step": first[name] / usual} for name, row in result.items()}
+    result = compared(times, usual)
+    return {name: row | {"first_step": first[name] / result[usual]["seconds"]} for name, row in result.items()}
 
 
 def main() -> None:
@@ -86,7 +95,7 @@ def main() -> None:
     results = {}
     for title, settings in CASES.items():
         print(title)
-        results[title] = measure(**settings, layers=args.layers, rounds=args.rounds)
+        results[title] = measure(**{"layers": args.layers, **settings}, rounds=args.rounds)
         for name, row in results[title].items():
             low, high = row["ratio_quartiles"]
             print(

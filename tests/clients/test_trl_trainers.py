@@ -94,7 +94,7 @@ TRAINERS = {
     "grpo": {},
     "rloo": {},
 }
-# How their losses weigh tokens, as it was found out: three products of the head from the second step on.
+# How their losses weigh tokens, as it was found out: three products of the head.
 WEIGHED = {"sft": ("alike",), "dpo": (), "dpo, one pair": ("opposed",)}
 
 

@@ -162,7 +162,7 @@ def trace_with_mask(config: Any, way: Way, mask: torch.Tensor | None) -> dict[st
         with _collected_warnings() as said:
             if way.settings is not None:
                 with torch.no_grad(), WithoutValues():  # in which layers are analyzed
-                    _loss(model, lengths, mask)
+                    _loss(model, **_batch(lengths, mask))
             ON_ATTENTION.set(recorder.on_attention)
             with recorder:
                 _step(model, recorder, lengths, mask)
@@ -205,15 +205,19 @@ def _collected_warnings() -> Iterator[list[str]]:
 
 
 def _step(model: nn.Module, recorder: Recorder, lengths: Lengths, mask: torch.Tensor | None) -> None:
-    loss = _loss(model, lengths, mask)
+    batch = _batch(lengths, mask)  # which its owner holds until the step is done
+    loss = _loss(model, **batch)
     recorder.end_forward()
     loss.backward()
 
 
-def _loss(model: nn.Module, lengths: Lengths, mask: torch.Tensor | None) -> torch.Tensor:
+def _batch(lengths: Lengths, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
     ids = torch.zeros(1, lengths.tokens, dtype=torch.int64, device="meta")
-    mask = torch.ones_like(ids) if mask is None else mask
-    return model(input_ids=ids, labels=ids, attention_mask=mask, use_cache=False).loss
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}
+
+
+def _loss(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=input_ids, labels=input_ids, attention_mask=attention_mask, use_cache=False).loss
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

@@ -2,8 +2,8 @@
 
 It is for a mean and for a sum over them (supervised fine-tuning), and but for its sign for a loss of the difference of two
 sequences' sums (DPO with one pair). It is not for a loss that weighs tokens or sequences (DPO with several pairs), or that
-reads another number too (an entropy bonus). Which one it is shows in backward. What each backward so far has shown of a model
-is expected of the next pass, and checked in its backward.
+reads another number too (an entropy bonus). Which one it is shows in backward. The first pass expects a mean, each other one
+what all backward passes of the model so far have shown, and its own backward checks that.
 
 Shapes: R rows (tokens).
 """
@@ -44,8 +44,9 @@ class OneFactor:
     def __init__(self, memory: Memory, labelled: Labelled):
         self._seen, (self._kind, self.labelled_R) = memory.one_factor, labelled
         self._factor = 1 / self.labelled_R.sum().clamp(min=1).float()  # a mean's, which needs no scaling then
-        # Of this call: another's backward may come between its forward and its backward.
-        self._pattern = next(iter(self._seen.get(self._kind, ())), None)
+        # Of this call: another's backward may come between its forward and its backward. The first call expects a mean:
+        # learning that from a first step, in another way, would round a resumed run otherwise than one that is not.
+        self._pattern = next(iter(self._seen.get(self._kind, PATTERNS)), None)
 
     def is_expected(self) -> bool:
         return self._pattern is not None
@@ -60,10 +61,6 @@ class OneFactor:
         if pattern == OPPOSED:
             signs_R[signs_R.shape[0] // 2 :].neg_()
         return signs_R
-
-    def is_unknown(self) -> bool:
-        """Whether no backward has shown anything yet."""
-        return self._kind not in self._seen
 
     def found(self, grads_N: Sequence[Tensor | None]) -> float | None:
         """The incoming gradient, divided by the expected one; None if that is not one number. Waits for the device, once.
@@ -93,10 +90,6 @@ class OneFactor:
         if any(ratios_P) or not fitting:  # nor do zeros
             self._seen[self._kind] = tuple(p for p in self._seen.get(self._kind, PATTERNS) if p in fitting)
         return ratios_P[PATTERNS.index(self._pattern)] if self._pattern in fitting else None
-
-    def learn(self, grad: Tensor) -> None:
-        """A hook on the numbers of all rows, `(R, N)` or `(R,)`."""
-        self.found(columns_of(grad))
 
 
 def columns_of(result: Tensor) -> tuple[Tensor, ...]:

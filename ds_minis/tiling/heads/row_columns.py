@@ -146,7 +146,4 @@ def row_columns(
     in_forward = with_grad and not narrow and not runs_whole(rows[0].shape[0], chunk_rows)
     if in_forward and (not trained or (labels is not None and labels.is_expected())):
         return RowColumns(function, module, rows, chunk_rows, guard, labels=labels).run(rows)
-    result = tile_rows(function, module, rows, chunk_rows, guard=guard)
-    if in_forward and labels is not None and labels.is_unknown():
-        result.register_hook(labels.learn)
-    return result
+    return tile_rows(function, module, rows, chunk_rows, guard=guard)
