@@ -24,24 +24,24 @@ from ds_minis.conversion.detect import (
 )
 from ds_minis.conversion.report import ConversionReport
 from ds_minis.conversion.sizes import find_sizes
-from ds_minis.parallel.model.attach import attach_sequence_parallel, detach_sequence_parallel
-from ds_minis.ranks import is_main_process
-from ds_minis.tiling.core.warn import Warnings
-from ds_minis.tiling.layer.tiled_layer import TiledLayer, one_call_fallback_reason
-from ds_minis.tiling.loss.forward_hooks import (
+from ds_minis.layer.passes.head_groups import WrongGroups, count_groups, num_kv_heads
+from ds_minis.layer.tiled.tiled_layer import TiledLayer, one_call_fallback_reason
+from ds_minis.loss.forward.forward_hooks import (
     attach_loss_tiling,
     attached_chunking,
     detach_loss_tiling,
     loss_fallback_reason,
     loss_is_attached,
 )
-from ds_minis.tiling.loss.fused_outputs import is_answered
-from ds_minis.tiling.memory.layer_inputs import LayerInputStore
+from ds_minis.loss.forward.fused_outputs import is_answered
+from ds_minis.memory.layer_inputs import LayerInputStore
+from ds_minis.parallel.model.attach import attach_sequence_parallel, detach_sequence_parallel
+from ds_minis.ranks import is_main_process
+from ds_minis.tiling.core.warn import Warnings
 from ds_minis.tiling.modules.cache_rule import attach_cache_rule, detach_cache_rule
 from ds_minis.tiling.modules.state import Chunking
 from ds_minis.tiling.modules.swap import Tiled, replaced_by, tile, untile, untiled_class, whole_fallback_reason
 from ds_minis.tiling.modules.tiled_module import TiledModule
-from ds_minis.tiling.passes.head_groups import WrongGroups, count_groups, num_kv_heads
 from ds_minis.versions import warn_of_old_versions
 
 _STATE = "_mini_sequence"

@@ -16,7 +16,7 @@ from made_blocks import make_block
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "troubleshooting.md"
 SHORTEST = 12  # characters; less is a name or a value
-TITLES = {  # first parts of a module's name, the longest that fits: where its messages stand
+TITLES = {  # first part of a module's name: where its messages stand
     "config": "Settings",
     "config_sources": "Settings",
     "environment": "Settings",
@@ -27,11 +27,10 @@ TITLES = {  # first parts of a module's name, the longest that fits: where its m
     "run": "Engines and trainers",
     "replicas": "Sequence parallelism",
     "parallel": "Sequence parallelism",
-    "tiling.heads": "LM head and loss",
-    "tiling.kernels": "LM head and loss",
-    "tiling.loss": "LM head and loss",
-    "tiling.logits": "LM head and loss",
+    "loss": "LM head and loss",
     "tiling": "Layers and modules",
+    "layer": "Layers and modules",
+    "memory": "Layers and modules",
     "context": "Long context",
     "planner": "Planner",
     "check": "Commands",
@@ -50,8 +49,7 @@ def messages() -> dict[str, list[str]]:
 
 
 def _title(module: str) -> str:
-    names = [prefix for prefix in TITLES if module == prefix or module.startswith(f"{prefix}.")]
-    return TITLES[max(names, key=len)] if names else "Other"
+    return TITLES.get(module.partition(".")[0], "Other")
 
 
 def _raised(tree: ast.Module) -> Iterator[str]:

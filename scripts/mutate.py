@@ -1,6 +1,6 @@
 """Breaks the core in many small ways, one at a time, and tells which of them the tests notice.
 
-python scripts/mutate.py                         # 60 mutations of ds_minis/tiling, 40 to 50 minutes on 2 cores
+python scripts/mutate.py                         # 60 mutations of the core, 40 to 50 minutes on 2 cores
 python scripts/mutate.py --count 10 --only loss  # 10 of files whose name has "loss"
 python scripts/mutate.py --json mutations.json   # name -> the test that noticed it, or null
 
@@ -29,7 +29,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CORE = "ds_minis/tiling"
+CORE = ["ds_minis/tiling", "ds_minis/memory", "ds_minis/layer", "ds_minis/loss"]
 TESTS = """
 core/test_tiled_op loss/test_tiled_sum loss/test_deferred_logits loss/test_tiled_loss
 loss/test_cross_entropy_rows loss/test_cross_entropy modules/test_token_wise layer/test_tiled_layer
@@ -91,7 +91,7 @@ def _with_change(tree: ast.Module, node: ast.AST, change) -> ast.Module:
 def chosen(count: int, only: str) -> list[tuple[str, Path, str]]:
     """Name, file and new source of mutations, spread over the core by a hash of each, which a move does not change."""
     found, seen = [], collections.Counter()
-    for path in sorted((ROOT / CORE).rglob("*.py")):
+    for path in sorted((path for part in CORE for path in (ROOT / part).rglob("*.py")), key=lambda path: path.name):
         if only not in path.stem or "kernel" in path.stem:  # Triton's source is no Python that CPU tests run
             continue
         for what, line, mutate in mutations_of(ast.parse(path.read_text(encoding="utf-8"))):
@@ -130,7 +130,7 @@ def tests_by_function(tree: Path, tests: list[str]) -> dict[str, list[str]]:
             called, start = self.called.setdefault(item.nodeid, set()), time.monotonic()
 
             def note(frame, event, arg):
-                if event == "call" and CORE in frame.f_code.co_filename:
+                if event == "call" and any(f"{part}/" in frame.f_code.co_filename for part in CORE):
                     called.add(f"{Path(frame.f_code.co_filename).stem}:{frame.f_code.co_name}")
 
             sys.setprofile(note)

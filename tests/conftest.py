@@ -9,9 +9,9 @@ from accelerate.state import AcceleratorState
 from models import LLAMA_CALLS
 from support import warm
 
+from ds_minis.layer.tiled import tiled_layer
+from ds_minis.loss.heads import tiled_sum
 from ds_minis.tiling.core import tiled_op
-from ds_minis.tiling.heads import tiled_sum
-from ds_minis.tiling.layer import tiled_layer
 
 LARGE_GIB = 19
 # Files of more than a minute, the longest first: a worker that begins one of them last would be waited for.
@@ -80,7 +80,7 @@ def tiled_calls(monkeypatch) -> list[tuple[str, int]]:
         return own(module, forward, call, *args, **kwargs)
 
     own = tiled_layer.LayerPasses
-    monkeypatch.setattr("ds_minis.tiling.layer.tiled_layer.LayerPasses", counted_layer)
+    monkeypatch.setattr("ds_minis.layer.tiled.tiled_layer.LayerPasses", counted_layer)
 
     def count(function):
         def counted(row_function, module, inputs, *args, **kwargs):
@@ -90,8 +90,8 @@ def tiled_calls(monkeypatch) -> list[tuple[str, int]]:
         return counted
 
     monkeypatch.setattr("ds_minis.tiling.modules.tiled_module.tile_rows", count(tiled_op.tile_rows))
-    monkeypatch.setattr("ds_minis.tiling.heads.chunked_head.tile_rows", count(tiled_op.tile_rows))
-    monkeypatch.setattr("ds_minis.tiling.heads.chunked_head.sum_rows", count(tiled_sum.sum_rows))
+    monkeypatch.setattr("ds_minis.loss.heads.chunked_head.tile_rows", count(tiled_op.tile_rows))
+    monkeypatch.setattr("ds_minis.loss.heads.chunked_head.sum_rows", count(tiled_sum.sum_rows))
     return calls
 
 

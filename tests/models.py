@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from ds_minis.tiling.layer.tiled_layer import TiledLayer
+from ds_minis.layer.tiled.tiled_layer import TiledLayer
 from ds_minis.tiling.modules.swap import whole_fallback_reason
 
 VOCAB_SIZE = 131

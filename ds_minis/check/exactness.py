@@ -27,7 +27,7 @@ from ds_minis.convert import (
     mini_sequence_report,
     modules_with_chunks,
 )
-from ds_minis.tiling.layer.tiled_layer import TiledLayer
+from ds_minis.layer.tiled.tiled_layer import TiledLayer
 from ds_minis.tiling.modules.swap import whole_fallback_reason
 
 LIMIT = 1e-5  # of a parameter's largest gradient, or of FLOOR times the model's where that is more

@@ -109,7 +109,7 @@ def devices() -> dict[str, str]:
         found["cuda"] = (
             f"none (torch {'was built for CUDA ' + torch.version.cuda if torch.version.cuda else 'is a CPU build'})"
         )
-    from ds_minis.tiling.memory.host_memory import available_host_bytes
+    from ds_minis.memory.host_memory import available_host_bytes
 
     available = available_host_bytes()
     found["host memory"] = "unknown" if available is None else f"{available / 2**30:.1f} GiB available"

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from ds_minis.tiling.loss.forward_hooks import takes_labels
+from ds_minis.layer.passes.attention import interface_fallback_reason, num_attentions
+from ds_minis.loss.forward.forward_hooks import takes_labels
 from ds_minis.tiling.modules.arguments import takes_any_keyword
 from ds_minis.tiling.modules.swap import replaced_forward, untiled_class
-from ds_minis.tiling.passes.attention import interface_fallback_reason, num_attentions
 
 _FEED_FORWARD = re.compile(r"mlp|feed_?forward|ffn", re.IGNORECASE)
 _MIXER = re.compile(r"attention|attn|mixer|mamba|ssm|retention|recurrent|rnn|conv|delta_?net|lstm", re.IGNORECASE)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ds_minis.tiling.layer.tiled_layer import layer_experts_per_choice
+from ds_minis.layer.tiled.tiled_layer import layer_experts_per_choice
 from ds_minis.tiling.modules.state import Chunking
 
 STATED_TOKENS = 8192

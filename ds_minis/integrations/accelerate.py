@@ -23,9 +23,9 @@ from ds_minis.config_sources import SECTION, Request, hand_to_ranks, read_sectio
 from ds_minis.convert import NothingToTile, convert, tiled_modules
 from ds_minis.integrations.accelerate_replicas import Replicas
 from ds_minis.integrations.autoload import register
+from ds_minis.layer.tiled.tiled_layer import TiledLayer
+from ds_minis.loss.logits.deferred import materialized
 from ds_minis.ranks import is_main_process
-from ds_minis.tiling.layer.tiled_layer import TiledLayer
-from ds_minis.tiling.logits.deferred import materialized
 from ds_minis.tiling.modules.swap import Tiled
 from ds_minis.tiling.modules.tiled_module import require_weights
 

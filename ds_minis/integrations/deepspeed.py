@@ -15,9 +15,9 @@ from ds_minis.config_sources import SECTION, read_section, reconcile, requested_
 from ds_minis.convert import convert, convert_to_mini_sequence, revert_mini_sequence, tiled_modules
 from ds_minis.integrations.loading import look_before_loading
 from ds_minis.integrations.loop_advice import attach_loop_advice, of_deepspeed
+from ds_minis.loss.logits.deferred import DeferredLogits
 from ds_minis.replicas import group_size, sampler_arguments
 from ds_minis.tiling.core.tiled_op import tile_rows
-from ds_minis.tiling.logits.deferred import DeferredLogits
 from ds_minis.tiling.modules.swap import Tiled
 
 

@@ -13,7 +13,7 @@ from ds_minis.config_sources import Request, reconcile, requested_by_environment
 from ds_minis.convert import convert, mini_sequence_report
 from ds_minis.integrations.trainer_advice import attach_advice
 from ds_minis.integrations.trainer_metrics import StepMetrics, attach_metrics
-from ds_minis.tiling.loss.output_logits import returning_logits
+from ds_minis.loss.forward.output_logits import returning_logits
 from ds_minis.tiling.modules.cache_rule import CACHE_NAMES
 
 _SOURCE = "MiniSequenceCallback"

@@ -1,1 +1,1 @@
-"""Training over chunks of tokens, exactly. Needs torch and nothing else."""
+"""Runs token-wise modules over chunks of tokens, exactly. Needs torch and nothing else, as memory, layer and loss do."""

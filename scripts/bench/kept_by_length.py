@@ -27,7 +27,7 @@ from live_bytes import LiveBytes
 from paired import interleaved
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
-from ds_minis.tiling.memory.learned_memory import RESERVE
+from ds_minis.memory.learned_memory import RESERVE
 from ds_minis.tiling.modules.swap import Tiled
 
 PLAIN, CHECKPOINTING, OURS = "plain", "plain, checkpointing", "ds_minis, memory_budget: auto"

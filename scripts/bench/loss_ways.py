@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_minis import convert_to_mini_sequence
-from ds_minis.tiling.heads.one_factor import Labelled
-from ds_minis.tiling.kernels import cross_entropy
-from ds_minis.tiling.kernels.token_statistics import token_statistics
+from ds_minis.loss.heads.one_factor import Labelled
+from ds_minis.loss.kernels import cross_entropy
+from ds_minis.loss.kernels.token_statistics import token_statistics
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 FROZEN = ", frozen head"  # ends the names of ways that do not train the head

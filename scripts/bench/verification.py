@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ds_minis import convert_to_mini_sequence
-from ds_minis.tiling.layer import tiled_layer
+from ds_minis.layer.tiled import tiled_layer
 from ds_minis.tiling.verify import side_effects
 
 CASES = {

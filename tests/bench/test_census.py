@@ -16,8 +16,8 @@ import census_trl
 import pytest
 import transformers
 
-from ds_minis.tiling.kernels.token_statistics import token_statistics
-from ds_minis.tiling.loss import fused_outputs
+from ds_minis.loss.forward import fused_outputs
+from ds_minis.loss.kernels.token_statistics import token_statistics
 
 ROOT = Path(__file__).parents[2]
 GOOD = {

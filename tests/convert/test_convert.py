@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ds_minis import MiniSequenceConfig, convert_to_mini_sequence, mini_sequence_report, revert_mini_sequence
-from ds_minis.tiling.layer.tiled_layer import TiledLayer
+from ds_minis.layer.tiled.tiled_layer import TiledLayer
 from ds_minis.tiling.modules.tiled_module import TiledModule
 
 CHUNKS = {"chunk_size": 5, "loss_chunk_size": 4}

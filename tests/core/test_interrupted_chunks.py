@@ -10,7 +10,7 @@ from models import add_lora, assert_same_tensors, assert_same_training, batch, b
 from torch import nn
 
 from ds_minis import convert_to_mini_sequence
-from ds_minis.tiling.heads.chunked_head import HEAD, DeferringHead
+from ds_minis.loss.heads.chunked_head import HEAD, DeferringHead
 from ds_minis.tiling.modules.tiled_module import TiledModule
 
 CHUNKS = {"chunk_size": 10, "loss_chunk_size": 8}

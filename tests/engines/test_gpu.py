@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from models import CHUNKS, assert_same_training, batch, build, checkpointed, loss_and_grads, twins
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
+from ds_minis.loss.kernels import cross_entropy
 from ds_minis.tiling.core import grad_accum
-from ds_minis.tiling.kernels import cross_entropy
 
 pytestmark = pytest.mark.gpu
 

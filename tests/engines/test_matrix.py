@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from engine_worker import stacked, train_again, train_alone
 from parity import COLUMNS, REFUSALS, ROWS, SEEDS, cell, judge
 
+from ds_minis.layer.passes.layer_passes import LayerPasses
+from ds_minis.layer.passes.seeds import Seeds
 from ds_minis.tiling.core.replay import Replay
-from ds_minis.tiling.passes.layer_passes import LayerPasses
-from ds_minis.tiling.passes.seeds import Seeds
 
 FULL = cell("DDP", "full")
 DROPOUT = cell("none (one process)", "dropout 0.1")

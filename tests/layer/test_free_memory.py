@@ -23,11 +23,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
 from ds_minis.config import MiniSequenceConfig
+from ds_minis.layer.kept import kept_layer
+from ds_minis.memory import keep_budget
+from ds_minis.memory.keep_budget import KeepBudget
+from ds_minis.memory.learned_memory import RESERVE
 from ds_minis.tiling.core.warn import Warnings
-from ds_minis.tiling.kept import kept_layer
-from ds_minis.tiling.memory import keep_budget
-from ds_minis.tiling.memory.keep_budget import KeepBudget
-from ds_minis.tiling.memory.learned_memory import RESERVE
 
 AUTO = {"memory_budget": "auto"}
 SIZES = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 160, "head_dim": 16}

@@ -26,9 +26,9 @@ from variants import ours as variant
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
 from ds_minis.config import MiniSequenceConfig
+from ds_minis.layer.tiled.tiled_layer import TiledLayer
+from ds_minis.memory import layer_inputs
 from ds_minis.tiling.core.linear import is_plain_linear
-from ds_minis.tiling.layer.tiled_layer import TiledLayer
-from ds_minis.tiling.memory import layer_inputs
 from ds_minis.tiling.modules.state import Chunking
 from ds_minis.tiling.modules.swap import tile
 

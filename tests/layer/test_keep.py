@@ -25,8 +25,8 @@ from models import (
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
 from ds_minis.config import MiniSequenceConfig
-from ds_minis.tiling.kept import kept_layer
-from ds_minis.tiling.memory import keep_budget
+from ds_minis.layer.kept import kept_layer
+from ds_minis.memory import keep_budget
 
 SOME = {"memory_budget": 0.0006}
 KEEPS = {
@@ -230,7 +230,7 @@ def test_an_operation_that_holds_a_weight_by_itself(monkeypatch):
         def backward(ctx, grad):
             return grad @ ctx.weight.t(), None
 
-    monkeypatch.setattr("ds_minis.tiling.kept.layer_graph.has_other_ranks", lambda: True)
+    monkeypatch.setattr("ds_minis.layer.kept.layer_graph.has_other_ranks", lambda: True)
     model, reference = twins("llama", attention="sdpa")
     for m in (model, reference):
         for layer in m.model.layers:
@@ -245,7 +245,7 @@ def test_an_operation_that_holds_a_weight_by_itself(monkeypatch):
 
 def test_a_weight_that_somebody_lets_go_of_during_the_forward(monkeypatch):
     """As gloo's own thread does after a gather: that call keeps the layer's input alone, and later ones everything."""
-    monkeypatch.setattr("ds_minis.tiling.kept.layer_graph.has_other_ranks", lambda: True)
+    monkeypatch.setattr("ds_minis.layer.kept.layer_graph.has_other_ranks", lambda: True)
     model, reference = twins("llama", attention="sdpa")
     held = []
     for layer in model.model.layers:

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
-from ds_minis.tiling.memory.kept_products import KeptProducts
-from ds_minis.tiling.passes.layer_passes import LayerPasses
+from ds_minis.layer.passes.layer_passes import LayerPasses
+from ds_minis.memory.kept_products import KeptProducts
 
 MATMULS = CHUNKS | {"keep": "matmuls", "loss": False}
 NEED_KIB = 260  # of budget, with which the layers of a Llama of the tests keep their products at 60 tokens, and not all

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
-from ds_minis.tiling.layer import analysis
+from ds_minis.layer.analysis import analysis
 
 
 def test_layers_that_count_positions_themselves():

@@ -25,8 +25,8 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report, revert_mini_sequence
-from ds_minis.tiling.layer.analysis import LayerProbe
-from ds_minis.tiling.layer.tiled_layer import TiledLayer
+from ds_minis.layer.analysis.analysis import LayerProbe
+from ds_minis.layer.tiled.tiled_layer import TiledLayer
 from ds_minis.tiling.modules.tiled_module import TiledModule
 
 LAYERS = ("model.layers.0", "model.layers.1")

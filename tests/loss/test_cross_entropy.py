@@ -17,10 +17,10 @@ from torch import nn
 
 from ds_minis import convert_to_mini_sequence
 from ds_minis.config import MiniSequenceConfig
+from ds_minis.loss.heads.tiled_sum import sum_rows
+from ds_minis.loss.kernels import cross_entropy
+from ds_minis.loss.kernels.cross_entropy import token_losses
 from ds_minis.tiling.core import grad_accum
-from ds_minis.tiling.heads.tiled_sum import sum_rows
-from ds_minis.tiling.kernels import cross_entropy
-from ds_minis.tiling.kernels.cross_entropy import token_losses
 from ds_minis.tiling.modules.state import Chunking
 
 MIB = 2**20
@@ -43,7 +43,7 @@ def test_the_kernel_compiles_for_a_gpu_that_is_not_here(capability, with_loss, w
     compiler = pytest.importorskip("triton.compiler")
     from triton.backends.compiler import GPUTarget
 
-    from ds_minis.tiling.kernels.cross_entropy_kernel import loss_of_rows
+    from ds_minis.loss.kernels.cross_entropy_kernel import loss_of_rows
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     pointers = {"logits": "*bf16", "targets": "*i64", "losses": "*fp32", "normalizers": "*fp32", "gradients": "*bf16"}
@@ -67,17 +67,17 @@ def forget_the_kernel():
 
 
 def test_without_triton_the_loss_is_computed_by_torch(monkeypatch, forget_the_kernel):
-    monkeypatch.delattr("ds_minis.tiling.kernels.cross_entropy_kernel", raising=False)
+    monkeypatch.delattr("ds_minis.loss.kernels.cross_entropy_kernel", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "ds_minis.tiling.kernels.cross_entropy_kernel", raising=False)
+    monkeypatch.delitem(sys.modules, "ds_minis.loss.kernels.cross_entropy_kernel", raising=False)
     assert cross_entropy.kernel() == (None, "")
 
 
 def test_where_the_kernel_cannot_be_launched_the_loss_is_computed_by_torch(monkeypatch, forget_the_kernel):
     """No compiler, say; here there is no device."""
     kernel = types.SimpleNamespace(losses=lambda *_: None)
-    monkeypatch.setattr("ds_minis.tiling.kernels.cross_entropy_kernel", kernel, raising=False)
-    monkeypatch.setitem(sys.modules, "ds_minis.tiling.kernels.cross_entropy_kernel", kernel)
+    monkeypatch.setattr("ds_minis.loss.kernels.cross_entropy_kernel", kernel, raising=False)
+    monkeypatch.setitem(sys.modules, "ds_minis.loss.kernels.cross_entropy_kernel", kernel)
     monkeypatch.setattr(torch, "zeros", _fail)
     found, reason = cross_entropy.kernel()
     assert found is None and "cannot be launched here (RuntimeError: Failed to find C compiler)" in reason
@@ -85,7 +85,7 @@ def test_where_the_kernel_cannot_be_launched_the_loss_is_computed_by_torch(monke
 
 def test_each_model_is_told_once_that_torch_computes_its_loss(monkeypatch, caplog):
     """Not each process: the second model's user reads another log."""
-    monkeypatch.setattr("ds_minis.tiling.heads.chunked_head.implementation", lambda tensor: (None, "no kernel here"))
+    monkeypatch.setattr("ds_minis.loss.heads.chunked_head.implementation", lambda tensor: (None, "no kernel here"))
     for _ in range(2):
         model, _ = twins("llama")
         convert_to_mini_sequence(model, CHUNKS)
@@ -99,10 +99,10 @@ def _fail(*_, **__):
 
 
 def test_triton_is_not_imported_for_the_cpu():
-    code = "import sys, torch, ds_minis.tiling.loss.forward_hooks; "
-    code += "from ds_minis.tiling.kernels.cross_entropy import token_losses as t; "
+    code = "import sys, torch, ds_minis.loss.forward.forward_hooks; "
+    code += "from ds_minis.loss.kernels.cross_entropy import token_losses as t; "
     code += "t(torch.randn(3, 5), torch.tensor([1, 2, 3]), -100); "
-    code += "assert 'ds_minis.tiling.kernels.cross_entropy_kernel' not in sys.modules"
+    code += "assert 'ds_minis.loss.kernels.cross_entropy_kernel' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

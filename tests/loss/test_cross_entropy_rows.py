@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ds_minis.tiling.kernels import cross_entropy as plain
+from ds_minis.loss.kernels import cross_entropy as plain
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # when Triton is imported, or its own functions are compiled
 
@@ -20,7 +20,7 @@ def implementation(monkeypatch):
     if not INTERPRETED:
         monkeypatch.setitem(plain._BLOCK_ELEMENTS, "cpu", 100)  # some rows to a block, and one
         return plain._Torch
-    from ds_minis.tiling.kernels import cross_entropy_kernel
+    from ds_minis.loss.kernels import cross_entropy_kernel
 
     monkeypatch.setattr(cross_entropy_kernel, "_MAX_BLOCK", 64)  # several blocks to a row
     return cross_entropy_kernel

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.utils import ModelOutput
 
 from ds_minis import convert_to_mini_sequence
-from ds_minis.tiling.logits.deferred import DeferredLogits
+from ds_minis.loss.logits.deferred import DeferredLogits
 
 PROCESSES = {
     "softcap": lambda x: torch.tanh(x / 2.0) * 2.0,

@@ -8,8 +8,8 @@ from heads import LargestTensor
 from models import add_lora, assert_same_tensors, batch, build, twins
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
-from ds_minis.tiling.kernels.token_statistics import token_statistics
-from ds_minis.tiling.loss import fused_outputs
+from ds_minis.loss.forward import fused_outputs
+from ds_minis.loss.kernels.token_statistics import token_statistics
 
 utils = pytest.importorskip("trl.trainer.utils")
 SETTINGS = {"chunk_size": 10_000, "loss_chunk_size": 7}

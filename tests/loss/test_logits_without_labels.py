@@ -11,7 +11,7 @@ from models import add_lora, assert_same_tensors, batch, build, twins
 from torch import nn
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
-from ds_minis.tiling.logits.deferred import DeferredLogits
+from ds_minis.loss.logits.deferred import DeferredLogits
 
 CHUNKS = {"chunk_size": 10_000, "loss_chunk_size": 7}
 INPUTS = batch(23, prompt=2, padding=3)

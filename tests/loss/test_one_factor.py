@@ -12,10 +12,10 @@ from models import add_lora, assert_same_tensors, batch, twins
 from torch import nn
 
 from ds_minis import convert_to_mini_sequence
+from ds_minis.loss.heads.one_factor import Labelled, OneFactor
+from ds_minis.loss.heads.row_columns import columns_of, row_columns
+from ds_minis.loss.kernels.token_statistics import NAMES, token_statistics
 from ds_minis.tiling.core.participation import Memory
-from ds_minis.tiling.heads.one_factor import Labelled, OneFactor
-from ds_minis.tiling.heads.row_columns import columns_of, row_columns
-from ds_minis.tiling.kernels.token_statistics import NAMES, token_statistics
 
 INPUTS = data()
 LABELS = INPUTS["labels"].flatten()

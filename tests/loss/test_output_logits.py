@@ -11,8 +11,8 @@ from heads import LargestTensor
 from models import CHUNKS, assert_same_tensors, batch, build, twins
 
 from ds_minis import convert_to_mini_sequence
-from ds_minis.tiling.heads.chunked_head import UnreadableLogits
-from ds_minis.tiling.logits.deferred import DeferredLogits
+from ds_minis.loss.heads.chunked_head import UnreadableLogits
+from ds_minis.loss.logits.deferred import DeferredLogits
 
 INPUTS = batch(23, prompt=2, padding=3)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ds_minis.tiling.heads.row_columns import columns_of, row_columns
+from ds_minis.loss.heads.row_columns import columns_of, row_columns
 
 NUM_ROWS, CHUNK = 23, 5
 

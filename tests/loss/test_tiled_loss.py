@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
-from ds_minis.tiling.loss.output_logits import returning_logits
+from ds_minis.loss.forward.output_logits import returning_logits
 
 OPTIONS = {
     "mean": {},

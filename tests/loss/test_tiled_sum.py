@@ -8,7 +8,7 @@ from models import assert_same_tensors
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_minis.tiling.heads.tiled_sum import sum_rows
+from ds_minis.loss.heads.tiled_sum import sum_rows
 
 H, CHUNK, EXPECTED = 8, 5, torch.tensor(0.1)
 

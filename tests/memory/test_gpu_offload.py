@@ -7,8 +7,8 @@ import pytest
 import torch
 from test_offload import keep_all, layers, loss_of
 
-from ds_minis.tiling.memory.host_memory import host_bytes_needed
-from ds_minis.tiling.memory.offload import HostStore
+from ds_minis.memory.host_memory import host_bytes_needed
+from ds_minis.memory.offload import HostStore
 
 pytestmark = pytest.mark.gpu
 MIB = 2**20

@@ -3,7 +3,7 @@
 import psutil
 import pytest
 
-from ds_minis.tiling.memory.host_memory import available_host_bytes
+from ds_minis.memory.host_memory import available_host_bytes
 
 GIB = 2**30
 MEMINFO = (

@@ -6,9 +6,9 @@ import random
 import pytest
 import torch
 
-from ds_minis.tiling.memory import device_memory
-from ds_minis.tiling.memory.device_memory import CudaMemory, ProcessMemory
-from ds_minis.tiling.memory.learned_memory import RESERVE, LearnedMemory
+from ds_minis.memory import device_memory
+from ds_minis.memory.device_memory import CudaMemory, ProcessMemory
+from ds_minis.memory.learned_memory import RESERVE, LearnedMemory
 
 
 class FakeMemory:

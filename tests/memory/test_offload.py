@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from ds_minis.tiling.memory import host_memory, offload
-from ds_minis.tiling.memory.host_memory import BlockPool, host_bytes_needed
-from ds_minis.tiling.memory.offload import HostStore
+from ds_minis.memory import host_memory, offload
+from ds_minis.memory.host_memory import BlockPool, host_bytes_needed
+from ds_minis.memory.offload import HostStore
 
 BLOCK = 256
 
@@ -381,7 +381,7 @@ def test_as_saved_tensor_hooks_a_backward_gives_memory_back_while_the_loss_is_he
 
 OUT_OF_MEMORY = """
 import resource, torch
-from ds_minis.tiling.memory.offload import HostStore
+from ds_minis.memory.offload import HostStore
 store, x, kept = HostStore(), torch.ones(2**23), []
 kept.append(store.keep(x))
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

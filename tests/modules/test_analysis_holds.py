@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
 from ds_minis.config import MiniSequenceConfig
-from ds_minis.tiling.layer import tiled_layer
+from ds_minis.layer.tiled import tiled_layer
 from ds_minis.tiling.modules import tiled_module
 from ds_minis.tiling.modules.state import Chunking
 from ds_minis.tiling.modules.swap import tile, untile, whole_fallback_reason

@@ -9,8 +9,8 @@ from models import CHUNKS, add_lora, assert_same_tensors, batch, build, checkpoi
 from torch import nn
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
+from ds_minis.layer.tiled import tiled_layer
 from ds_minis.tiling.core import tiled_op
-from ds_minis.tiling.layer import tiled_layer
 from ds_minis.tiling.modules import gate
 
 

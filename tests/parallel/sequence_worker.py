@@ -21,8 +21,8 @@ from support.forked import fork_ranks
 from transformers import AutoModelForCausalLM
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
-from ds_minis.tiling.kernels.token_statistics import token_statistics
-from ds_minis.tiling.loss import fused_outputs
+from ds_minis.loss.forward import fused_outputs
+from ds_minis.loss.kernels.token_statistics import token_statistics
 
 if importlib.util.find_spec("trl"):
     from trl.trainer.utils import add_fused_lm_head  # before the ranks are forked

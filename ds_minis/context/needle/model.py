@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from ds_minis.context.needle.task import NeedleMaker, NeedleTask, NeedleTest, WrongTask
 from ds_minis.context.rope import change_rope, exact_rope, rope_theta_of
 from ds_minis.convert import NothingToTile, convert_to_mini_sequence
+from ds_minis.loss.forward.forward_hooks import attached_chunking
 from ds_minis.parallel.model.rows import only_rows
-from ds_minis.tiling.loss.forward_hooks import attached_chunking
 
 HAYSTACK = Path(__file__).parent / "data" / "haystack.txt"
 

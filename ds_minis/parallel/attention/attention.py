@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ds_minis.layer.passes.attention import AttentionRequest
 from ds_minis.parallel.attention.gathered import gathered_attention
 from ds_minis.parallel.attention.masks import MaskRule, Refused, SequenceMask, is_cutting
 from ds_minis.parallel.attention.ring import in_autocast_dtype, ring_attention
 from ds_minis.parallel.communication.collectives import exchange, gather_ranks, gather_sequence
 from ds_minis.parallel.communication.cut import Cut
 from ds_minis.parallel.communication.groups import Group
-from ds_minis.tiling.passes.attention import AttentionRequest
 
 if TYPE_CHECKING:
     from ds_minis.parallel.model.state import Parallel

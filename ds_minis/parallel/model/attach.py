@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from ds_minis.layer.passes.attention import wrap_attention
 from ds_minis.parallel.attention.attention import parallel_attention
 from ds_minis.parallel.communication.groups import require_divisible
 from ds_minis.parallel.model import decoder as decoders
@@ -15,7 +16,6 @@ from ds_minis.ranks import num_ranks
 from ds_minis.tiling.modules.arguments import takes
 from ds_minis.tiling.modules.hooks import remove_hooks
 from ds_minis.tiling.modules.state import Chunking
-from ds_minis.tiling.passes.attention import wrap_attention
 
 _HOOKS = (
     decoders.CutInputs, decoders.GatherOutputs, rotary.AddLastPosition, rotary.DropLastPosition, layers.CheckLayer,

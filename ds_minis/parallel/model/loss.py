@@ -6,7 +6,7 @@ this rank's share, see `ds_minis.parallel.model.decoder`:
 
     loss = mine + (total - mine).detach(),  mine = (this rank's sum) * size / N,  total = (sum over ranks) / N
 
-TRL's calls with `fused_lm_head=True` are divided too, where they are answered (`tiling/loss/fused_outputs.py`). Every other
+TRL's calls with `fused_lm_head=True` are divided too, where they are answered (`loss/forward/fused_outputs.py`). Every other
 loss is computed from whole hidden states on every rank, which is as exact, and divides no work.
 """
 
@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ds_minis.loss.forward.output_logits import wanted_logits
 from ds_minis.parallel.communication.collectives import summed
 from ds_minis.parallel.communication.cut import Cut
 from ds_minis.parallel.model.state import Parallel
-from ds_minis.tiling.loss.output_logits import wanted_logits
 from ds_minis.tiling.modules.arguments import argument
 from ds_minis.tiling.modules.compiling import outside_of_graphs
 from ds_minis.tiling.modules.swap import replaced_by

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ds_minis.memory.keep_budget import ALL, ATTENTION, MATMULS
+from ds_minis.memory.learned_memory import RESERVE
 from ds_minis.planner.inputs.setup import GIB, Setup
 from ds_minis.planner.plan.planner import FITS, TOO_LARGE, UNCERTAIN, USABLE, Estimate, Planner
 from ds_minis.planner.plan.settings import CHECKPOINTED, PLAIN, Candidate, candidates
 from ds_minis.planner.plan.timing import StepTime, step_time
 from ds_minis.planner.step.trace import CannotTrace
-from ds_minis.tiling.memory.keep_budget import ALL, ATTENTION, MATMULS
-from ds_minis.tiling.memory.learned_memory import RESERVE
 
 UNIT, MOST_TOKENS, MOST_ELEMENTS = 1024, 2**24, 2**31
 # Of the host, for each process, where nothing is said: a node of 8 GPUs with 1 TiB. A node has at most 8.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_minis.config import MiniSequenceConfig
+from ds_minis.memory.host_memory import block_layout
 from ds_minis.planner.devices import engines
 from ds_minis.planner.devices.held import Counts, Held, Term
 from ds_minis.planner.devices.sequence import terms_of_sequence_parallel
@@ -16,7 +17,6 @@ from ds_minis.planner.inputs.setup import GIB, Setup
 from ds_minis.planner.step.anatomy import Anatomy, depths_to_trace
 from ds_minis.planner.step.profile import Peak, Profile, cache_key, read_cached, write_cached
 from ds_minis.planner.step.trace import CannotTrace, RunsTokenByToken, Way, examine, shortened, trace
-from ds_minis.tiling.memory.host_memory import block_layout
 from ds_minis.tiling.modules.state import Chunking
 
 # What no tensor takes, on a card that a process has for itself.

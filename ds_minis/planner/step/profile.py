@@ -17,7 +17,7 @@ from ds_minis.planner.step.lengths import SYMBOLS
 GRADIENTS, OF_LAYER = len(SYMBOLS), len(SYMBOLS) + 1
 _ATTENTION = SYMBOLS.index("attention")
 FORMAT = 6  # of the files in the cache
-# Layers whose inputs are on the device while copies to and from the host are in flight (`tiling.memory.offload`): two in
+# Layers whose inputs are on the device while copies to and from the host are in flight (`memory.offload`): two in
 # forward, beside those that a trace of two layers has; in backward the running layer's and the one before it.
 IN_FLIGHT = {"forward": 4, "loss": 1, "backward": 2}
 # Bytes of (where in the step, gradients so far, gradients since the last layer's attention); the last two are arrays.

@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from ds_minis.convert import NothingToTile, convert_to_mini_sequence
+from ds_minis.layer.tiled.tiled_layer import layer_experts_per_choice
 from ds_minis.planner.step.adapters import LoraLinear, add_lora
 from ds_minis.planner.step.anatomy import Anatomy, anatomy_of
 from ds_minis.planner.step.lengths import Lengths, lengths_for
 from ds_minis.planner.step.recorder import MOST_OPERATIONS, Recorder, TooManyOperations, WithoutValues
 from ds_minis.planner.step.stubs import ATTENTION, ON_ATTENTION, no_mask, register
 from ds_minis.tiling.core.warn import logger
-from ds_minis.tiling.layer.tiled_layer import layer_experts_per_choice
 
 
 class CannotTrace(ValueError):

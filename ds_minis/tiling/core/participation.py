@@ -61,7 +61,7 @@ class Memory:
 
     Attributes:
         copies: copies of small buffers.
-        one_factor: kind of loss -> what the gradients of all backward passes were (`ds_minis.tiling.heads.one_factor`).
+        one_factor: kind of loss -> what the gradients of all backward passes were (`ds_minis.loss.heads.one_factor`).
     """
 
     def __init__(self):

@@ -35,15 +35,15 @@ class Chunking:
     Attributes:
         config: the user's settings.
         hidden_size: width of the model's hidden states, in elements; the width of one token for `chunk_size`.
-        layer_inputs: stores the inputs of its tiled layers (`ds_minis.tiling.memory`); None leaves that to autograd.
+        layer_inputs: stores the inputs of its tiled layers (`ds_minis.memory`); None leaves that to autograd.
         unkept: kind of call whose attention cannot be kept -> (class name of the layer, reason); see
-            `ds_minis.tiling.passes.kept_attention`.
-        kept_plans: which tensors an attention saves are copies (`ds_minis.tiling.passes.kept_attention`).
-        heads: analyses of LM heads (`ds_minis.tiling.heads.chunked_head`).
+            `ds_minis.layer.passes.kept_attention`.
+        kept_plans: which tensors an attention saves are copies (`ds_minis.layer.passes.kept_attention`).
+        heads: analyses of LM heads (`ds_minis.loss.heads.chunked_head`).
         bypassed: why the loss of the last forward pass in training could not be tiled; empty if it was.
         warnings: the warnings given about the model.
         memory: what earlier calls of its modules have shown.
-        passes: for each forward pass in progress, what its end must undo (`ds_minis.tiling.loss.forward_hooks`).
+        passes: for each forward pass in progress, what its end must undo (`ds_minis.loss.forward.forward_hooks`).
         parallel: what shares the model's sequences with other ranks (`ds_minis.parallel`); None without.
         readers: what read the logits of the last forward pass with gradients -> whether all logits were computed for it.
         last_calls: "layer" or "module" -> (tokens, tokens in a chunk, whether it ran untiled) of the last call in training.

@@ -1,0 +1,1 @@
+"""Runs whole decoder layers over chunks, all but their attention, each as one autograd node."""

@@ -1,0 +1,1 @@
+"""Analyzes whether a decoder layer can be tiled, and which of its values are dead."""

@@ -1,0 +1,1 @@
+"""Decoder layers that are tiled, by class swap."""

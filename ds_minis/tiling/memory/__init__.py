@@ -1,1 +1,0 @@
-"""Stores layer inputs between forward and backward."""
