@@ -36,6 +36,7 @@ loss/test_cross_entropy_rows loss/test_cross_entropy modules/test_token_wise lay
 layer/test_layer_analysis layer/test_layer_fallbacks layer/test_layer_calls layer/test_kept_attention
 layer/test_kept_attention_kinds memory/test_offload convert/test_parity core/test_interrupted_chunks
 convert/test_convert modules/test_adapters convert/test_after_conversion clients/test_trainer
+layer/test_keep layer/test_kept_products layer/test_free_memory loss/test_one_factor
 """.split()
 MOST_TESTS = 150  # that call a function, the quickest of them, are run for a mutation of it
 TIMEOUT = 240  # seconds; a mutation that hangs is noticed
