@@ -49,7 +49,7 @@ class KeptProducts:
         take: Callable[[int], bool],
         give_back: Callable[[int], None],
     ):
-        self.num_bytes = self._taken = 0
+        self.num_bytes = 0
         self._chunk = chunk
         self._linears = [m for m in plain_linears(module) if m.in_features >= _LEAST_INPUTS * width]
         self._take, self._give_back = take, give_back
@@ -78,7 +78,6 @@ class KeptProducts:
                 num_bytes = sum(y.nbytes for _, y, _ in results)
                 results.clear()
                 self.num_bytes -= num_bytes
-                self._taken -= num_bytes
                 self._give_back(num_bytes)
 
     def _recording(self, linear: nn.Linear, kept: _Kept) -> Callable[[Tensor], Tensor]:
@@ -90,7 +89,6 @@ class KeptProducts:
                 if self.is_too_large:
                     self.drop()
                 else:
-                    self._taken += y.nbytes
                     kept[linear].append((self._chunk(), y.detach(), y._version))
             return y
 
@@ -106,10 +104,10 @@ class KeptProducts:
 
     def drop(self) -> None:
         """Frees everything."""
-        self._give_back(self._taken)
-        self._taken = 0
+        held = [y for kept in self._kept.values() for results in kept.values() for _, y, _ in results]
         for kept in self._kept.values():
             kept.clear()
+        self._give_back(sum(y.nbytes for y in held))
 
 
 def _is_kept(input: Tensor) -> bool:

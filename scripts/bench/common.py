@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ds_minis.planner.inputs.models import MODELS
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks"
 PACKAGES = "torch", "transformers", "ds_minis", "deepspeed", "liger_kernel", "peft", "trl"
@@ -43,41 +45,22 @@ class Shape:
         return self.config(**sizes, **changes)
 
 
-def _shape(model_type, repository, hidden, inner, layers, heads, kv_heads, vocab, **more) -> Shape:
-    sizes = {
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocab,
+def _shape(repository: str) -> Shape:
+    more = {
         "max_position_embeddings": 2**22,  # longer than any run here; it sizes no tensor
         "use_cache": False,
         "pad_token_id": None,
     }
-    return Shape(model_type, sizes | more, f"https://huggingface.co/{repository}/blob/main/config.json")
+    sizes = MODELS[repository] | more
+    return Shape(sizes.pop("model_type"), sizes, f"https://huggingface.co/{repository}/blob/main/config.json")
 
 
 SHAPES = {
-    "llama-3-8b": _shape("llama", "meta-llama/Meta-Llama-3-8B", 4096, 14336, 32, 32, 8, 128256),
-    "llama-2-7b": _shape("llama", "meta-llama/Llama-2-7b-hf", 4096, 11008, 32, 32, 32, 32000),
-    "mistral-7b": _shape("mistral", "mistralai/Mistral-7B-v0.1", 4096, 14336, 32, 32, 8, 32000, sliding_window=4096),
-    "qwen2-7b": _shape("qwen2", "Qwen/Qwen2-7B", 3584, 18944, 28, 28, 4, 152064),
-    "gemma-2-9b": _shape(
-        "gemma2",
-        "google/gemma-2-9b",
-        3584,
-        14336,
-        42,
-        16,
-        8,
-        256000,
-        head_dim=256,
-        sliding_window=4096,
-        query_pre_attn_scalar=256,
-        attn_logit_softcapping=50.0,
-        final_logit_softcapping=30.0,
-    ),
+    "llama-3-8b": _shape("meta-llama/Meta-Llama-3-8B"),
+    "llama-2-7b": _shape("meta-llama/Llama-2-7b-hf"),
+    "mistral-7b": _shape("mistralai/Mistral-7B-v0.1"),
+    "qwen2-7b": _shape("Qwen/Qwen2-7B"),
+    "gemma-2-9b": _shape("google/gemma-2-9b"),
 }
 
 

@@ -81,8 +81,11 @@ def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a call runs `nn.Linear.forward` and nothing else: no quantized class, patched forward or hook."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return type(module).forward is nn.Linear.forward and "forward" not in module.__dict__ and not hooks
+    return _has_own_forward(module) and not (module._forward_hooks or module._forward_pre_hooks)
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    return type(module).forward is nn.Linear.forward and "forward" not in module.__dict__
 
 
 def chunk_forwards(
@@ -114,8 +117,7 @@ def chunk_forwards(
 def plain_linears(module: nn.Module) -> Iterator[nn.Linear]:
     """The layers in `module` that run `nn.Linear.forward`, and whose weight is no tensor subclass (DTensor)."""
     for linear in submodules(module):
-        own = type(linear).forward is nn.Linear.forward and "forward" not in linear.__dict__
-        if own and not is_traceable_wrapper_subclass(linear.weight):
+        if _has_own_forward(linear) and not is_traceable_wrapper_subclass(linear.weight):
             yield linear
 
 
