@@ -102,6 +102,11 @@ def chosen(count: int, only: str) -> list[tuple[str, Path, str]]:
     return [(name, path, ast.unparse(mutate())) for _, name, path, mutate in sorted(found, key=lambda f: f[0])[:count]]
 
 
+@functools.cache
+def _is_core(filename: str) -> bool:
+    return any(f"{part}/" in filename for part in CORE)
+
+
 def run_tests(tree: Path, tests: list[str]) -> str | None:
     """The first test that fails in that tree, in a forked process; None if none does."""
 
@@ -131,7 +136,7 @@ def tests_by_function(tree: Path, tests: list[str]) -> dict[str, list[str]]:
             called, start = self.called.setdefault(item.nodeid, set()), time.monotonic()
 
             def note(frame, event, arg):
-                if event == "call" and any(f"{part}/" in frame.f_code.co_filename for part in CORE):
+                if event == "call" and _is_core(frame.f_code.co_filename):
                     called.add(f"{Path(frame.f_code.co_filename).stem}:{frame.f_code.co_name}")
 
             sys.setprofile(note)
