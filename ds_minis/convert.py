@@ -24,7 +24,7 @@ from ds_minis.conversion.detect import (
 )
 from ds_minis.conversion.report import ConversionReport
 from ds_minis.conversion.sizes import find_sizes
-from ds_minis.layer.passes.head_groups import WrongGroups, count_groups, num_kv_heads
+from ds_minis.layer.attention.head_groups import WrongGroups, count_groups, num_kv_heads
 from ds_minis.layer.tiled.tiled_layer import TiledLayer, one_call_fallback_reason
 from ds_minis.loss.forward.forward_hooks import (
     attach_loss_tiling,

@@ -2,6 +2,10 @@
 
 import os
 
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # tensors are small: threads that wait for each other cost more than they do
+
 import psutil
 import pytest
 import torch

@@ -21,8 +21,8 @@ from engine_cases import LEARNING_RATE, STEPS, Case, deepspeed_config, make_mode
 from models import count_layers
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
+from ds_minis.layer.attention.kept_attention import KeptAttention
 from ds_minis.layer.kept.layer_graph import LayerGraph
-from ds_minis.layer.passes.kept_attention import KeptAttention
 from ds_minis.layer.tiled.tiled_layer import TiledLayer
 from ds_minis.loss.forward.forward_hooks import loss_fallback_reason
 from ds_minis.tiling.modules.tiled_module import TiledModule

@@ -217,7 +217,7 @@ def full_size_report(model_class: Callable[[Any], Any], config: Any, settings: M
     import torch
 
     from ds_minis.convert import NothingToTile, convert_to_mini_sequence, mini_sequence_report
-    from ds_minis.layer.passes.head_groups import WrongGroups
+    from ds_minis.layer.attention.head_groups import WrongGroups
 
     try:
         with torch.device("meta"):

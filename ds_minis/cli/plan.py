@@ -102,7 +102,7 @@ def plan(args: argparse.Namespace, settings: dict[str, Any]):
         raise WrongArgument(f"--plot: a name that ends in {', '.join(PICTURES)} is allowed, got {args.plot!r}")
     file, stated = source_file(args.source)
     setup = base_setup(args, settings, stated)
-    from ds_minis.layer.passes.head_groups import WrongGroups
+    from ds_minis.layer.attention.head_groups import WrongGroups
     from ds_minis.planner.plan.compare import compare
     from ds_minis.planner.step.profile import cache_folder
     from ds_minis.planner.step.trace import CannotTrace

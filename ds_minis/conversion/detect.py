@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from ds_minis.layer.passes.attention import interface_fallback_reason, num_attentions
+from ds_minis.layer.attention.attention import interface_fallback_reason, num_attentions
 from ds_minis.loss.forward.forward_hooks import takes_labels
+from ds_minis.tiling.core.params import whole_shape
 from ds_minis.tiling.modules.arguments import takes_any_keyword
 from ds_minis.tiling.modules.swap import replaced_forward, untiled_class
 
@@ -251,7 +252,7 @@ def _has_matrix_of_its_own(module: nn.Module) -> bool:
 
 def _shape(param: nn.Parameter) -> tuple[int, ...]:
     """The whole parameter's shape, also where ZeRO-3 has partitioned it."""
-    return tuple(getattr(param, "ds_shape", param.shape))
+    return tuple(whole_shape(param))
 
 
 def _replaced_fallback_reason(module: nn.Module) -> str:

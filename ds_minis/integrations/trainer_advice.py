@@ -17,6 +17,7 @@ from torch import nn
 
 from ds_minis.convert import mini_sequence_report
 from ds_minis.tiling.core.out_of_memory import is_out_of_memory
+from ds_minis.tiling.core.params import whole_shape
 
 # Whether a Trainer's step is running, which knows more of itself than an engine's backward does.
 IN_TRAINER: contextvars.ContextVar[bool] = contextvars.ContextVar("ds_minis_in_trainer", default=False)
@@ -99,7 +100,7 @@ def setup_from(model: nn.Module, fields: dict[str, Any], half: str | None, optim
     """
     from ds_minis.planner.inputs.setup import Setup
 
-    weights = [(getattr(p, "ds_numel", p.numel()), p.requires_grad, p.dtype) for p in model.parameters()]
+    weights = [(whole_shape(p).numel(), p.requires_grad, p.dtype) for p in model.parameters()]
     trained = sum(number for number, requires_grad, _ in weights if requires_grad)
     adapters = getattr(model, "peft_config", None) or {}
     if trained < sum(number for number, _, _ in weights):

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ds_minis.tiling.core.params import whole_shape
+
 # Dense products in 16 bits, FLOP/s. A device that is not here gets no MFU.
 PEAK_FLOPS = {
     "B200": 2250e12,
@@ -85,7 +87,7 @@ class StepMetrics:
             tied = embedding is getattr(self._model.get_output_embeddings(), "weight", None)
             skipped = set() if tied or embedding is None else {id(p) for p in embedding.parameters()}
             weights = sum(
-                getattr(p, "ds_numel", p.numel()) * (6 if p.requires_grad else 4)
+                whole_shape(p).numel() * (6 if p.requires_grad else 4)
                 for p in self._model.parameters()
                 if id(p) not in skipped
             )

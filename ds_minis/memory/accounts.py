@@ -66,11 +66,11 @@ class Account:
             return
         self._pass = forward_pass
         self._new, left = self._learned.begin(x.shape[0], x.shape[1])
-        # Below nothing until a step like it is noted: layers are not to try.
+        # Negative until such a step was measured, so that no layer tries to keep more.
         self.limit = -math.inf if left is None else self.live_bytes + self._share * max(0.0, left)
 
     def take_pass(self) -> ForwardPass | None:
-        """The pass that has begun, for its first layer that has a backward; None for the others."""
+        """Gives the current pass to its first layer that has a backward, and None to all others."""
         new, self._new = self._new, None
         return new
 

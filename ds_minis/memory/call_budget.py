@@ -44,18 +44,18 @@ class CallBudget:
         self._budget.learn(level, *self._call, num_bytes)
 
     def falls_back(self, level: str) -> None:
-        """The call keeps no more than this."""
+        """Lowers what the call keeps to this level."""
         self._budget.fell_back(self.level, level)
         self.level = level
 
     def gives_up(self, error: Exception) -> bool:
-        """Whether the error is one of memory, and the call goes on without what it was to keep."""
+        """Whether memory ran out, and the call can go on if it keeps less."""
         if self._account is None or not is_out_of_memory(error):
             return False
         self._budget.out_of_memory(self._account)
         return True
 
     def release(self) -> None:
-        """Counts nothing any more."""
+        """Releases all that was counted for the call."""
         if self._reservation is not None:
             self._reservation.release()

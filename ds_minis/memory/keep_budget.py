@@ -21,7 +21,7 @@ from ds_minis.tiling.core.replay import has_values
 from ds_minis.tiling.core.warn import Warnings
 
 HOST, INPUT, ATTENTION, MATMULS, ALL = "host", "input", "attention", "matmuls", "all"
-AFTER_TOO_LARGE = 1.25  # what was given up would have grown at least this much further
+AFTER_TOO_LARGE = 1.25  # times the size at which a call was given up: what it would have kept at least
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class KeepBudget:
         given = config.memory_budget
         self._given = None if given in (None, AUTO) else Account(given * 2**30)
         self._learns = AUTO in (given, config.offload)
-        # Without a budget, where nothing that is set is in the way.
+        # No budget was set: one is learned, unless another setting excludes it.
         self._learns_on_cuda = (config.keep, config.head_groups, config.sequence_parallel.size) == (AUTO, 1, 1)
         self._learned: dict[torch.device, Account | None] = {}
         self.last: dict[str, int] = {}
@@ -95,7 +95,7 @@ class KeepBudget:
         return sum(account.live_bytes for account in [self._given, *self._learned.values()] if account)
 
     def account(self, x: Tensor) -> Account | None:
-        """Where is counted what a layer with this input keeps; None without a budget."""
+        """The account of what layers keep on this input's device; None without a budget."""
         if self._given is not None:
             return self._given
         if not (self._learns or (self._learns_on_cuda and x.is_cuda)) or not has_values(x):
@@ -195,7 +195,7 @@ class KeepBudget:
         self.fell_back(ALL)
 
     def after_backward(self, x: Tensor) -> Callable[[], None] | None:
-        """To be called after the backward of the layer that had this input; None if it is not the first to have one."""
+        """What to call after the backward of the pass's first layer that has one; None for every other layer."""
         account = self.account(x)
         forward_pass = account and account.take_pass()
         return forward_pass and forward_pass.done
@@ -217,7 +217,7 @@ class KeepBudget:
         )
 
     def in_words(self) -> str:
-        """What the last step kept, and what was not run again for that; empty where all layers kept their inputs alone."""
+        """What the last step kept, and what that saved from running twice; empty where all layers kept their inputs alone."""
         if not any(self.last.get(level) for level in (ALL, MATMULS, ATTENTION, HOST)):
             return ""
         words = {

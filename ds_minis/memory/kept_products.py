@@ -95,7 +95,7 @@ class KeptProducts:
         return forward
 
     def results(self, name: str) -> Results:
-        """For a run of a pass in backward: what gives each layer's results, one after the other."""
+        """For a run of a pass in backward: functions that give each layer's kept results, one at a call."""
         return {linear: _in_order(results, self._chunk) for linear, results in self._kept[name].items() if results}
 
     def replayed(self, name: str) -> contextlib.AbstractContextManager:
@@ -111,7 +111,7 @@ class KeptProducts:
 
 
 def _is_kept(input: Tensor) -> bool:
-    return input.dim() > 1  # as `chunk_forwards` replaces the results of rows only
+    return input.dim() > 1  # `chunk_forwards` replaces results that have rows, and no others
 
 
 def _replay(linear: nn.Linear, result: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor]:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from ds_minis.memory.device_memory import DeviceMemory
 
-RESERVE = 0.1  # of the device, for blocks that the allocator cannot use, and for what no step has shown
+# Of the device, for blocks that the allocator cannot use and for what no step has shown (also in config.py and docs).
+RESERVE = 0.1
 _REMEMBERED = 1024  # passes; more than a step accumulates
 Shapes = tuple[tuple[int, int], ...]  # (tokens of the batch, tokens of a sequence) of forward passes, the last one last
 
@@ -79,7 +80,7 @@ class LearnedMemory:
 
     @property
     def _gradients(self) -> float:
-        """The most that a pass adds for good."""
+        """The most that the gradients of one pass add, and that stays in use after it."""
         return max(self._growths, default=0.0)
 
     def begin(self, batch: int, length: int) -> tuple[ForwardPass, float | None]:

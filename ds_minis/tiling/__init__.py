@@ -1,1 +1,1 @@
-"""Runs token-wise modules over chunks of tokens, exactly. Needs torch and nothing else, as memory, layer and loss do."""
+"""Runs functions and token-wise modules over chunks of tokens, exactly. Needs torch alone, as do memory, layer and loss."""

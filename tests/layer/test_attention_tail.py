@@ -21,7 +21,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from ds_minis import convert_to_mini_sequence
-from ds_minis.layer.passes.attention_tail import AttentionTail
+from ds_minis.layer.attention.attention_tail import AttentionTail
 
 NUM_CHUNKS = 4
 SHORTENED = NUM_CHUNKS - 1 + NUM_CHUNKS  # runs of a layer and step: all but the first in forward, all in backward
@@ -155,7 +155,7 @@ def test_dropout(in_attention, shortened, monkeypatch):
     torch.manual_seed(5)
     loss, grads = loss_and_grads(tiled, BATCH)
     assert count_layers(tiled) == 2 and len(shortened) == (0 if in_attention else 2 * SHORTENED)
-    monkeypatch.setattr("ds_minis.layer.passes.attention_tail._is_flat", lambda *args: False)
+    monkeypatch.setattr("ds_minis.layer.attention.attention_tail._is_flat", lambda *args: False)
     shortened.clear()
     torch.manual_seed(5)
     expected_loss, expected = loss_and_grads(full, BATCH)

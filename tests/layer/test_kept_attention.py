@@ -21,7 +21,7 @@ from models import (
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
 from ds_minis.config import MiniSequenceConfig
-from ds_minis.layer.passes.kept_attention import KeptAttention
+from ds_minis.layer.attention.kept_attention import KeptAttention
 from ds_minis.memory import layer_inputs
 
 

@@ -11,8 +11,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ds_minis import mini_sequence_report
-from ds_minis.layer.passes import kept_attention
-from ds_minis.layer.passes.kept_attention import KeptAttention
+from ds_minis.layer.attention import kept_attention
+from ds_minis.layer.attention.kept_attention import KeptAttention
 from ds_minis.memory.offload import OffloadedTensor
 from ds_minis.memory.rematerialize import Copy, Layout, View, copy_of
 

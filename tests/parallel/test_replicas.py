@@ -15,10 +15,10 @@ from ds_minis import convert_to_mini_sequence, sampler_arguments
 from ds_minis.config_sources import Request
 from ds_minis.integrations.accelerate_replicas import Replicas
 from ds_minis.integrations.data import _of_first_ranks, _slice_of_replica, schedules_for_replicas, step_for_replicas
+from ds_minis.parallel.attention.state import Parallel
 from ds_minis.parallel.communication.cut import Cut
 from ds_minis.parallel.model.loss import has_standard_loss
 from ds_minis.parallel.model.rotary import depends_on_length, noise_of_whole
-from ds_minis.parallel.model.state import Parallel
 
 SETTINGS = {"sequence_parallel": 2, "chunk_size": 5}
 

@@ -1,13 +1,16 @@
 """The direction of imports (`.importlinter`): lint fails when a wing imports one above it."""
 
+import ast
 import collections
 import configparser
+import graphlib
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import grimp
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +44,28 @@ def test_an_upward_import_breaks_the_contract(file, line, broken, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == int(broken), done.stdout
     assert ("BROKEN" in done.stdout) == broken
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Those inside of functions count; those for types alone do not."""
+    graph = grimp.build_graph("ds_minis", exclude_type_checking_imports=True, cache_dir=None)
+    imported = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    assert len(imported) > 150
+    assert list(graphlib.TopologicalSorter(imported).static_order())  # raises CycleError with the circle
+
+
+def test_nothing_goes_by_way_of_the_public_names():
+    """The package's own file imports lazily, from above: contracts do not see what goes through it."""
+    package = ROOT / "ds_minis"
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "ds_minis":
+                public = [
+                    alias.name
+                    for alias in node.names
+                    if not (package / alias.name).is_dir() and not (package / f"{alias.name}.py").exists()
+                ]
+                assert public in ([], ["__version__"]), path
 
 
 def test_no_file_and_no_wing_grows_too_long():

@@ -27,13 +27,13 @@ from ds_minis.layer.analysis.probe import (
     gradients_fallback_reason,
     layer_fallback_reason,
 )
-from ds_minis.layer.passes.attention import (
+from ds_minis.layer.attention.attention import (
     AttentionRequest,
     attention_answered_by,
     differing_setting,
     settings_of,
 )
-from ds_minis.layer.passes.head_groups import HeadGroups, WrongGroups, count_groups
+from ds_minis.layer.attention.head_groups import HeadGroups, WrongGroups, count_groups
 from ds_minis.layer.passes.layer_args import LayerArgs
 from ds_minis.layer.passes.layer_passes import NO_DEAD_VALUES, DeadValues, LayerPasses, NoAttention, chunk_of
 from ds_minis.layer.passes.node import LayerNode

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_minis.layer.analysis.value_trace import ValueTrace
-from ds_minis.layer.passes.attention import AttentionRequest, attention_answered_by
+from ds_minis.layer.attention.attention import AttentionRequest, attention_answered_by
 from ds_minis.layer.passes.layer_args import LayerArgs
 from ds_minis.layer.passes.layer_passes import NO_DEAD_VALUES, DeadValues, LayerPasses
 from ds_minis.tiling.core.linear import is_plain_linear
@@ -79,7 +79,7 @@ class DeadValueSearch:
         return not all(a is e or (a is not None and e is not None and is_close(a, e, 1e-6)) for a, e in pairs)
 
     def _each(self, found: DeadValues, expected: Sequence[Tensor | None]) -> DeadValues:
-        """Those that do not matter one by one: an operation may need memory that a single value in its place has not."""
+        """Checks one value at a time, since one that fails hides the others: an operation may reject a fill value."""
 
         def dead(kind: str) -> tuple:
             values = getattr(found, kind)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ds_minis.layer.passes.attention import AttentionRequest, attention_answered_by, differing_setting, settings_of
+from ds_minis.layer.attention.attention import AttentionRequest, attention_answered_by, differing_setting, settings_of
 from ds_minis.layer.passes.layer_args import ChunkArgs, LayerArgs
 from ds_minis.tiling.verify.follow import Reach, chunk_lengths, compare_runs, map_tensors, on_meta, record_run, to_meta
 

@@ -13,8 +13,8 @@ from torch import nn
 from ds_minis.layer.analysis.dead_value_search import stand_in
 from ds_minis.layer.analysis.follow_layer import follow_layer
 from ds_minis.layer.analysis.probe import PROBE_BATCH, PROBE_CHUNKS, PROBE_TOKENS
-from ds_minis.layer.passes.attention import attention_answered_by, differing_setting
-from ds_minis.layer.passes.head_groups import HeadGroups
+from ds_minis.layer.attention.attention import attention_answered_by, differing_setting
+from ds_minis.layer.attention.head_groups import HeadGroups
 from ds_minis.layer.passes.layer_args import LayerArgs
 from ds_minis.layer.passes.layer_passes import NO_DEAD_VALUES, DeadValues
 from ds_minis.tiling.verify.follow import Reach

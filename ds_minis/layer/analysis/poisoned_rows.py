@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_minis.layer.passes.attention import AttentionRequest, attention_answered_by
+from ds_minis.layer.attention.attention import AttentionRequest, attention_answered_by
 from ds_minis.layer.passes.layer_args import LayerArgs
 from ds_minis.tiling.core.out_of_memory import is_out_of_memory
 from ds_minis.tiling.core.params import ParameterSlots

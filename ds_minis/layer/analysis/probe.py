@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ds_minis.layer.analysis.dead_value_search import stand_in
-from ds_minis.layer.passes.attention import AttentionRequest, attention_answered_by
+from ds_minis.layer.attention.attention import AttentionRequest, attention_answered_by
 from ds_minis.layer.passes.layer_args import LayerArgs
 from ds_minis.tiling.core.out_of_memory import is_out_of_memory
 from ds_minis.tiling.core.row_args import CONSTANTS, tensors_in

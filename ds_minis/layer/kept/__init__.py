@@ -1,1 +1,1 @@
-"""Decoder layers that keep everything that their backward reads."""
+"""Layers with `keep: "all"`: everything that their backward reads is kept."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
-from ds_minis.layer.passes.attention_graph import sources_of
+from ds_minis.layer.attention.attention_graph import sources_of
 from ds_minis.memory.saved_weights import NotAView, SavedWeights, WeightView
 from ds_minis.ranks import has_other_ranks
 from ds_minis.tiling.core.params import ParameterSlots
@@ -40,8 +40,8 @@ class LayerGraph:
         pair_bytes: the part of it with a value for each pair of tokens.
         reason: why the graph cannot be kept; empty if it can be.
         used: the indices of the trainable tensors that the graph reaches.
-        is_uncertain: whether somebody let go of a weight meanwhile, as a collective's own thread does a moment after its end:
-            an operation that holds one may not have been noticed.
+        is_uncertain: whether a weight had fewer references after the run (the thread of a collective lets go of it late):
+            an operation that holds the weight may not have been noticed.
 
     Raises:
         TooLarge: the graph saves more than `limit` bytes.

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_minis.layer.passes.attention import AttentionRequest
-from ds_minis.layer.passes.kept_attention import KeptAttention, recompute_attention, recomputes_attention
+from ds_minis.layer.attention.attention import AttentionRequest
+from ds_minis.layer.attention.kept_attention import KeptAttention, recompute_attention, recomputes_attention
 from ds_minis.layer.passes.node import POST, LayerNode
 from ds_minis.memory.call_budget import CallBudget
 from ds_minis.memory.keep_budget import AFTER_TOO_LARGE, ATTENTION, INPUT, MATMULS
@@ -19,7 +19,7 @@ from ds_minis.memory.kept_products import KeptProducts
 class KeepingNode(LayerNode):
     """A `LayerNode` that keeps its attention's output beside its input, and its products where the level is "matmuls".
 
-    Backward then does not recompute the attention, and of the products none: only what lies between them.
+    Backward then runs no attention again; at the level "matmuls" no matrix product either, only what lies between them.
 
     Args:
         keeping: what is kept, and how much of it may be. It falls back to less where that is too much.

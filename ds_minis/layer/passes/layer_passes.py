@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_minis.layer.passes.attention import (
+from ds_minis.layer.attention.attention import (
     AttentionReached,
     AttentionRequest,
     attention_answered_by,
@@ -21,7 +21,7 @@ from ds_minis.layer.passes.attention import (
     differing_setting,
     settings_of,
 )
-from ds_minis.layer.passes.attention_tail import AttentionTail
+from ds_minis.layer.attention.attention_tail import AttentionTail
 from ds_minis.layer.passes.layer_args import ChunkArgs, LayerArgs
 from ds_minis.layer.passes.seeds import Seeds
 from ds_minis.tiling.core.exclusive import alone

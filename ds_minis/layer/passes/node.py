@@ -20,10 +20,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ds_minis.layer.passes.attention import AttentionRequest
-from ds_minis.layer.passes.attention_graph import AttentionGraph
-from ds_minis.layer.passes.head_groups import CutWeights, HeadGroups
-from ds_minis.layer.passes.kept_attention import Attend, KeptAttention, attend_once
+from ds_minis.layer.attention.attention import AttentionRequest
+from ds_minis.layer.attention.attention_graph import AttentionGraph
+from ds_minis.layer.attention.head_groups import CutWeights, HeadGroups
+from ds_minis.layer.attention.kept_attention import Attend, KeptAttention, attend_once
 from ds_minis.layer.passes.layer_passes import DeadValues, LayerPasses, chunk_of
 from ds_minis.memory.kept_products import KeptProducts
 from ds_minis.memory.layer_inputs import LayerInput

@@ -13,8 +13,8 @@ from ds_minis.tiling.core.replay import random_states, seed_generators, set_rand
 class Seeds:
     """Gives each part of a call its own seed, so that the part draws the same random numbers whenever it runs.
 
-    Parts run inside of `restored`, and all of them once before `advance`. If none drew anything by then, none will when it is
-    run again, and it needs no seed. The first seed comes from the CPU's generator. That generator advances only if a part
+    Parts run inside of `restored`, and all of them once before `advance`. If none drew random numbers by then, none will in
+    backward, and no seed is needed. The first seed comes from the CPU's generator. That generator advances only if a part
     drew something.
 
     Attributes:

@@ -32,7 +32,7 @@ class ItsOwnCheckpointing:
 
     @property
     def _gradient_checkpointing_func(self) -> Callable[..., Any]:
-        """The function that transformers checkpoints the layer with. Read by transformers, it checkpoints nothing."""
+        """The function that transformers checkpoints the layer with. It is given one that checkpoints nothing."""
         if _CHECKPOINT not in self.__dict__:
             raise AttributeError(_CHECKPOINT)
         return _run

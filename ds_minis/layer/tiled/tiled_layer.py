@@ -14,8 +14,8 @@ from ds_minis.config import AUTO
 from ds_minis.layer.analysis.analysis import analyze_layer
 from ds_minis.layer.analysis.layer_analysis import LayerAnalysis, analyze_again, attributes_read_by_layer
 from ds_minis.layer.analysis.probe import a_few_tokens
+from ds_minis.layer.attention.attention import attention_unwrapped
 from ds_minis.layer.kept.kept_layer import KeptLayer
-from ds_minis.layer.passes.attention import attention_unwrapped
 from ds_minis.layer.passes.keeping_node import KeepingNode
 from ds_minis.layer.passes.layer_args import LayerArgs
 from ds_minis.layer.passes.layer_passes import DifferentSettings, LayerPasses, NoAttention
@@ -209,7 +209,7 @@ def _runs_whole(layer: TiledLayer, call: LayerArgs, chunk: int) -> bool:
 
 
 def _keeps_what_is_checkpointed(layer: TiledLayer, x: Tensor) -> bool:
-    """Whether the layer would be checkpointed if it ran untiled, where it may keep all products."""
+    """Whether an untiled run would be checkpointed, although the budget may allow to keep all products."""
     store = layer.mini_sequence_chunking.layer_inputs
     if store is None or not (torch.is_grad_enabled() and layer.training and layer.is_checkpointed):
         return False

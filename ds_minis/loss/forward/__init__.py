@@ -1,1 +1,1 @@
-"""Runs around a model's forward: reads the labels, and decides what becomes of the logits."""
+"""Runs around a model's forward: sees whether there are labels, and decides what becomes of the logits."""

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ds_minis.loss.forward.output_logits import wanted_logits
+from ds_minis.tiling.core.params import weights_of
 from ds_minis.tiling.modules.arguments import argument
 from ds_minis.tiling.modules.cache_rule import CACHE_NAMES
 from ds_minis.tiling.modules.hooks import engine_of
@@ -48,19 +49,10 @@ def fallback_reason_without_labels(head: nn.Module, around: list[nn.Module]) -> 
             "arguments out (HF Trainer: ddp_find_unused_parameters=False), or give the model its labels where you can"
         )
     if any(engine_of(module) == "FullyShardedDataParallel" for module in (*around, head)) or not all(
-        isinstance(weight, nn.Parameter) for name, weight in _weights(head)
+        isinstance(weight, nn.Parameter) for weight in weights_of(head)
     ):
         return "FSDP1 holds the LM head's weights in parts, and cannot gather them once more: use FSDP2"
     return ""
-
-
-def _weights(head: nn.Module):
-    return [
-        (name, value)
-        for part in head.modules()
-        for name, value in (*part._parameters.items(), *part.__dict__.items())
-        if isinstance(value, torch.Tensor)
-    ]
 
 
 def gather_of(head: nn.Module, around: list[nn.Module]) -> Callable[[], None] | None:

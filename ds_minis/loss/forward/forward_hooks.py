@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ds_minis.loss.forward.deferral import fallback_reason_without_labels, gather_of, is_deferred_without_labels
 from ds_minis.loss.forward.fused_outputs import FusedCall, recognized
@@ -23,6 +22,7 @@ from ds_minis.loss.heads.chunked_head import HEAD, ChunkedHead
 from ds_minis.loss.logits.deferred import defer
 from ds_minis.tiling.core.exclusive import is_called_in, several_threads
 from ds_minis.tiling.core.out_of_memory import note_outside
+from ds_minis.tiling.core.params import is_partitioned, weights_of
 from ds_minis.tiling.modules.arguments import argument, takes
 from ds_minis.tiling.modules.compiling import outside_of_graphs
 from ds_minis.tiling.modules.hooks import (
@@ -35,7 +35,7 @@ from ds_minis.tiling.modules.hooks import (
 )
 from ds_minis.tiling.modules.state import Chunking
 
-_BEGUN = "_mini_sequence_armed"
+_BEGUN = "_mini_sequence_passes"
 BYPASSED = (
     "forward was given labels and did not call the LM head. A fused LM head of somebody's own (Liger's) computes the loss "
     "itself; ds_minis steps aside"
@@ -184,18 +184,12 @@ def _deferral_fallback_reason(head: nn.Module, around: list[nn.Module]) -> str:
 
 def _sharded(head: nn.Module, around: list[nn.Module]) -> str:
     """Says which engine shards the head's weights after the forward pass; empty if none does."""
-    if any(hasattr(param, "ds_shape") for param in head.parameters()):
+    if any(map(is_partitioned, head.parameters())):
         return "ZeRO-3 holds the LM head's weights in parts"
     engine = next(filter(None, map(engine_of, (*around, *head.modules()))), "")
-    if not engine and not all(isinstance(weight, nn.Parameter) for weight in _weights(head)):
+    if not engine and not all(isinstance(weight, nn.Parameter) for weight in weights_of(head)):
         engine = "FullyShardedDataParallel"  # its weights are views
     return f"{engine} holds the LM head's weights in parts" if engine else ""
-
-
-def _weights(module: nn.Module) -> Iterator[Tensor]:
-    for part in module.modules():
-        for holder in (part._parameters, part.__dict__):
-            yield from (value for value in holder.values() if isinstance(value, Tensor))
 
 
 def _end(model: nn.Module) -> _Pass:
@@ -206,9 +200,9 @@ def _end(model: nn.Module) -> _Pass:
 
 def _forget(model: nn.Module, thread: int) -> None:
     """Removes a pass that has ended, normally or by an interrupt, for which torch calls no hook."""
-    armed = model.__dict__.get(_BEGUN, {})
-    armed.pop(thread, None)
-    if not armed:
+    passes = model.__dict__.get(_BEGUN, {})
+    passes.pop(thread, None)
+    if not passes:
         model.__dict__.pop(_BEGUN, None)
 
 

@@ -21,10 +21,10 @@ from ds_minis.loss.heads.head_analysis import HeadAnalysis, analyze_head, call_m
 from ds_minis.loss.heads.one_factor import Labelled, OneFactor, columns_of
 from ds_minis.loss.heads.row_columns import row_columns
 from ds_minis.loss.heads.tiled_sum import sum_rows
-from ds_minis.loss.heads.unreadable import UnreadableLogits, why_unreadable
+from ds_minis.loss.heads.unreadable import UnreadableLogits, unreadable_error
 from ds_minis.loss.kernels.cross_entropy import implementation
 from ds_minis.tiling.core.exclusive import trackers_aside
-from ds_minis.tiling.core.params import Constants, ParameterSlots, constants_of
+from ds_minis.tiling.core.params import Constants, ParameterSlots, constants_of, whole_shape
 from ds_minis.tiling.core.replay import AutocastState, matmul_dtype, patched_forwards
 from ds_minis.tiling.core.tiled_op import tile_rows
 from ds_minis.tiling.modules.compiling import outside_of_graphs
@@ -137,7 +137,7 @@ class ChunkedHead:
     def _known(self, hidden_LH: Tensor) -> HeadAnalysis:
         """The analysis of a plain linear layer, without gathering its weight."""
         weight = self.module.weight
-        shape = getattr(weight, "ds_shape", weight.shape)
+        shape = whole_shape(weight)
         width = shape[0] if len(shape) == 2 else self.module.out_features  # FSDP1 may hold flat weights
         return HeadAnalysis(width=width, dtype=matmul_dtype(hidden_LH) or hidden_LH.dtype)
 
@@ -229,7 +229,7 @@ class ChunkedHead:
         return result
 
     def of_chunk(self, hidden_CH: Tensor) -> Tensor:
-        """The logits of one chunk, in a run of `tile` or `sum`, of this head or of another."""
+        """The logits of one chunk. Called inside of `tile` or `sum`, of this head or of another one."""
         logits_CV = self.module.forward(hidden_CH)
         return logits_CV if self._keeps_nothing else logits_CV.view_as(logits_CV)
 
@@ -299,7 +299,7 @@ class ChunkedHead:
     def give(self, logits: Tensor, output: Any, name: str) -> None:
         """Sets logits as an attribute of a model's output until backward. They are not an item of it: no engine sees them."""
         if self.sharded:
-            output.__dict__[name] = UnreadableLogits(why_unreadable(self.sharded))
+            output.__dict__[name] = UnreadableLogits(unreadable_error(self.sharded))
         else:
             output.__dict__[name] = logits
             self._outputs.append((weakref.ref(output), name))
@@ -312,7 +312,7 @@ class ChunkedHead:
         if self._weights_then is None:
             return
         self._backward_begun = True
-        if self.without_labels:  # they are computed from the hidden states, which whoever has them still holds
+        if self.without_labels:  # whoever holds the logits holds the hidden states too
             return
         for reference, name in self._outputs:
             output = reference()
@@ -321,7 +321,7 @@ class ChunkedHead:
         for reference in self._made:
             logits = reference()
             if logits is not None:
-                logits.settle(self._unreadable_reason())
+                logits.compute_or_refuse(self._unreadable_reason())
         self._outputs, self._made = [], []
 
     def _is_mine(self, value: Any) -> bool:
@@ -337,9 +337,9 @@ class ChunkedHead:
         """The reason why logits cannot be computed after the pass; empty if they can."""
         if self.sharded:
             readable = self.without_labels and not self._backward_begun
-            return "" if readable else why_unreadable(self.sharded)
+            return "" if readable else unreadable_error(self.sharded)
         changed = self._weights_then != _weights_of(self.module)
-        return why_unreadable("the LM head's weights have changed since") if changed else ""
+        return unreadable_error("the LM head's weights have changed since") if changed else ""
 
 
 def _weights_of(module: nn.Module) -> list[tuple]:

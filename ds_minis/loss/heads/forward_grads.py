@@ -73,6 +73,6 @@ class ForwardGrads:
 
     @contextlib.contextmanager
     def as_in_forward(self) -> Iterator[None]:
-        """For a run in backward: the random numbers, the autocast state, the settings and the buffers of forward."""
+        """Restores the random state, autocast, settings and buffers of forward, for a run in backward."""
         with self._replay.active(), restored_flags(self._constants), self._untrained.as_in_forward():
             yield

@@ -1,9 +1,9 @@
-"""Whether the incoming gradient of a number per token is one factor for all tokens that have a label, and zero elsewhere.
+"""Detects losses that give every token with a label the same gradient, so that forward can compute weight gradients.
 
-It is for a mean and for a sum over them (supervised fine-tuning), and but for its sign for a loss of the difference of two
-sequences' sums (DPO with one pair). It is not for a loss that weighs tokens or sequences (DPO with several pairs), or that
-reads another number too (an entropy bonus). Which one it is shows in backward. The first pass expects a mean, each other one
-what all backward passes of the model so far have shown, and its own backward checks that.
+A mean and a sum over tokens do (supervised fine-tuning). A difference of two sequences' sums does, up to the sign (DPO with
+one pair). A loss that weighs tokens or sequences (DPO with several pairs), or that reads another number too (an entropy
+bonus), does not. Backward shows which one it is. The first forward pass expects a mean, each later one what all backward
+passes of the model so far have shown, and its own backward checks that.
 
 Shapes: R rows (tokens).
 """
@@ -84,10 +84,10 @@ class OneFactor:
         # The expected factor was rounded to the dtype of the numbers; their ratio is not.
         ratios_P = factors_P.to(wide) / self._factor.to(first.dtype).to(wide)
         same_P, ratios_P = torch.stack([same_P.to(wide), ratios_P]).tolist()
-        if not all(map(math.isfinite, ratios_P)):  # of a step that is lost shows nothing
+        if not all(map(math.isfinite, ratios_P)):  # a step that overflowed shows nothing
             return None
         fitting = [pattern for pattern, same in zip(PATTERNS, same_P, strict=True) if same]
-        if any(ratios_P) or not fitting:  # nor do zeros
+        if any(ratios_P) or not fitting:  # zeros show nothing either
             self._seen[self._kind] = tuple(p for p in self._seen.get(self._kind, PATTERNS) if p in fitting)
         return ratios_P[PATTERNS.index(self._pattern)] if self._pattern in fitting else None
 

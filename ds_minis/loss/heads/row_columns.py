@@ -45,7 +45,7 @@ class RowColumns(ForwardGrads):
         """The numbers, `(R, N)` or `(R,)`, and the gradients of rows and parameters (in that order).
 
         Args:
-            grads_N: the incoming gradient `(R,)` of each number; None for what is expected: of the first one, and 0 of all
+            grads_N: the incoming gradient `(R,)` of each number; None: the expected one for the first number, zero for all
                 others.
         """
         results: list[Tensor] = []
@@ -127,7 +127,7 @@ def row_columns(
     Args:
         function: maps C rows of each input to `(C, N)`, or `(C,)` for one number; its row i depends on row i of the inputs
             alone. With `labels`, it also gets the keyword `expected` `(C,)` if the first number is sure to receive that
-            gradient, and all else none.
+            gradient, and no other number any.
         module: holds every trainable tensor that `function` uses.
         rows: inputs of R rows each, `(R, ...)`.
         chunk_rows: C, at least 1. Input of one chunk may run untiled, see `tiled_op.runs_whole`.

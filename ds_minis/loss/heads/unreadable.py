@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def why_unreadable(reason: str) -> str:
+def unreadable_error(reason: str) -> str:
     """The error for logits that cannot be computed, for the given reason."""
     return (
         f"the model's logits cannot be computed any more: {reason}. With labels, ds_minis computes them only as far as the "

@@ -74,7 +74,7 @@ class _Statistics(torch.autograd.Function):
         grads = dict(zip(ctx.names, (grad_CN / ctx.temperature).unbind(-1), strict=True))
         of_log_prob, of_entropy = grads[LOG_PROB][:, None], grads.get(ENTROPY)
         if of_entropy is not None:
-            # Mostly it is only logged. Elsewhere than on a CPU, to look would wait for the device.
+            # The entropy is usually only logged. A test for zeros would wait for the device, so it is made on a CPU alone.
             of_entropy = None if of_entropy.device.type == "cpu" and not of_entropy.any() else of_entropy[:, None]
         # A chunk's logits, which nothing else has saved, are overwritten by their gradient: one buffer of their size.
         result_CV = logits_CV if ctx.is_ours and not graph_is_kept() else torch.empty_like(logits_CV)

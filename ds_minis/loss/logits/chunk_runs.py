@@ -81,7 +81,7 @@ def _has_grad(own: HeadRows, expression: Expression) -> bool:
 
 
 def _in_full(expression: Expression, main: HeadRows) -> Iterator[ChunkedHead]:
-    """The heads whose logits are computed in full: one autograd node has one module's gradients, and gathers its weights."""
+    """The heads whose logits are computed in full: an autograd node can train, and gather the weights of, one module only."""
     for own in expression.node.heads():
         apart = own.head.sharded or (expression.grad and _has_grad(own, expression))
         if apart and own.head.module is not main.head.module:

@@ -25,7 +25,7 @@ from ds_minis.loss.heads.one_factor import Labelled
 from ds_minis.loss.logits.chunk_runs import by_chunks, columns_by_chunks, sum_by_chunks
 from ds_minis.loss.logits.expression import Expression, HeadRows
 from ds_minis.loss.logits.logit_ops import record_or_run, record_reversed
-from ds_minis.tiling.core.params import ParameterSlots
+from ds_minis.tiling.core.params import ParameterSlots, is_partitioned
 from ds_minis.tiling.core.replay import AutocastState, graph_is_kept, refuse_gradients_of_gradients
 from ds_minis.tiling.modules.compiling import outside_of_graphs
 from ds_minis.tiling.modules.hooks import is_engines
@@ -90,7 +90,7 @@ class DeferredLogits(torch.Tensor):
         with torch.set_grad_enabled(self._expression.grad):
             return self.expression().evaluated(ChunkedHead.logits)
 
-    def settle(self, unreadable: str) -> None:
+    def compute_or_refuse(self, unreadable: str) -> None:
         """Called when backward begins: computes the logits in full, if possible, and frees the hidden states."""
         if self._value is None and not unreadable:
             for head in self.heads():
@@ -220,7 +220,7 @@ def _trained(expression: Expression) -> list[Tensor]:
     leaves = [leaf for leaf in expression.leaves.values() if leaf.requires_grad]
     weights = [t for module in modules for t in ParameterSlots(module).tensors]
     # ZeRO-3's have no shape here: autograd would remember that.
-    return leaves + [weight for weight in weights if not hasattr(weight, "ds_shape")]
+    return leaves + [weight for weight in weights if not is_partitioned(weight)]
 
 
 class _Represented(torch.autograd.Function):
@@ -247,7 +247,7 @@ class _Represented(torch.autograd.Function):
             raise RuntimeError("an autograd.Function was given logits that were written to in place: give it a clone")
         for own in expression.node.heads():
             own.head.require_readable()
-            if any(hasattr(weight, "ds_shape") for weight in own.head.module.parameters()):
+            if any(map(is_partitioned, own.head.module.parameters())):
                 raise RuntimeError(
                     "an autograd.Function (a fused cross entropy?) was given deferred logits whose LM head ZeRO-3 holds in "
                     'parts. Set "loss": false in the mini-sequence configuration'
@@ -263,7 +263,7 @@ class _Represented(torch.autograd.Function):
 
 
 class _PassedOn(torch.autograd.Function):
-    """Values for deferred logits that an autograd.Function has returned, with the gradient of what it returned."""
+    """The values of deferred logits that somebody's autograd.Function returned; their gradient is that of its result."""
 
     @staticmethod
     def forward(ctx, logits: DeferredLogits, value: Tensor):

@@ -30,7 +30,7 @@ WRITTEN = (
 
 
 class Evaluation:
-    """One evaluation of an expression. Of values, it keeps those that are needed again.
+    """One evaluation of an expression. It keeps values that several nodes read.
 
     Args:
         leaves: the rows of each leaf.

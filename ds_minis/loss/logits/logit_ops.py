@@ -88,7 +88,7 @@ def _told(name: str, result: Any, logits: DeferredLogits) -> Any:
 
 
 def _require_no_reader(name: str, logits: DeferredLogits) -> None:
-    """Refuses what needs the gradient of all logits, where that gradient will miss a part."""
+    """Raises RuntimeError if the gradient of all logits would be incomplete."""
     if any(head.was_read or not head.without_labels for head in logits.heads()):
         raise RuntimeError(
             f'{name} on logits, whose gradient as a whole never exists when the loss is tiled. Set "loss": false in the '

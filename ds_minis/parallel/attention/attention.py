@@ -17,21 +17,19 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ds_minis.layer.passes.attention import AttentionRequest
+from ds_minis.layer.attention.attention import AttentionRequest
 from ds_minis.parallel.attention.gathered import gathered_attention
 from ds_minis.parallel.attention.masks import MaskRule, Refused, SequenceMask, is_cutting
 from ds_minis.parallel.attention.ring import in_autocast_dtype, ring_attention
+from ds_minis.parallel.attention.state import Parallel
 from ds_minis.parallel.communication.collectives import exchange, gather_ranks, gather_sequence
 from ds_minis.parallel.communication.cut import Cut
 from ds_minis.parallel.communication.groups import Group
-
-if TYPE_CHECKING:
-    from ds_minis.parallel.model.state import Parallel
 
 # Arguments that transformers gives to its attention functions and that change nothing under the ring's own kernel.
 _HARMLESS = frozenset(

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ds_minis.layer.passes.attention import wrap_attention
+from ds_minis.layer.attention.attention import wrap_attention
 from ds_minis.parallel.attention.attention import parallel_attention
+from ds_minis.parallel.attention.state import Parallel
 from ds_minis.parallel.communication.groups import require_divisible
 from ds_minis.parallel.model import decoder as decoders
 from ds_minis.parallel.model import layers, loss, rotary
-from ds_minis.parallel.model.state import Parallel
 from ds_minis.ranks import num_ranks
 from ds_minis.tiling.modules.arguments import takes
 from ds_minis.tiling.modules.hooks import remove_hooks

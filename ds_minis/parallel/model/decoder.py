@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from ds_minis.parallel.attention.documents import OF_DOCUMENTS, names_in, positions_and_documents
 from ds_minis.parallel.attention.masks import Refused, Sequence, masks_of
+from ds_minis.parallel.attention.state import Parallel
 from ds_minis.parallel.communication.collectives import gather, gather_sequence
 from ds_minis.parallel.communication.cut import Cut
 from ds_minis.parallel.model.rotary import noise_of_whole
 from ds_minis.parallel.model.rows import gather_rows
-from ds_minis.parallel.model.state import Parallel
 from ds_minis.tiling.modules.arguments import argument_names
 from ds_minis.tiling.modules.cache_rule import CACHE_NAMES
 from ds_minis.tiling.modules.compiling import outside_of_graphs

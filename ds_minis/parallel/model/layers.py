@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from ds_minis.layer.analysis.analysis import analyze_layer
-from ds_minis.layer.passes.attention import attention_unwrapped
+from ds_minis.layer.attention.attention import attention_unwrapped
 from ds_minis.layer.passes.layer_args import LayerArgs
 from ds_minis.layer.tiled.tiled_layer import TiledLayer
 from ds_minis.parallel.attention.masks import Refused, SequenceMask
-from ds_minis.parallel.model.state import Parallel
+from ds_minis.parallel.attention.state import Parallel
 from ds_minis.tiling.core.row_args import tensors_in
 from ds_minis.tiling.modules.compiling import outside_of_graphs
 from ds_minis.tiling.modules.swap import untiled_class

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_minis.loss.forward.output_logits import wanted_logits
+from ds_minis.parallel.attention.state import Parallel
 from ds_minis.parallel.communication.collectives import summed
 from ds_minis.parallel.communication.cut import Cut
-from ds_minis.parallel.model.state import Parallel
 from ds_minis.tiling.modules.arguments import argument
 from ds_minis.tiling.modules.compiling import outside_of_graphs
 from ds_minis.tiling.modules.swap import replaced_by

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ds_minis.parallel.attention.documents import names_in
+from ds_minis.parallel.attention.state import Parallel
 from ds_minis.parallel.communication.cut import Cut
-from ds_minis.parallel.model.state import Parallel
 from ds_minis.tiling.modules.arguments import argument_names
 from ds_minis.tiling.modules.compiling import outside_of_graphs
 

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ds_minis.parallel.attention.state import Parallel
 from ds_minis.parallel.communication.collectives import summed
 from ds_minis.parallel.communication.cut import Cut
 from ds_minis.parallel.communication.groups import Group
-from ds_minis.parallel.model.state import Parallel
 
 
 @contextlib.contextmanager

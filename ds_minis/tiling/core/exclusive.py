@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-_RUNNING = "ds_minis_running_in"  # a thread id; the prefix ds_ keeps it out of settings and signatures
+_RUNNING = "ds_minis_running_in"  # a thread id; settings and signatures leave attributes out that begin with ds_
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ class _Linear(torch.autograd.Function):
     Args:
         leaf: the parameter that `weight` was cast from; it gives the result a graph where nothing else is trained.
         add: accumulates the weight gradient from its two operands; None leaves that to autograd.
-        result: gives the result from `x`, without a graph; None, as result or in its place, computes the product.
+        result: gives the result from `x`, without a graph; where it is None or gives None, the product is computed.
     """
 
     @staticmethod

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,28 @@ def submodules(module: nn.Module) -> list[nn.Module]:
             if part._modules:
                 stack += [child for child in reversed(part._modules.values()) if child is not None]
     return list(found.values())
+
+
+def weights_of(module: nn.Module) -> Iterator[Tensor]:
+    """The weights of a module and its submodules, wherever an engine holds them: FSDP1's views are in `__dict__`."""
+    for part in submodules(module):
+        for holder in (part._parameters, part.__dict__):
+            yield from (value for value in holder.values() if isinstance(value, Tensor))
+
+
+def holders_of(module: nn.Module, name: str) -> list[dict[str, Any]]:
+    """Where a module holds a weight: FSDP1 holds it in both places in forward, and in `_parameters` alone in backward."""
+    return [holder for holder in (module._parameters, module.__dict__) if name in holder]
+
+
+def is_partitioned(param: Tensor) -> bool:
+    """Whether ZeRO-3 has divided the parameter among the ranks."""
+    return hasattr(param, "ds_shape")
+
+
+def whole_shape(param: Tensor) -> torch.Size:
+    """The shape of a parameter that ZeRO-3 may have divided."""
+    return getattr(param, "ds_shape", param.shape)
 
 
 class ParameterSlots:
@@ -93,9 +116,7 @@ class ParameterSlots:
         before = []
         try:
             for submodule, name, index in self._slots:
-                # Looked up anew: FSDP1 holds a weight in both places in forward, and in `_parameters` alone in backward.
-                places = [holder for holder in (submodule._parameters, submodule.__dict__) if name in holder]
-                for holder in places or [submodule.__dict__]:
+                for holder in holders_of(submodule, name) or [submodule.__dict__]:  # looked up anew in each run
                     before.append((holder, name, dict.get(holder, name, _NOTHING)))
                     holder[name] = tensors[index]
             yield

@@ -19,7 +19,7 @@ class Warnings:
         return Warnings, ()
 
     def once(self, text: str) -> None:
-        """Gives a warning, unless it was given before or is empty."""
+        """Gives a warning, unless it is empty or the same text was given before: one with changing numbers needs a flag."""
         if text and text not in self._given and is_main_process():
             logger.warning("ds_minis: %s", text)
         self._given.add(text)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ds_minis.ranks import has_other_ranks
 from ds_minis.tiling.core.out_of_memory import is_out_of_memory
-from ds_minis.tiling.core.params import ParameterSlots, constants_of
+from ds_minis.tiling.core.params import ParameterSlots, constants_of, is_partitioned
 from ds_minis.tiling.core.participation import Memory, Walk, call_signature
 from ds_minis.tiling.modules.hooks import engine_of
 from ds_minis.tiling.verify.side_effects import quietly
@@ -117,4 +117,4 @@ def _is_held_whole(param: Tensor) -> bool:
     Not under ZeRO-3 and FSDP: they order gradients themselves, and a view would keep the weight gathered. Not inside of a
     module that has a gate already.
     """
-    return param.is_leaf and not hasattr(param, "ds_id") and not is_traceable_wrapper_subclass(param)
+    return param.is_leaf and not is_partitioned(param) and not is_traceable_wrapper_subclass(param)

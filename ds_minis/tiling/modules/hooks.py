@@ -23,7 +23,7 @@ def user_hook(modules: Iterable[nn.Module], kinds: tuple[str, ...] = FORWARD) ->
     for module in modules:
         for kind in kinds:
             hooks = module.__dict__[f"_{kind}"]
-            name = _foreign(hooks.values()) if hooks else ""
+            name = _user_hook_name(hooks.values()) if hooks else ""
             if name:
                 return name
         if _is_captured(module):
@@ -39,7 +39,9 @@ def _is_captured(module: nn.Module) -> bool:
 
 def global_user_hook() -> str:
     """The same for torch's global module hooks."""
-    return next(filter(None, (_foreign(getattr(nn.modules.module, f"_global_{kind}").values()) for kind in ALL)), "")
+    return next(
+        filter(None, (_user_hook_name(getattr(nn.modules.module, f"_global_{kind}").values()) for kind in ALL)), ""
+    )
 
 
 def engine_forward_hook(module: nn.Module) -> str:
@@ -50,7 +52,7 @@ def engine_forward_hook(module: nn.Module) -> str:
 
 def is_engines(hook: Callable) -> bool:
     """Whether a hook belongs to an engine."""
-    return not _foreign([hook])
+    return not _user_hook_name([hook])
 
 
 def _captures_nothing(hook: Callable) -> bool:
@@ -61,7 +63,7 @@ def _captures_nothing(hook: Callable) -> bool:
     return collector is None or inspect.getclosurevars(hook).nonlocals["key"] not in collector
 
 
-def _foreign(hooks: Iterable[Callable]) -> str:
+def _user_hook_name(hooks: Iterable[Callable]) -> str:
     for hook in hooks:
         if _captures_nothing(hook):
             continue

@@ -37,8 +37,8 @@ class Chunking:
         hidden_size: width of the model's hidden states, in elements; the width of one token for `chunk_size`.
         layer_inputs: stores the inputs of its tiled layers (`ds_minis.memory`); None leaves that to autograd.
         unkept: kind of call whose attention cannot be kept -> (class name of the layer, reason); see
-            `ds_minis.layer.passes.kept_attention`.
-        kept_plans: which tensors an attention saves are copies (`ds_minis.layer.passes.kept_attention`).
+            `ds_minis.layer.attention.kept_attention`.
+        kept_plans: which tensors an attention saves are copies (`ds_minis.layer.attention.kept_attention`).
         heads: analyses of LM heads (`ds_minis.loss.heads.chunked_head`).
         bypassed: why the loss of the last forward pass in training could not be tiled; empty if it was.
         warnings: the warnings given about the model.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_minis.tiling.core.out_of_memory import in_a_chunk
-from ds_minis.tiling.core.params import submodules
+from ds_minis.tiling.core.params import is_partitioned, submodules
 from ds_minis.tiling.core.replay import AutocastState, has_values
 from ds_minis.tiling.core.row_args import RowArgs, tensors_in
 from ds_minis.tiling.core.tiled_op import runs_whole, tile_rows
@@ -174,7 +174,7 @@ def require_weights(module: nn.Module) -> None:
         RuntimeError: a submodule is wrapped by FSDP, or a weight is partitioned by ZeRO-3.
     """
     parts = submodules(module)
-    partitioned = any(p is not None and hasattr(p, "ds_shape") for part in parts for p in part._parameters.values())
+    partitioned = any(p is not None and is_partitioned(p) for part in parts for p in part._parameters.values())
     if not partitioned and not any(map(engine_of, parts)):
         return
     for name, child in module.named_modules():
@@ -189,7 +189,7 @@ def require_weights(module: nn.Module) -> None:
                 "mini-sequence configuration"
             )
     for name, param in module.named_parameters():
-        if param.numel() == 0 and hasattr(param, "ds_shape"):
+        if param.numel() == 0 and is_partitioned(param):
             raise RuntimeError(
                 f"{type(module).__name__}.{name} is partitioned by ZeRO-3 inside of a tiled module, so every chunk would "
                 "gather it on its own (and hang where ranks differ in length). Convert the model before "

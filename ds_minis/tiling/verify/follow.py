@@ -48,7 +48,7 @@ class Reach:
         self.longest, self.shortest_part, self.longest_part = length, min(chunk, *parts), max(chunk, *parts)
 
     def without_end(self) -> None:
-        """Sets no limits: a longer call would be analyzed with the same runs."""
+        """Removes the limits: a longer call would be analyzed with the same runs."""
         self.longest, self.shortest_part, self.longest_part = float("inf"), 0, float("inf")
 
     def extended(self, earlier: Reach) -> Reach:

@@ -73,7 +73,7 @@ class AttentionGraph:
 
 
 class _HandedOver(torch.autograd.Function):
-    """Gives the gradient that lies in a list, and not the one it gets: what is given to `grad` is held until that returns."""
+    """Takes its gradient from a list: `autograd.grad` would hold its own argument until it returns."""
 
     @staticmethod
     def forward(ctx, out: Tensor, grads: list[Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ds_minis.config import AUTO
 from ds_minis.tiling.core.grad_accum import GradientSums
+from ds_minis.tiling.core.params import holders_of
 
 
 class WrongGroups(ValueError):
@@ -68,9 +69,8 @@ class HeadGroups:
         try:
             for linear in self.linears:
                 for name in ("weight", "bias"):
-                    # FSDP1 may hold a weight in both places.
-                    for holder in (linear._parameters, linear.__dict__):
-                        whole = holder.get(name)
+                    for holder in holders_of(linear, name):
+                        whole = holder[name]
                         if whole is not None:
                             before.append((holder, name, whole))
                             size = whole.shape[0] // self.count

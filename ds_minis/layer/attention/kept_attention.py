@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
-from ds_minis.layer.passes.attention import AttentionRequest
-from ds_minis.layer.passes.attention_graph import sources_of
+from ds_minis.layer.attention.attention import AttentionRequest
+from ds_minis.layer.attention.attention_graph import sources_of
 from ds_minis.memory.rematerialize import (
     Copy,
     Groups,

@@ -37,7 +37,7 @@ class AttentionTail:
         self.skipped: list[nn.Module] = []  # the first run alone has called them, in front of its attention
 
     def answer(self, out: Tensor) -> Tensor:
-        """The attention's output for a run, which has reached its attention."""
+        """Gives the attention's output to a run that has reached the attention."""
         self._reached = _random_states(out)
         return out
 

@@ -1,8 +1,8 @@
 """The seam between a decoder layer and its attention: transformers' attention interface.
 
 Layers look up their attention function in `ALL_ATTENTION_FUNCTIONS` at each call. While a tiled layer runs, that lookup
-returns a function of ours, which receives the function and the arguments of the layer's call. transformers is not imported: a
-layer that uses its interface has imported it already.
+returns a function of ds_minis, which receives the function and the arguments of the layer's call. transformers is not
+imported: a layer that uses its interface has imported it already.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class _Answers(threading.local):
-    """The handlers of attention calls in this thread, innermost last, and whether it is given functions unwrapped."""
+    """The handlers of attention calls in this thread, innermost last; how many contexts ask for unwrapped functions."""
 
     def __init__(self):
         self.stack: list[Handler] = []
@@ -159,7 +159,7 @@ class attention_handled_by:
 def wrap_attention(wrap: Wrapper) -> None:
     """From now on, every lookup of an attention function gives `wrap(function)`, in all threads; a handler gets that too.
 
-    For functions that look at their arguments and leave what is not theirs alone. Calling it again changes nothing.
+    The wrapped function must pass on calls that do not concern it. Calling this again changes nothing.
     """
     global _default_wrapper
     if _default_wrapper is None:
