@@ -22,7 +22,7 @@ def implementation(monkeypatch):
         return plain._Torch
     from ds_minis.loss.kernels import cross_entropy_kernel
 
-    monkeypatch.setattr(cross_entropy_kernel, "MAX_BLOCK", 64)  # several blocks to a row
+    monkeypatch.setattr(cross_entropy_kernel, "_MAX_BLOCK", 64)  # several blocks to a row
     return cross_entropy_kernel
 
 

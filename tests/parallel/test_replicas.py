@@ -14,7 +14,7 @@ from transformers.models.phimoe.modeling_phimoe import PhimoeConfig, PhimoeRotar
 from ds_minis import convert_to_mini_sequence, sampler_arguments
 from ds_minis.config_sources import Request
 from ds_minis.integrations.accelerate_replicas import Replicas
-from ds_minis.integrations.data import of_first_ranks, schedules_for_replicas, slice_of_replica, step_for_replicas
+from ds_minis.integrations.data import _of_first_ranks, _slice_of_replica, schedules_for_replicas, step_for_replicas
 from ds_minis.parallel.attention.state import Parallel
 from ds_minis.parallel.communication.cut import Cut
 from ds_minis.parallel.model.loss import has_standard_loss
@@ -89,7 +89,7 @@ def test_settings_that_are_off_make_no_groups():
 
 def test_each_replica_counts_once():
     gathered = torch.arange(12).view(4 * 3, 1)  # 3 rows of each of 4 ranks
-    assert of_first_ranks(gathered, 4, 2).flatten().tolist() == [0, 1, 2, 6, 7, 8]
+    assert _of_first_ranks(gathered, 4, 2).flatten().tolist() == [0, 1, 2, 6, 7, 8]
 
 
 def test_a_dispatcher_gives_all_ranks_of_a_group_one_part():
@@ -97,10 +97,10 @@ def test_a_dispatcher_gives_all_ranks_of_a_group_one_part():
         return data[tensor_slice]
 
     data = list(range(8))  # 2 replicas of 2 ranks
-    parts = [slice_of_replica(given, 2, data, slice(rank * 4, rank * 4 + 4), rank, 2) for rank in range(4)]
+    parts = [_slice_of_replica(given, 2, data, slice(rank * 4, rank * 4 + 4), rank, 2) for rank in range(4)]
     assert parts == [data[:4], data[:4], data[4:], data[4:]]
     # the beginning of the first batch, which completes the last
-    assert {tuple(slice_of_replica(given, 2, data, slice(0, 2), rank, 2)) for rank in range(4)} == {(0, 1)}
+    assert {tuple(_slice_of_replica(given, 2, data, slice(0, 2), rank, 2)) for rank in range(4)} == {(0, 1)}
 
 
 @pytest.mark.parametrize("split", [False, True])

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ds_minis.parallel.attention.block_kernels import visible
-from ds_minis.parallel.attention.ring import plan_ring, require_supported
+from ds_minis.parallel.attention.ring import _check, plan_ring
 
 ROOT = Path(__file__).parents[2]
 PART = 6  # tokens
@@ -216,10 +216,10 @@ def test_bad_arguments_are_named(change, message):
     if documents is not None:
         documents = torch.zeros(documents, dtype=torch.int64)
     with pytest.raises(ValueError, match=message):
-        require_supported(*(torch.zeros(shapes[name]) for name in "qkv"), 2, window, documents)
+        _check(*(torch.zeros(shapes[name]) for name in "qkv"), 2, window, documents)
 
 
 def test_dtypes_that_differ_are_named():
     q = torch.zeros(1, 1, 2, 4)
     with pytest.raises(ValueError, match="one floating dtype, not torch.float32, torch.float16 and torch.float32"):
-        require_supported(q, q.half(), q, 1, None, None)
+        _check(q, q.half(), q, 1, None, None)

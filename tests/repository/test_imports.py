@@ -68,21 +68,6 @@ def test_nothing_goes_by_way_of_the_public_names():
                 assert public in ([], ["__version__"]), path
 
 
-def test_no_test_takes_or_replaces_a_private_name():
-    """A name with an underscore may change without a word: what a test needs of it has a public one."""
-    found = []
-    for path in (ROOT / "tests").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = []
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ds_minis"):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("setattr", "delattr"):
-                texts = [arg.value for arg in node.args[:2] if isinstance(arg, ast.Constant)]
-                names = [text.rpartition(".")[2] for text in texts if isinstance(text, str)]
-            found += [(str(path.relative_to(ROOT)), name) for name in names if re.match("_[^_]", name)]
-    assert found == []
-
-
 def test_no_file_and_no_wing_grows_too_long():
     """A wing, the modules of one folder, is one sitting for a reader; a part of ds_minis, with its wings, is a day."""
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / "ds_minis").rglob("*.py")}

@@ -71,7 +71,6 @@ class ChunkedHead:
         deferred: whether logits of this pass were deferred.
         reason: why they were not, if the module was called and must see all tokens.
         scope: an exit stack that is closed at the end of the pass.
-        memory: what earlier passes of the model have shown.
         was_read: whether something was computed from deferred logits, with a gradient.
         without_labels: whether the pass has none, so that whoever called the model reads the logits.
         gather: gathers the weights once more after the pass (FSDP2); None where calling the module does.
@@ -92,7 +91,6 @@ class ChunkedHead:
         # Only a plain linear layer is known not to save its result. The loss may overwrite logits, but not views.
         self._keeps_nothing = type(module).forward is nn.Linear.forward and "forward" not in module.__dict__
         self._chunking = chunking
-        self.memory = chunking.memory
         self._made: list[weakref.ref[Tensor]] = []
         self._outputs: list[tuple[weakref.ref, str]] = []
         self._weights_then: list[tuple] | None = None  # set when the pass ends
@@ -196,7 +194,7 @@ class ChunkedHead:
         self, function: Callable[..., Tensor], sample_0V: Tensor, labelled: Labelled | None, *rows: Tensor
     ) -> tuple[Tensor, ...]:
         """The columns of a `function` that gives `(C, N)` or `(C,)`, with one matmul less than `tile` where possible."""
-        labels = None if labelled is None else OneFactor(self.memory, labelled)
+        labels = None if labelled is None else OneFactor(self._chunking.memory, labelled)
         result = self._by_chunks(functools.partial(row_columns, labels=labels), function, sample_0V, rows)
         return result if type(result) is tuple else columns_of(result)
 

@@ -87,7 +87,7 @@ def ring_attention(
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
         raise ValueError("ring_attention: this rank is not in the group that was given; give the one that it shares")
-    require_supported(q, k, v, size, window, documents)
+    _check(q, k, v, size, window, documents)
     plan = plan_ring(rank, size, q.shape[2] // 2, window, documents)
     return _RingAttention.apply(q, k, v, group, scale, plan)
 
@@ -101,7 +101,7 @@ def in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
     return [x if x.dtype == torch.float64 else x.to(dtype) for x in tensors]
 
 
-def require_supported(q: Tensor, k: Tensor, v: Tensor, size: int, window: int | None, documents: Tensor | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, size: int, window: int | None, documents: Tensor | None) -> None:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     four = q.dim() == k.dim() == v.dim() == 4
     if not four or (k.shape[0], *k.shape[2:]) != (q.shape[0], *q.shape[2:]) or v.shape[:3] != k.shape[:3]:
