@@ -31,14 +31,14 @@ def watch() -> None:
 
     def first_step(optimizer, args, kwargs) -> None:
         handle.remove()
-        if not _has_converted_model():
+        if not has_converted_model():
             atexit.register(_tell, asks)
 
     handle = register_optimizer_step_post_hook(first_step)
 
 
 def _tell(asks: str) -> None:
-    if not _has_converted_model():
+    if not has_converted_model():
         print(
             f"ds_minis: {asks} this process has trained without converting a model. Only "
             "accelerate (Accelerator.prepare, so every HF Trainer) and deepspeed.initialize read these settings: call "
@@ -47,7 +47,7 @@ def _tell(asks: str) -> None:
         )
 
 
-def _has_converted_model() -> bool:
+def has_converted_model() -> bool:
     # By their types: asking an object of somebody else for its class may run code.
     module = sys.modules["torch.nn"].Module
     return any(issubclass(type(thing), module) and _CONVERTED in thing.__dict__ for thing in gc.get_objects())

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from engine_cases import CHUNKS, LEARNING_RATE, Case, make_model, micro_batch
+from engine_cases import CHUNKS_OF_RANKS, LEARNING_RATE, Case, make_model, micro_batch
 from engine_worker import full_params, trainable, wrapped
 
 from ds_minis import convert_to_mini_sequence
@@ -70,7 +70,7 @@ def train(case: Case, *, converted: bool, kind: str | None, backward: bool, rewr
     model = make_model(case)
     fault = Fault(model, FAULTS[kind or "RuntimeError"])
     if converted:
-        convert_to_mini_sequence(model, CHUNKS[rank])
+        convert_to_mini_sequence(model, CHUNKS_OF_RANKS[rank])
     engine, backpropagate, step, zero_grad = engine_of(case, model)
     losses, failed = [], 0
     for number in range(STEPS):
@@ -79,7 +79,7 @@ def train(case: Case, *, converted: bool, kind: str | None, backward: bool, rewr
             if kind is None:
                 continue
             rows = inputs["input_ids"].numel()
-            chunks = -(-rows // CHUNKS[rank]["chunk_size"]) if converted else 1
+            chunks = -(-rows // CHUNKS_OF_RANKS[rank]["chunk_size"]) if converted else 1
             fault.left = chunks * backward + min(chunks, 3)
         try:
             loss = engine(**inputs).loss

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from engine_cases import CHUNKS, LEARNING_RATE, Case, make_model, micro_batch
+from engine_cases import CHUNKS_OF_RANKS, LEARNING_RATE, Case, make_model, micro_batch
 from engine_worker import trainable, wrapped
 from models import batch
 
@@ -41,11 +41,11 @@ def run(case: Case, *, converted: bool) -> dict:
             "zero_allow_untested_optimizer": True,
         }
         if converted:
-            config["mini_sequence"] = CHUNKS[rank]
+            config["mini_sequence"] = CHUNKS_OF_RANKS[rank]
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     else:
         if converted:
-            convert_to_mini_sequence(model, CHUNKS[rank])
+            convert_to_mini_sequence(model, CHUNKS_OF_RANKS[rank])
         engine = wrapped(case, model)
         optimizer = torch.optim.SGD(trainable(engine), lr=LEARNING_RATE)
     tokens, losses = [], []

@@ -81,7 +81,7 @@ class Exactness:
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
     """One training step: its loss, its gradients, and the router's outputs by name."""
 
     loss: float
@@ -208,7 +208,7 @@ class LargestLogits(TorchDispatchMode):
         return out
 
 
-def _step(model: nn.Module, batch: Batch, **kwargs) -> _Step:
+def _step(model: nn.Module, batch: Batch, **kwargs) -> Step:
     """Forward and backward of a copy of the batch, from a random state that is always the same."""
     model.zero_grad(set_to_none=True)
     parameters = inspect.signature(model.forward).parameters
@@ -227,10 +227,10 @@ def _step(model: nn.Module, batch: Batch, **kwargs) -> _Step:
             t for t in tree_leaves(out.get(name) if hasattr(out, "get") else None) if isinstance(t, torch.Tensor)
         ]
         routers |= {f"{name}.{i}": tensor.detach() for i, tensor in enumerate(tensors)}
-    return _Step(float(out.loss.detach().sum()), grads, routers)
+    return Step(float(out.loss.detach().sum()), grads, routers)
 
 
-def step_errors(got: _Step, expected: _Step, rounding: Mapping[str, float] | None = None) -> tuple[float, float, str]:
+def step_errors(got: Step, expected: Step, rounding: Mapping[str, float] | None = None) -> tuple[float, float, str]:
     """Error of the loss, the largest error of a gradient, and whose it is; without errors that are `rounding`."""
     loss_error = abs(got.loss - expected.loss) / max(abs(expected.loss), 1e-6)
     error, name = 0.0, ""
@@ -242,7 +242,7 @@ def step_errors(got: _Step, expected: _Step, rounding: Mapping[str, float] | Non
     return loss_error, error, name
 
 
-def _grad_errors(got: _Step, expected: _Step) -> dict[str, float]:
+def _grad_errors(got: Step, expected: Step) -> dict[str, float]:
     largest = max((_largest(grad) for grad in expected.grads.values()), default=0.0)
     errors = {}
     for name in {**expected.grads, **got.grads}:
@@ -252,7 +252,7 @@ def _grad_errors(got: _Step, expected: _Step) -> dict[str, float]:
     return errors
 
 
-def _rounding(plain: nn.Module, batch: Batch, expected: _Step, **kwargs) -> dict[str, float]:
+def _rounding(plain: nn.Module, batch: Batch, expected: Step, **kwargs) -> dict[str, float]:
     """Errors of the plain model's own gradients when its weights move by their last bit."""
     return _grad_errors(_step(nudged(plain), batch, **kwargs), expected)
 
@@ -268,7 +268,7 @@ def nudged(plain: nn.Module) -> nn.Module:
     return copied
 
 
-def _router_error(got: _Step, expected: _Step, rounding: Mapping[str, float] | None = None) -> float:
+def _router_error(got: Step, expected: Step, rounding: Mapping[str, float] | None = None) -> float:
     """Of everything with router outputs on: what the routers said, the auxiliary loss, and the gradients with it."""
     if got.routers.keys() != expected.routers.keys():
         return float("inf")
@@ -281,7 +281,7 @@ def _router_error(got: _Step, expected: _Step, rounding: Mapping[str, float] | N
 
 
 def _checkpointing_error(
-    plain, converted, batch: Batch, expected: _Step, rounding: Mapping[str, float], notes: list[str]
+    plain, converted, batch: Batch, expected: Step, rounding: Mapping[str, float], notes: list[str]
 ) -> float | None:
     """The largest error under checkpointing; None, with a note, where the plain model's own checkpointing is wrong."""
     try:
@@ -305,7 +305,7 @@ def _checkpointing_error(
     return error
 
 
-def _checkpointed_step(model: nn.Module, batch: Batch) -> _Step:
+def _checkpointed_step(model: nn.Module, batch: Batch) -> Step:
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # renamed after our oldest transformers
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return _step(model, batch)

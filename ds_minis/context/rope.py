@@ -58,7 +58,7 @@ def change_rope(model: PreTrainedModel, *, theta: float, length: int) -> PreTrai
     for config in configs.values():
         _set_rope(config, theta, length)
     for _, module in rotary:
-        fresh = _plain_class(module)(module.config)
+        fresh = plain_class(module)(module.config)
         for key, buffer in fresh.named_buffers():
             module.register_buffer(key, buffer.to(getattr(module, key).device, torch.float32), persistent=False)
         module.__dict__.pop(_EXACT, None)
@@ -80,7 +80,7 @@ def exact_rope(model: PreTrainedModel) -> PreTrainedModel:
             _require_same(f"{name}.{key}", frequencies, dict(_frequencies(exact))[key])
         # Not a submodule: `.to()`, engines and checkpoints must not find it.
         module.__dict__[_EXACT] = exact
-        module.__class__ = _exact_class(_plain_class(module))
+        module.__class__ = _exact_class(plain_class(module))
         module._apply(lambda tensor: tensor)
     return model
 
@@ -140,7 +140,7 @@ class _ExactRope(nn.Module):
         if next(exact.buffers()).device != x.device:
             exact.to(x.device)
         with _Float64():
-            outputs = _plain_class(self).forward(exact, x, *args, **kwargs)
+            outputs = plain_class(self).forward(exact, x, *args, **kwargs)
         return outputs if x.dtype == torch.float64 else tree_map(_to_single, outputs)
 
     def _apply(self, fn, recurse=True):
@@ -157,7 +157,7 @@ class _ExactRope(nn.Module):
     def __reduce_ex__(self, protocol):
         # The class is made at run time: copies and pickles refer to the one it was made from.
         _, _, *state = super().__reduce_ex__(protocol)
-        return _new_exact, (_plain_class(self),), *state
+        return _new_exact, (plain_class(self),), *state
 
 
 class _Float64(TorchFunctionMode):
@@ -184,7 +184,7 @@ def _exact_class(base: type[nn.Module]) -> type[nn.Module]:
     return type(base.__name__, (_ExactRope, base), own)
 
 
-def _plain_class(module: nn.Module) -> type[nn.Module]:
+def plain_class(module: nn.Module) -> type[nn.Module]:
     cls = type(module)
     return cls.__mro__[cls.__mro__.index(_ExactRope) + 1] if issubclass(cls, _ExactRope) else cls
 
@@ -197,7 +197,7 @@ def _new_exact(base: type[nn.Module]) -> nn.Module:
 def _float64_copy(module: nn.Module) -> nn.Module:
     """A rotary embedding of the same class and configuration, whose frequencies were computed in float64."""
     with torch.device("cpu"), _Float64():
-        return _plain_class(module)(module.config)
+        return plain_class(module)(module.config)
 
 
 def _require_rotary(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -264,7 +264,7 @@ def _error(module: nn.Module, length: int) -> float:
         x = torch.zeros(1, 3, 1, device=device)
         got = module(x, positions, **which)
         with _Float64():
-            right = _plain_class(module).forward(exact.to(device), x.double(), positions, **which)
+            right = plain_class(module).forward(exact.to(device), x.double(), positions, **which)
         pairs = zip(*(value if isinstance(value, tuple) else (value,) for value in (got, right)), strict=True)
         worst = max(worst, *((a - b).abs().max().item() for a, b in pairs))
     return worst

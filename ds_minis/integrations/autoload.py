@@ -85,12 +85,12 @@ class AttachingFinder(importlib.abc.MetaPathFinder):
             spec = find_spec(name, path, target) if find_spec is not None else None
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _AttachingLoader(spec.loader)
+                    spec.loader = AttachingLoader(spec.loader)
                 return spec
         return None
 
 
-class _AttachingLoader(importlib.abc.Loader):
+class AttachingLoader(importlib.abc.Loader):
     """Stands in for a module's loader during its import, and is gone afterwards."""
 
     def __init__(self, loader):

@@ -43,7 +43,7 @@ def attach_data(accelerator_module: Any, replicas_of: Callable[[Any], Replicas])
     @functools.wraps(gather)
     def gather_each_once(self, *args, **kwargs):
         result, size = gather(self, *args, **kwargs), _ONCE.get()
-        return result if size == 1 else recursively_apply(_of_first_ranks, result, self.num_processes, size)
+        return result if size == 1 else recursively_apply(of_first_ranks, result, self.num_processes, size)
 
     @functools.wraps(gather_for_metrics)
     def gather_for_metrics_each_once(self, *args, **kwargs):
@@ -80,7 +80,7 @@ def each_replica_once(size: int) -> contextlib.AbstractContextManager[None]:
     return _set(_ONCE, size)
 
 
-def _of_first_ranks(gathered: torch.Tensor, num_processes: int, size: int) -> torch.Tensor:
+def of_first_ranks(gathered: torch.Tensor, num_processes: int, size: int) -> torch.Tensor:
     """Of a tensor gathered from all ranks, `(num_processes * n, ...)`, the first rank's part of each group."""
     of_ranks = gathered.unflatten(0, (num_processes, gathered.shape[0] // num_processes))
     return of_ranks[::size].flatten(0, 1)
@@ -154,10 +154,10 @@ def dispatch_to_replicas(loader: DataLoaderDispatcher, size: int) -> None:
             "dispatch_batches=False or use_stateful_dataloader=False in DataLoaderConfiguration"
         )
     loader.state = _ReplicaState(loader.state, size)
-    loader.slice_fn = functools.partial(_slice_of_replica, loader.slice_fn, size)
+    loader.slice_fn = functools.partial(slice_of_replica, loader.slice_fn, size)
 
 
-def _slice_of_replica(slice_fn, size: int, data, tensor_slice: slice, process_index=None, num_processes=None):
+def slice_of_replica(slice_fn, size: int, data, tensor_slice: slice, process_index=None, num_processes=None):
     """Calls `slice_fn` for this rank's replica: accelerate's slice begins at `process_index` times its width."""
     if tensor_slice.start:
         width = tensor_slice.stop - tensor_slice.start

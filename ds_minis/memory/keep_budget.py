@@ -67,6 +67,7 @@ class KeepBudget:
 
     Attributes:
         last: level -> number of layers, of the last forward pass in training.
+        needs: (level, kind of layer) -> what a call keeps.
         memory_of: the memory of a device; None where it cannot be read.
     """
 
@@ -83,7 +84,7 @@ class KeepBudget:
         self.last: dict[str, int] = {}
         self._pass = _Pass()
         self._told = False
-        self._needs: dict[tuple, Need] = {}
+        self.needs: dict[tuple, Need] = {}
         self._order: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
     def __reduce__(self):
@@ -160,7 +161,7 @@ class KeepBudget:
         kind = kind_of(layer, x)
         unknown = {ATTENTION: Need(4.0 * width * x.element_size())}
         needs = {
-            level: self._needs.get((level, kind), unknown.get(level, _UNKNOWN)).of(batch, num_tokens)
+            level: self.needs.get((level, kind), unknown.get(level, _UNKNOWN)).of(batch, num_tokens)
             for level in (ATTENTION, MATMULS, ALL)
         }
         needs[ALL] = max(0.0, needs[ALL] - inputs)
@@ -187,7 +188,7 @@ class KeepBudget:
     def learn(self, level: str, kind: tuple, shape: torch.Size, num_bytes: float, pair_bytes: float = 0.0) -> None:
         """Notes what a call of a kind (`kind_of`) with an input of this shape keeps."""
         tokens, num_tokens = max(1, shape[:2].numel()), max(1, shape[1])
-        self._needs[level, kind] = Need((num_bytes - pair_bytes) / tokens, pair_bytes / (tokens * num_tokens))
+        self.needs[level, kind] = Need((num_bytes - pair_bytes) / tokens, pair_bytes / (tokens * num_tokens))
 
     def too_large(self, layer: nn.Module, x: Tensor, num_bytes: float) -> None:
         """Notes that a call was given up when it had kept this much, and keeps its input alone."""

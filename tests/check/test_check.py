@@ -171,7 +171,7 @@ def test_console_script_is_the_command_line():
 
 
 def _step(**grads):
-    return exactness._Step(1.0, {name: torch.tensor(value) for name, value in grads.items()}, {})
+    return exactness.Step(1.0, {name: torch.tensor(value) for name, value in grads.items()}, {})
 
 
 def test_what_counts_as_exact():

@@ -116,7 +116,7 @@ def test_a_trainer_of_trl(tmp_path, folder, monkeypatch, name):
             assert "all logits" not in mini_sequence_report(model).last_loss
             if name in WEIGHED:
                 (head,) = model(input_ids=torch.ones(1, 2, dtype=torch.long)).logits.heads()
-                assert head._chunking.memory.one_factor == {"fused_lm_head": WEIGHED[name]}
+                assert head.chunking.memory.one_factor == {"fused_lm_head": WEIGHED[name]}
     assert len(results[0][0]) == len(results[1][0]) >= 3
     for entry, expected in zip(results[0][0], results[1][0], strict=True):
         assert entry == pytest.approx(expected, rel=2e-4, abs=1e-5)

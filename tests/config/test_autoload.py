@@ -221,7 +221,7 @@ def test_another_finder_that_asks_all_finders(monkeypatch, first):
     monkeypatch.setattr(sys, "meta_path", [*finders, *(f for f in sys.meta_path if type(f) is not type(own[0]))])
     monkeypatch.delitem(sys.modules, "accelerate.utils.deepspeed", raising=False)
     spec = importlib.util.find_spec("accelerate.utils.deepspeed")
-    assert isinstance(spec.loader, autoload._AttachingLoader)
+    assert isinstance(spec.loader, autoload.AttachingLoader)
     monkeypatch.setitem(autoload.ATTACH, "ds_minis_no_such_engine", "nowhere:nothing")
     assert importlib.util.find_spec("ds_minis_no_such_engine") is None
 

@@ -75,7 +75,7 @@ def test_wrong_settings_that_nobody_read_are_told_after_a_training_too(monkeypat
     told = []
     monkeypatch.setenv("DS_MINIS_CONFIG", value)
     monkeypatch.setattr(unread_settings.atexit, "register", lambda *call: told.append(call))
-    monkeypatch.setattr(unread_settings, "_has_converted_model", lambda: False)
+    monkeypatch.setattr(unread_settings, "has_converted_model", lambda: False)
     unread_settings.watch()
     model = torch.nn.Linear(2, 2)
     model(torch.ones(1, 2)).sum().backward()

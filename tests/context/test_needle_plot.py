@@ -22,13 +22,13 @@ def results(right=(2, 2, 0, 1), lengths=(64, 2048), model="a/b/tiny"):
 @pytest.fixture
 def drawn(monkeypatch):
     """Every figure that was saved."""
-    figures, save = [], needle_plot._save
+    figures, save = [], needle_plot.save
 
     def keep(figure, where, **options):
         figures.append(figure)
         save(figure, where, **options)
 
-    monkeypatch.setattr(needle_plot, "_save", keep)
+    monkeypatch.setattr(needle_plot, "save", keep)
     return figures
 
 

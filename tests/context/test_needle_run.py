@@ -15,7 +15,7 @@ from support import warm
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from ds_minis.context.needle.model import predict, prepare
-from ds_minis.context.needle.run import OtherRun, Ranks, _of_all_groups, load_done, read, run_needle
+from ds_minis.context.needle.run import OtherRun, Ranks, load_done, of_all_groups, read, run_needle
 from ds_minis.context.needle.task import NeedleTest, WrongTask
 
 HERE = Path(__file__).parent
@@ -200,5 +200,5 @@ def test_each_group_of_ranks_gives_one_result(monkeypatch):
         values[:] = ["a", "a", "b", "b"]
 
     monkeypatch.setattr("torch.distributed.all_gather_object", gather)
-    assert _of_all_groups("b", Ranks(size=2, group=1, num_groups=2, is_main=False)) == ["a", "b"]
-    assert _of_all_groups("mine", Ranks()) == ["mine"]
+    assert of_all_groups("b", Ranks(size=2, group=1, num_groups=2, is_main=False)) == ["a", "b"]
+    assert of_all_groups("mine", Ranks()) == ["mine"]

@@ -245,7 +245,7 @@ def test_no_submodule_and_no_saved_tensor_is_added():
     exact_rope(model)
     assert [name for name, _ in model.named_modules()] == modules and list(model.state_dict()) == keys
     assert "angles in float64" in repr(model) and type(rotary_of(model)).__name__ == "LlamaRotaryEmbedding"
-    assert rope._plain_class(rotary_of(model)) in type(rotary_of(model)).__mro__
+    assert rope.plain_class(rotary_of(model)) in type(rotary_of(model)).__mro__
 
 
 def test_positions_that_a_model_has_are_not_taken_away():

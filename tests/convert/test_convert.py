@@ -25,7 +25,7 @@ from ds_minis import MiniSequenceConfig, convert_to_mini_sequence, mini_sequence
 from ds_minis.layer.tiled.tiled_layer import TiledLayer
 from ds_minis.tiling.modules.tiled_module import TiledModule
 
-CHUNKS = {"chunk_size": 5, "loss_chunk_size": 4}
+SMALL_CHUNKS = {"chunk_size": 5, "loss_chunk_size": 4}
 INPUTS = batch(13, prompt=2, padding=3)
 LAYERS = {f"model.layers.{i}" for i in range(2)}
 MLPS = {f"{layer}.mlp" for layer in LAYERS}
@@ -64,7 +64,7 @@ def test_every_layer_feed_forward_module_and_norm_is_tiled_and_nothing_else(fami
     mlps, norms = named(model, "MLP"), named(model, "Norm")
     norms_per_layer = {"qwen3": 4, "gemma2": 4}.get(family, 2)
     assert (len(mlps), len(norms)) == (2, 2 * norms_per_layer + 1) and "model.norm" in norms
-    assert convert_to_mini_sequence(model, {**CHUNKS, **settings}) is model
+    assert convert_to_mini_sequence(model, {**SMALL_CHUNKS, **settings}) is model
     assert tiled_names(model) == mlps | norms and tiled_names(model, TiledLayer) == layers
 
 
@@ -110,7 +110,7 @@ def test_include_and_exclude_match_the_name_or_its_end(settings, tiled):
 )
 def test_include_and_exclude_for_layers(settings, layers):
     model, reference = twins("llama")
-    report = mini_sequence_report(convert_to_mini_sequence(model, {**CHUNKS, **settings}))
+    report = mini_sequence_report(convert_to_mini_sequence(model, {**SMALL_CHUNKS, **settings}))
     assert tiled_names(model, TiledLayer) == set(report.layers) == layers
     reasons = {report.untiled[layer][1] for layer in LAYERS - layers}
     assert reasons <= {"not in include", "in exclude", "as a whole: a part of it is left out"}
@@ -141,7 +141,7 @@ def test_module_filter_decides_about_each_tileable_module():
 
 
 def test_report_tells_what_is_tiled_what_is_not_and_why():
-    settings = {**CHUNKS, "scope": "tokens", "exclude": ["model.norm"]}
+    settings = {**SMALL_CHUNKS, "scope": "tokens", "exclude": ["model.norm"]}
     report = mini_sequence_report(convert_to_mini_sequence(build("qwen3"), settings))
     assert report.config == MiniSequenceConfig(**settings)
     assert report.source == "convert_to_mini_sequence"
@@ -162,7 +162,7 @@ def test_report_tells_what_is_tiled_what_is_not_and_why():
 
 
 def test_report_tells_which_layers_are_tiled_and_what_is_there_where_they_are_not():
-    report = mini_sequence_report(convert_to_mini_sequence(build("qwen3"), {**CHUNKS, "exclude": ["layers.1"]}))
+    report = mini_sequence_report(convert_to_mini_sequence(build("qwen3"), {**SMALL_CHUNKS, "exclude": ["layers.1"]}))
     assert report.layers == {"model.layers.0": "Qwen3DecoderLayer"} and len(report.tiled) == 11
     attention = {"model.layers.1.self_attn": ("Qwen3Attention", "mixes tokens")}
     assert report.untiled == {"model.layers.1": ("Qwen3DecoderLayer", "in exclude"), **attention}
@@ -189,7 +189,7 @@ def test_report_tells_what_becomes_of_the_loss(settings, words):
 @pytest.mark.parametrize("modules_to_save", ["model.norm", "layers.0.post_attention_layernorm"])
 def test_a_norm_that_peft_trains_is_tiled_or_reported_with_a_true_reason(modules_to_save):
     model, reference = (add_lora(m, modules_to_save=[modules_to_save]) for m in twins("llama"))
-    report = mini_sequence_report(convert_to_mini_sequence(model, CHUNKS))
+    report = mini_sequence_report(convert_to_mini_sequence(model, SMALL_CHUNKS))
     assert_same_training(model, reference, INPUTS)
     wrapper = f"base_model.model.model.{modules_to_save.removeprefix('model.')}"
     told = {name: value for name, value in {**report.tiled, **report.untiled}.items() if name.startswith(wrapper)}
@@ -198,7 +198,7 @@ def test_a_norm_that_peft_trains_is_tiled_or_reported_with_a_true_reason(modules
 
 def test_bare_decoder_is_tiled_without_a_loss():
     model, reference = (m.model for m in twins("llama"))
-    convert_to_mini_sequence(model, CHUNKS)
+    convert_to_mini_sequence(model, SMALL_CHUNKS)
     assert "layers.0.mlp" in tiled_names(model) and len(tiled_names(model)) == 7
     assert "no module here has an LM head" in mini_sequence_report(model).loss
     inputs = {key: INPUTS[key] for key in ("input_ids", "attention_mask")}
@@ -222,7 +222,7 @@ class Wrapper(nn.Module):
 
 def test_a_wrapper_that_passes_labels_on_never_sees_deferred_logits():
     model, reference = map(Wrapper, twins("gemma2"))
-    convert_to_mini_sequence(model, CHUNKS)
+    convert_to_mini_sequence(model, SMALL_CHUNKS)
     assert_same_training(model, reference, INPUTS)
     assert set(model.output) == {"loss"}
 
@@ -231,8 +231,8 @@ def test_a_wrapper_that_passes_labels_on_never_sees_deferred_logits():
 def test_report_is_printed_once_and_on_rank_0_alone(monkeypatch, capsys, rank, times):
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
-    model = convert_to_mini_sequence(build("llama"), CHUNKS)
-    convert_to_mini_sequence(model, CHUNKS)
+    model = convert_to_mini_sequence(build("llama"), SMALL_CHUNKS)
+    convert_to_mini_sequence(model, SMALL_CHUNKS)
     assert capsys.readouterr().out == f"{mini_sequence_report(model)}\n" * times
 
 
@@ -246,20 +246,22 @@ def test_second_conversion_with_the_same_settings_changes_and_prints_nothing(cap
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, add_lora], ids=["model", "adapted"])
-@pytest.mark.parametrize("other", [False, {"chunk_size": 3}, {**CHUNKS, "scope": "mlp"}, {**CHUNKS, "scope": "tokens"}])
+@pytest.mark.parametrize(
+    "other", [False, {"chunk_size": 3}, {**SMALL_CHUNKS, "scope": "mlp"}, {**SMALL_CHUNKS, "scope": "tokens"}]
+)
 def test_second_conversion_with_other_settings_shows_both(wrap, other):
-    model = wrap(convert_to_mini_sequence(build("llama"), CHUNKS))
+    model = wrap(convert_to_mini_sequence(build("llama"), SMALL_CHUNKS))
     with pytest.raises(ValueError, match="different mini-sequence settings") as error:
         convert_to_mini_sequence(model, other)
-    one, two = (MiniSequenceConfig.from_value(settings).to_dict() for settings in (CHUNKS, other))
+    one, two = (MiniSequenceConfig.from_value(settings).to_dict() for settings in (SMALL_CHUNKS, other))
     for settings in (one, two):
         shown = {key: value for key, value in settings.items() if one[key] != two[key]}
         assert shown and f"convert_to_mini_sequence: {shown}\n" in str(error.value)
     assert "revert_mini_sequence" in str(error.value)
-    assert mini_sequence_report(model).config == MiniSequenceConfig(**CHUNKS)
+    assert mini_sequence_report(model).config == MiniSequenceConfig(**SMALL_CHUNKS)
 
 
-@pytest.mark.parametrize("off", [False, {"enabled": False, **CHUNKS}, MiniSequenceConfig(enabled=False)])
+@pytest.mark.parametrize("off", [False, {"enabled": False, **SMALL_CHUNKS}, MiniSequenceConfig(enabled=False)])
 def test_switched_off_leaves_everything_alone_and_is_remembered(capsys, off):
     model = build("llama")
     before = snapshot(model)
@@ -300,12 +302,12 @@ def test_experts_and_norms_are_tiled_and_routers_left_alone(family):
     model = build(family)
     reference, blocks = copy.deepcopy(model), named(model, "SparseMoeBlock")
     parts = named(model, "Norm") | named(model, "Experts") | (named(model, "MLP") - blocks)
-    report = mini_sequence_report(convert_to_mini_sequence(model, {**CHUNKS, "scope": "tokens"}))
+    report = mini_sequence_report(convert_to_mini_sequence(model, {**SMALL_CHUNKS, "scope": "tokens"}))
     assert {name for name, (_, reason) in report.untiled.items() if "a mixture of experts" in reason} == blocks == MLPS
     assert tiled_names(model) == parts and len(named(model, "Experts")) == len(blocks)
     assert_same_training(model, reference, INPUTS)
     revert_mini_sequence(model)
-    report = mini_sequence_report(convert_to_mini_sequence(model, CHUNKS))
+    report = mini_sequence_report(convert_to_mini_sequence(model, SMALL_CHUNKS))
     assert set(report.layers) == LAYERS and tiled_names(model) == set(report.tiled) == parts
     assert_same_training(model, reference, INPUTS)
 
@@ -322,11 +324,11 @@ def test_experts_run_by_the_implementation_that_was_chosen(implementation, monke
     model, reference = build("mixtral"), build("mixtral")
     for m in (model, reference):
         m.set_experts_implementation(implementation)
-    convert_to_mini_sequence(model, CHUNKS)
+    convert_to_mini_sequence(model, SMALL_CHUNKS)
     model(**INPUTS)  # the first call of each class verifies it on some rows
     calls.clear()
     model(**INPUTS).loss.backward()
-    assert implementation == "eager" or (max(calls) == CHUNKS["chunk_size"] and sum(calls) == 2 * 2 * 26)
+    assert implementation == "eager" or (max(calls) == SMALL_CHUNKS["chunk_size"] and sum(calls) == 2 * 2 * 26)
     model.zero_grad()
     assert_same_training(model, reference, INPUTS)
 
@@ -337,7 +339,7 @@ def test_an_adapter_named_expert_makes_no_mixture_of_experts():
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, add_lora], ids=["model", "adapted"])
-@pytest.mark.parametrize("settings", [CHUNKS, {"loss": False}, {"return_logits": True}])
+@pytest.mark.parametrize("settings", [SMALL_CHUNKS, {"loss": False}, {"return_logits": True}])
 def test_revert_restores_classes_hooks_and_attributes(wrap, settings):
     model = wrap(build("qwen3"))
     model.register_forward_hook(lambda *_: None)
@@ -355,15 +357,15 @@ def test_revert_of_an_unconverted_model_does_nothing_and_a_reverted_one_converts
     before = snapshot(model)
     assert revert_mini_sequence(model) is model and snapshot(model) == before
     revert_mini_sequence(convert_to_mini_sequence(model))
-    convert_to_mini_sequence(model, CHUNKS)
-    assert mini_sequence_report(model).config == MiniSequenceConfig(**CHUNKS)
+    convert_to_mini_sequence(model, SMALL_CHUNKS)
+    assert mini_sequence_report(model).config == MiniSequenceConfig(**SMALL_CHUNKS)
     assert_same_training(model, reference, INPUTS)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_names_of_weights_and_classes_of_modules_stay(family):
     model, reference = twins(family)
-    convert_to_mini_sequence(model, CHUNKS)
+    convert_to_mini_sequence(model, SMALL_CHUNKS)
     assert list(model.state_dict()) == list(reference.state_dict())
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in reference.named_parameters()]
     assert [n for n, _ in model.named_modules()] == [n for n, _ in reference.named_modules()]
@@ -384,7 +386,7 @@ def loaded_through_torch_save(model, folder: Path):
 @pytest.mark.parametrize("wrap", [lambda model: model, add_lora], ids=["model", "adapted"])
 def test_a_copy_is_tiled_and_independent(tmp_path, wrap, duplicate):
     model, reference = (wrap(m) for m in twins("gemma2"))
-    convert_to_mini_sequence(model, CHUNKS)
+    convert_to_mini_sequence(model, SMALL_CHUNKS)
     twin = duplicate(model, tmp_path)
     assert tiled_names(twin) == tiled_names(model) and mini_sequence_report(twin) == mini_sequence_report(model)
     assert_same_training(checkpointed(twin), reference, INPUTS)
@@ -400,7 +402,7 @@ def test_a_copy_is_tiled_and_independent(tmp_path, wrap, duplicate):
 @pytest.mark.parametrize("family", ["llama", "llama-tied-bias"])
 def test_save_pretrained_writes_what_the_unconverted_model_writes(tmp_path, family):
     model, reference = twins(family)
-    convert_to_mini_sequence(model, CHUNKS).save_pretrained(tmp_path / "ours")
+    convert_to_mini_sequence(model, SMALL_CHUNKS).save_pretrained(tmp_path / "ours")
     reference.save_pretrained(tmp_path / "plain")
     assert {f.name for f in (tmp_path / "ours").iterdir()} == {f.name for f in (tmp_path / "plain").iterdir()}
     ours, plain = ((tmp_path / kind / "config.json").read_text() for kind in ("ours", "plain"))
@@ -414,14 +416,14 @@ def test_save_pretrained_writes_what_the_unconverted_model_writes(tmp_path, fami
 
 def test_weights_loaded_after_the_conversion_are_used():
     model, reference = build("llama", seed=1), build("llama", seed=2)
-    convert_to_mini_sequence(model, CHUNKS).load_state_dict(reference.state_dict())
+    convert_to_mini_sequence(model, SMALL_CHUNKS).load_state_dict(reference.state_dict())
     assert_same_training(model, reference, INPUTS)
 
 
 def converted_with_adapters(model, order: str, settings: dict):
     if order == "adapters first":
-        return convert_to_mini_sequence(add_lora(model, **settings), CHUNKS)
-    return add_lora(convert_to_mini_sequence(model, CHUNKS), **settings)
+        return convert_to_mini_sequence(add_lora(model, **settings), SMALL_CHUNKS)
+    return add_lora(convert_to_mini_sequence(model, SMALL_CHUNKS), **settings)
 
 
 adapter_cases = pytest.mark.parametrize("settings", LORA.values(), ids=LORA)
@@ -482,9 +484,9 @@ def test_a_pattern_that_matches_nothing_is_an_error(key):
 
 def test_a_part_that_was_converted_before_is_an_error():
     model = build("llama")
-    convert_to_mini_sequence(model.model, CHUNKS)
+    convert_to_mini_sequence(model.model, SMALL_CHUNKS)
     with pytest.raises(ValueError, match="without its LM head and loss: call revert_mini_sequence"):
-        convert_to_mini_sequence(model, CHUNKS)
+        convert_to_mini_sequence(model, SMALL_CHUNKS)
 
 
 class Layer(nn.Module):

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from ds_minis import convert_to_mini_sequence, mini_sequence_report
 
-CHUNKS = {"chunk_size": 10, "loss_chunk_size": 8}
+NOTED_CHUNKS = {"chunk_size": 10, "loss_chunk_size": 8}
 TOKENS = 46  # 2 x 23
 
 
@@ -71,7 +71,7 @@ class Full(TorchDispatchMode):
 
 def converted(**settings):
     model = build("llama", attention="of_this_test" if settings.pop("own_attention", False) else "eager")
-    return convert_to_mini_sequence(copy.deepcopy(model), CHUNKS | settings), model
+    return convert_to_mini_sequence(copy.deepcopy(model), NOTED_CHUNKS | settings), model
 
 
 @pytest.fixture(scope="module")

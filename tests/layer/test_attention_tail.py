@@ -80,13 +80,13 @@ def changed(cls):
 @pytest.fixture
 def shortened(monkeypatch):
     """Appends an element for each shortened run."""
-    runs, forward = [], AttentionTail._forward
+    runs, forward = [], AttentionTail.forward
 
     def counting(self, *args, **kwargs):
         runs.append(self)
         return forward(self, *args, **kwargs)
 
-    monkeypatch.setattr(AttentionTail, "_forward", counting)
+    monkeypatch.setattr(AttentionTail, "forward", counting)
     return runs
 
 
@@ -155,7 +155,7 @@ def test_dropout(in_attention, shortened, monkeypatch):
     torch.manual_seed(5)
     loss, grads = loss_and_grads(tiled, BATCH)
     assert count_layers(tiled) == 2 and len(shortened) == (0 if in_attention else 2 * SHORTENED)
-    monkeypatch.setattr("ds_minis.layer.attention.attention_tail._is_flat", lambda *args: False)
+    monkeypatch.setattr("ds_minis.layer.attention.attention_tail.is_flat", lambda *args: False)
     shortened.clear()
     torch.manual_seed(5)
     expected_loss, expected = loss_and_grads(full, BATCH)

@@ -333,7 +333,7 @@ def test_bytes_for_pairs_of_tokens_are_not_those_of_a_width(attention, grows):
     learned = []
     for length in (32, 41):
         loss_and_grads(model, batch(length, padding=3) if grows else batch(length, batch_size=1))
-        learned += [need.per_pair > 0 for (level, _), need in budget_of(model)._needs.items() if level == "all"]
+        learned += [need.per_pair > 0 for (level, _), need in budget_of(model).needs.items() if level == "all"]
     assert learned == [False, grows]
 
 

@@ -100,7 +100,7 @@ def test_a_loss_that_is_given_up_leaves_nothing_behind(settings, monkeypatch):
 
     def watched(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        made.append([weakref.ref(self), *map(weakref.ref, self._arguments)])
+        made.append([weakref.ref(self), *map(weakref.ref, self.arguments)])
 
     monkeypatch.setattr(KeptAttention, "__init__", watched)
     loss = model(**inputs).loss

@@ -314,8 +314,8 @@ def step(num_rows, vocab_size, hidden_size, chunk_rows, dtype):
 @pytest.mark.parametrize("chunk_rows", [512, 2048])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_one_buffer_of_logits_and_one_sum_of_the_weight_gradient(dtype, chunk_rows, monkeypatch):
-    monkeypatch.setattr(grad_accum, "_PRODUCT_ELEMENTS", 2**18)
-    monkeypatch.setitem(cross_entropy._BLOCK_ELEMENTS, "meta", cross_entropy._BLOCK_ELEMENTS["cpu"])
+    monkeypatch.setattr(grad_accum, "PRODUCT_ELEMENTS", 2**18)
+    monkeypatch.setitem(cross_entropy.BLOCK_ELEMENTS, "meta", cross_entropy.BLOCK_ELEMENTS["cpu"])
     num_rows, vocab_size, hidden_size = 2048, 4001, 512
     with torch.device("meta"):  # products in bfloat16 take a minute on some processors
         peak, *_ = step(num_rows, vocab_size, hidden_size, chunk_rows, dtype)
@@ -343,7 +343,7 @@ def test_the_gradients_of_that_step(dtype, chunk_rows):
 def test_the_weight_gradient_of_many_chunks_is_summed_in_float32(in_blocks, monkeypatch):
     """Summed in bfloat16, 128 chunks would be 2% off."""
     if in_blocks:
-        monkeypatch.setattr(grad_accum, "_PRODUCT_ELEMENTS", 100)
+        monkeypatch.setattr(grad_accum, "PRODUCT_ELEMENTS", 100)
     _, head, hidden, target, factor = step(2048, 101, 64, 16, torch.bfloat16)
     wide = head.linear.weight.detach().double().requires_grad_()
     (F.cross_entropy(F.linear(hidden.double(), wide), target, reduction="sum") * factor).backward()
@@ -354,8 +354,8 @@ def test_the_loss_stage_at_the_size_of_llama_3_8b(monkeypatch):
     """On meta tensors: at most 3 bytes x hidden size per token above the hidden states, the weight's buffers aside."""
     num_rows, vocab_size, hidden_size = 262_144, 128_256, 4096
     chunk_rows = Chunking(MiniSequenceConfig(), hidden_size).loss_rows(2 * num_rows * hidden_size, 2 * vocab_size)
-    monkeypatch.setitem(cross_entropy._BLOCK_ELEMENTS, "meta", 2**25)  # fewer blocks: quicker here
-    monkeypatch.setattr(grad_accum, "_PRODUCT_ELEMENTS", 2**26)
+    monkeypatch.setitem(cross_entropy.BLOCK_ELEMENTS, "meta", 2**25)  # fewer blocks: quicker here
+    monkeypatch.setattr(grad_accum, "PRODUCT_ELEMENTS", 2**26)
     with torch.device("meta"):
         peak, *_ = step(num_rows, vocab_size, hidden_size, chunk_rows, torch.bfloat16)
     weight_sum = 4 * vocab_size * hidden_size

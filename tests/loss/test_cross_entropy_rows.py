@@ -18,11 +18,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # when Triton is import
 def implementation(monkeypatch):
     """torch's; or the kernel, where Triton's interpreter is on."""
     if not INTERPRETED:
-        monkeypatch.setitem(plain._BLOCK_ELEMENTS, "cpu", 100)  # some rows to a block, and one
-        return plain._Torch
+        monkeypatch.setitem(plain.BLOCK_ELEMENTS, "cpu", 100)  # some rows to a block, and one
+        return plain.PlainTorch
     from ds_minis.loss.kernels import cross_entropy_kernel
 
-    monkeypatch.setattr(cross_entropy_kernel, "_MAX_BLOCK", 64)  # several blocks to a row
+    monkeypatch.setattr(cross_entropy_kernel, "MAX_BLOCK", 64)  # several blocks to a row
     return cross_entropy_kernel
 
 

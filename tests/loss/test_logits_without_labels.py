@@ -275,7 +275,7 @@ def test_what_a_tensor_can_do(logits):
     for attribute in ("shape", "dtype", "device", "ndim", "requires_grad", "is_leaf", "is_cuda", "layout", "_base"):
         assert getattr(deferred, attribute) == getattr(plain, attribute), attribute
     assert deferred.size(-1) == plain.size(-1) and len(deferred) == len(plain) and deferred.numel() == plain.numel()
-    assert deferred.grad_fn is not None and deferred.grad is None and not deferred._is_known()
+    assert deferred.grad_fn is not None and deferred.grad is None and not deferred.is_known()
     values = plain.detach()
     for found in (
         deferred.detach().cpu(), torch.from_numpy(deferred.detach().numpy()), torch.tensor(deferred.tolist()),

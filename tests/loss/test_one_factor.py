@@ -155,7 +155,7 @@ def test_backward_again(name):
 
 def test_zeros_and_what_is_not_finite_show_nothing():
     model, reference = pair()
-    seen = model(INPUTS["input_ids"])["logits"].heads()[0]._chunking.memory.one_factor
+    seen = model(INPUTS["input_ids"])["logits"].heads()[0].chunking.memory.one_factor
     grads_of(model, lambda m: losses(m).sum() * 0)
     grads_of(model, lambda m: losses(m).sum() * math.nan)
     assert not seen

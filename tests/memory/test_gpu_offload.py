@@ -1,4 +1,4 @@
-"""Checkpoints in host memory where copies run beside the computation. Skipped without a CUDA device."""
+"""Layer inputs in host memory where copies run beside the computation. Skipped without a CUDA device."""
 
 import gc
 import random
@@ -16,7 +16,7 @@ BUSY = 200_000_000  # cycles, about a tenth of a second
 SHAPE = (3, 1000, 4099)  # 46.9 MiB in float32: three blocks, the last one filled in part
 
 
-def checkpoints(number, shape=SHAPE, dtype=torch.float32):
+def layer_inputs(number, shape=SHAPE, dtype=torch.float32):
     generator = torch.Generator("cuda").manual_seed(0)
     return [torch.randn(shape, generator=generator, device="cuda").to(dtype) for _ in range(number)]
 
@@ -32,7 +32,7 @@ def clean_device():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("order", ["reversed", "forward", "random", "twice reversed"])
 def test_any_order_to_the_bit(order, dtype):
-    tensors = checkpoints(6, dtype=dtype)
+    tensors = layer_inputs(6, dtype=dtype)
     kept = keep_all(HostStore(), tensors)
     indices = list(range(6))
     if order == "random":
@@ -47,7 +47,7 @@ def test_any_order_to_the_bit(order, dtype):
 
 @pytest.mark.parametrize("name", ["transposed", "view", "empty", "one"])
 def test_other_arrangements(name):
-    base = checkpoints(1)[0]
+    base = layer_inputs(1)[0]
     views = {"transposed": base.mT, "view": base[1:, 5:, 7:], "empty": base[:0], "one": base[1, 2, 3]}
     store = HostStore()
     kept, _ = store.keep(views[name]), store.keep(base)
@@ -65,7 +65,7 @@ def keep_and_fetch(store, tensors):
 
 def test_the_host_never_waits():
     """Everything is asked for while the device is busy, and is right when it is not."""
-    store, tensors = HostStore(), checkpoints(5)
+    store, tensors = HostStore(), layer_inputs(5)
     keep_and_fetch(store, tensors)  # allocates all memory, for which CUDA may wait
     torch.cuda.synchronize()
     torch.cuda._sleep(10 * BUSY)
@@ -77,7 +77,7 @@ def test_the_host_never_waits():
 
 
 def test_copies_run_beside_the_computation():
-    store, tensors, slept = HostStore(), checkpoints(4), torch.cuda.Event()
+    store, tensors, slept = HostStore(), layer_inputs(4), torch.cuda.Event()
     keep_and_fetch(store, tensors)
     torch.cuda.synchronize()
     kept = [store.keep(x) for x in tensors]
@@ -96,7 +96,7 @@ def test_copies_run_beside_the_computation():
 
 def test_memory_that_is_dropped_at_once_is_not_used_before_it_is_copied():
     """What is computed next gets the memory of what was kept: in the order of the streams, never of the host."""
-    store, tensors = HostStore(), checkpoints(6)
+    store, tensors = HostStore(), layer_inputs(6)
     kept = []
     for x in tensors:
         torch.cuda._sleep(BUSY // 10)
@@ -111,7 +111,7 @@ def test_memory_that_is_dropped_at_once_is_not_used_before_it_is_copied():
 
 
 def test_blocks_are_used_again_only_behind_the_copies_out_of_them():
-    store, tensors = HostStore(), checkpoints(8)
+    store, tensors = HostStore(), layer_inputs(8)
     for _ in range(3):
         kept = keep_all(store, tensors[:4])
         fetched = [k.fetch() for k in kept[::-1]]
@@ -123,7 +123,7 @@ def test_blocks_are_used_again_only_behind_the_copies_out_of_them():
 
 
 def test_what_is_dropped_while_it_is_brought_is_not_used_before():
-    store, tensors = HostStore(), checkpoints(4)
+    store, tensors = HostStore(), layer_inputs(4)
     for _ in range(5):
         kept = keep_all(store, tensors)
         for k in kept[:1:-1]:
@@ -135,7 +135,7 @@ def test_what_is_dropped_while_it_is_brought_is_not_used_before():
 
 
 def test_device_memory_of_two_at_most_is_held_in_forward_and_backward():
-    store, (x,) = HostStore(), checkpoints(1)
+    store, (x,) = HostStore(), layer_inputs(1)
     size = x.nbytes + 2 * MIB
     torch.cuda.reset_peak_memory_stats()
     before, kept = torch.cuda.memory_allocated(), []
@@ -153,7 +153,7 @@ def test_device_memory_of_two_at_most_is_held_in_forward_and_backward():
 
 
 def test_pinned_memory_is_as_stated_and_allocated_once():
-    store, tensors, pointers = HostStore(), checkpoints(4), []
+    store, tensors, pointers = HostStore(), layer_inputs(4), []
     for _ in range(3):
         kept = keep_all(store, tensors)
         assert all(block.is_pinned() for k in kept for block in k.blocks)
@@ -167,7 +167,7 @@ def test_pinned_memory_is_as_stated_and_allocated_once():
 
 
 def test_a_write_into_what_is_being_copied_is_an_error():
-    store, (x, y) = HostStore(), checkpoints(2)
+    store, (x, y) = HostStore(), layer_inputs(2)
     torch.cuda._sleep(BUSY)
     store.keep(x)
     kept = store.keep(y)
@@ -192,7 +192,7 @@ def test_gradients_of_a_stack_of_layers(backwards):
 
 
 def test_a_computation_on_a_stream_of_its_own():
-    store, tensors = HostStore(), checkpoints(4)
+    store, tensors = HostStore(), layer_inputs(4)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(BUSY)
@@ -202,7 +202,7 @@ def test_a_computation_on_a_stream_of_its_own():
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_layers_on_two_devices():
-    store, tensors = HostStore(), checkpoints(4)
+    store, tensors = HostStore(), layer_inputs(4)
     tensors = [x.to(f"cuda:{i % 2}") for i, x in enumerate(tensors)]
     kept = keep_all(store, tensors)
     for k, x in zip(kept[::-1], tensors[::-1], strict=True):

@@ -1,4 +1,4 @@
-"""Checkpoints in host memory: contents, order, memory. On the CPU, by the code that runs on a GPU too."""
+"""Layer inputs in host memory: contents, order, memory. On the CPU, by the code that runs on a GPU too."""
 
 import contextlib
 import copy
@@ -25,7 +25,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(host_memory, "BLOCK_BYTES", BLOCK)
 
 
-def checkpoints(number, shape=(2, 37, 5)):
+def layer_inputs(number, shape=(2, 37, 5)):
     """Several blocks each, the last one filled in part; no two bytes at one place alike by chance alone."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator) for _ in range(number)]
@@ -80,7 +80,7 @@ def test_contents_are_the_same_to_the_bit(name, dtype):
 @pytest.mark.parametrize("order", ["reversed", "forward", "random", "twice reversed"])
 def test_any_order(order):
     lengths = [37, 1, 37, 100, 3, 3, 64]
-    tensors = [x for i, n in enumerate(lengths) for x in checkpoints(i + 1, (2, n, 5))[-1:]]
+    tensors = [x for i, n in enumerate(lengths) for x in layer_inputs(i + 1, (2, n, 5))[-1:]]
     kept = keep_all(HostStore(), tensors)
     indices = list(range(len(kept)))
     if order == "random":
@@ -92,7 +92,7 @@ def test_any_order(order):
 
 
 def test_the_copy_is_taken_at_once_and_a_write_before_its_end_is_seen_is_an_error():
-    store, (a, b, c) = HostStore(), checkpoints(3)
+    store, (a, b, c) = HostStore(), layer_inputs(3)
     first, expected = store.keep(a), a.clone()
     second = store.keep(b)  # has seen that the first is copied
     a.zero_()
@@ -109,7 +109,7 @@ def test_the_copy_is_taken_at_once_and_a_write_before_its_end_is_seen_is_an_erro
 
 @pytest.mark.parametrize("ahead", [1, 3])
 def test_so_many_are_brought_ahead_and_no_more(ahead):
-    store, tensors = HostStore(), checkpoints(9)
+    store, tensors = HostStore(), layer_inputs(9)
     kept = keep_all(store, tensors)
     brought = lambda: [k.is_on_device for k in kept]  # noqa: E731
     for i in reversed(range(9)):
@@ -125,7 +125,7 @@ def test_so_many_are_brought_ahead_and_no_more(ahead):
 
 
 def test_one_device_tensor_at_most_is_held_after_its_copy():
-    store, tensors = HostStore(), checkpoints(6)
+    store, tensors = HostStore(), layer_inputs(6)
     held = [weakref.ref(x.untyped_storage()) for x in tensors]
     kept = []
     for i in range(6):
@@ -138,7 +138,7 @@ def test_one_device_tensor_at_most_is_held_after_its_copy():
 
 @pytest.mark.parametrize("how", ["release", "drop"])
 def test_none_is_held_of_what_is_given_up(how):
-    store, (x, y) = HostStore(), checkpoints(2)
+    store, (x, y) = HostStore(), layer_inputs(2)
     keep_all(store, [y])
     kept, held = store.keep(x), weakref.ref(x.untyped_storage())
     del x
@@ -151,14 +151,14 @@ def test_none_is_held_of_what_is_given_up(how):
 
 
 def test_no_graph_is_held():
-    (x,) = checkpoints(1)
+    (x,) = layer_inputs(1)
     weight = torch.ones(5, requires_grad=True)
     kept = HostStore().keep(x * weight)
     assert not kept.fetch().requires_grad and torch.equal(kept.fetch(), x)
 
 
 def test_the_one_kept_before_is_brought_while_a_layer_runs_backward():
-    tensors = checkpoints(6)
+    tensors = layer_inputs(6)
     kept = keep_all(HostStore(), tensors)
     for i in (5, 4, 3, 2, 1):
         assert torch.equal(kept[i].fetch(), tensors[i])
@@ -169,7 +169,7 @@ def test_the_one_kept_before_is_brought_while_a_layer_runs_backward():
 
 
 def test_so_it_is_in_a_second_backward():
-    tensors = checkpoints(4)
+    tensors = layer_inputs(4)
     kept = keep_all(HostStore(), tensors)
     for k in kept[::-1]:
         k.fetch()
@@ -180,7 +180,7 @@ def test_so_it_is_in_a_second_backward():
 
 
 def test_what_has_been_brought_is_not_brought_again():
-    tensors = checkpoints(3)
+    tensors = layer_inputs(3)
     kept = keep_all(HostStore(), tensors)
     kept[2].fetch()
     spoil(kept[1])
@@ -189,7 +189,7 @@ def test_what_has_been_brought_is_not_brought_again():
 
 
 def test_other_orders_leave_one_tensor_on_the_device_at_most():
-    kept = keep_all(HostStore(), checkpoints(8))
+    kept = keep_all(HostStore(), layer_inputs(8))
     kept[-1].fetch()
     for i in random.Random(1).choices(range(8), k=60):
         kept[i].fetch()
@@ -197,14 +197,14 @@ def test_other_orders_leave_one_tensor_on_the_device_at_most():
 
 
 def test_nothing_is_brought_for_an_order_from_first_to_last():
-    kept = keep_all(HostStore(), checkpoints(5))
+    kept = keep_all(HostStore(), layer_inputs(5))
     for k in kept[:-1]:
         k.fetch()
         assert not any(k.is_on_device for k in kept[:-1])
 
 
 def test_what_is_released_or_gone_is_not_brought():
-    store, tensors = HostStore(), checkpoints(4)
+    store, tensors = HostStore(), layer_inputs(4)
     kept = keep_all(store, tensors)
     kept[2].release()
     assert torch.equal(kept[3].fetch(), tensors[3])
@@ -214,7 +214,7 @@ def test_what_is_released_or_gone_is_not_brought():
 
 
 def test_release_gives_the_memory_back_once():
-    store, tensors = HostStore(), checkpoints(4)
+    store, tensors = HostStore(), layer_inputs(4)
     kept = keep_all(store, tensors)
     per_tensor = host_bytes_needed(1, [torch.empty(2, 37, 5)])
     assert per_tensor == 6 * BLOCK
@@ -236,7 +236,7 @@ def test_release_gives_the_memory_back_once():
 
 def test_what_nobody_holds_is_given_back_also_out_of_a_cycle():
     store = HostStore()
-    kept = keep_all(store, checkpoints(3))
+    kept = keep_all(store, layer_inputs(3))
     cycle = [kept.pop()]
     cycle.append(cycle)
     del kept
@@ -249,7 +249,7 @@ def test_what_nobody_holds_is_given_back_also_out_of_a_cycle():
 def test_from_the_second_step_on_no_memory_is_allocated():
     store, blocks = HostStore(), []
     for shape in [(2, 37, 5), (2, 37, 5), (1, 70, 5), (3, 17, 7), (2, 37, 5)]:
-        tensors = checkpoints(4, shape)
+        tensors = layer_inputs(4, shape)
         kept = keep_all(store, tensors)
         blocks.append({block.data_ptr() for k in kept for block in k.blocks})
         assert all(torch.equal(k.fetch(), x) for k, x in zip(kept[::-1], tensors[::-1], strict=True))
@@ -287,7 +287,7 @@ def test_a_copy_is_a_store_of_its_own(copied):
     model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
     for layer in model:
         layer.store = store = model[0].store if hasattr(model[0], "store") else HostStore()
-    (x,) = checkpoints(1)
+    (x,) = layer_inputs(1)
     kept = store.keep(x.clone())
     other = copied(store)
     assert type(other) is HostStore and other is not store
@@ -328,7 +328,7 @@ def loss_of(weights, x, store=None):
 
 @pytest.mark.parametrize("backwards", [1, 2])
 def test_gradients_of_a_stack_of_layers(backwards):
-    weights, (x,), store = layers(), checkpoints(1), HostStore()
+    weights, (x,), store = layers(), layer_inputs(1), HostStore()
     expected = torch.autograd.grad(loss_of(weights, x), weights)
     loss = loss_of(weights, x, store)
     for i in range(backwards):
@@ -340,7 +340,7 @@ def test_gradients_of_a_stack_of_layers(backwards):
 
 
 def test_two_graphs_at_once_and_a_loss_that_is_dropped():
-    weights, (x, y, z), store = layers(), checkpoints(3), HostStore()
+    weights, (x, y, z), store = layers(), layer_inputs(3), HostStore()
     expected = torch.autograd.grad(loss_of(weights, x) + loss_of(weights, y), weights)
     loss = loss_of(weights, x, store)
     dropped = loss_of(weights, z, store)
@@ -365,7 +365,7 @@ class Saved(torch.autograd.Function):
 
 
 def test_as_saved_tensor_hooks_a_backward_gives_memory_back_while_the_loss_is_held():
-    store, (x,), (weight,) = HostStore(), checkpoints(1), layers(1)
+    store, (x,), (weight,) = HostStore(), layer_inputs(1), layers(1)
     expected = torch.autograd.grad((x @ weight).sum(), weight)[0]
     pack = lambda t: t if t.data_ptr() == weight.data_ptr() else store.keep(t)  # noqa: E731
     unpack = lambda packed: packed if isinstance(packed, torch.Tensor) else packed.fetch()  # noqa: E731

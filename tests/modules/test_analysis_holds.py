@@ -18,7 +18,7 @@ from ds_minis.tiling.modules.swap import tile, untile, whole_fallback_reason
 from ds_minis.tiling.modules.tiled_module import TiledModule
 
 H = 8
-CHUNKS = {"chunk_size": 96, "loss_chunk_size": 50}
+LARGE_CHUNKS = {"chunk_size": 96, "loss_chunk_size": 50}
 
 
 def inputs(*shape, seed=0):
@@ -236,7 +236,7 @@ def test_a_part_of_the_graph_that_outlives_the_call():
 @pytest.mark.parametrize("cls", [LogScale, Reaches])
 def test_a_layer_that_depends_on_its_length(cls):
     model, reference = (with_class(m, cls) for m in twins("llama"))
-    convert_to_mini_sequence(model, CHUNKS)
+    convert_to_mini_sequence(model, LARGE_CHUNKS)
     assert_same_training(model, reference, batch(55))
     assert_same_training(model, reference, batch(200))
     assert count_layers(model) == 0 and not mini_sequence_report(model).layers

@@ -115,7 +115,7 @@ def order_of_events(group: dist.ProcessGroup) -> tuple[list[list[str]], list[int
 
     Also how many of the tensors that arrived, or are to arrive, there are when an exchange has begun, at most.
     """
-    events, hop, kernel_for = [[], []], ring._Hop, ring.kernel_for
+    events, hop, kernel_for = [[], []], ring.Hop, ring.kernel_for
     arrivals, held = [], [0, 0]
 
     class Hop(hop):
@@ -138,13 +138,13 @@ def order_of_events(group: dist.ProcessGroup) -> tuple[list[list[str]], list[int
         return kernel._replace(forward=noted(kernel.forward), backward=noted(kernel.backward))
 
     q, k, v = (torch.randn(1, 2, 8, 4, requires_grad=True) for _ in range(3))
-    ring._Hop, ring.kernel_for, backward = Hop, noted_kernel, 0
+    ring.Hop, ring.kernel_for, backward = Hop, noted_kernel, 0
     try:
         out = ring_attention(q, k, v, group=group, scale=1.0)
         backward = 1
         out.sum().backward()
     finally:
-        ring._Hop, ring.kernel_for = hop, kernel_for
+        ring.Hop, ring.kernel_for = hop, kernel_for
     return events, held
 
 

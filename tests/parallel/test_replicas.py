@@ -13,8 +13,9 @@ from transformers.models.phimoe.modeling_phimoe import PhimoeConfig, PhimoeRotar
 
 from ds_minis import convert_to_mini_sequence, sampler_arguments
 from ds_minis.config_sources import Request
+from ds_minis.config_values import SequenceParallel
 from ds_minis.integrations.accelerate_replicas import Replicas
-from ds_minis.integrations.data import _of_first_ranks, _slice_of_replica, schedules_for_replicas, step_for_replicas
+from ds_minis.integrations.data import of_first_ranks, schedules_for_replicas, slice_of_replica, step_for_replicas
 from ds_minis.parallel.attention.state import Parallel
 from ds_minis.parallel.communication.cut import Cut
 from ds_minis.parallel.model.loss import has_standard_loss
@@ -89,7 +90,7 @@ def test_settings_that_are_off_make_no_groups():
 
 def test_each_replica_counts_once():
     gathered = torch.arange(12).view(4 * 3, 1)  # 3 rows of each of 4 ranks
-    assert _of_first_ranks(gathered, 4, 2).flatten().tolist() == [0, 1, 2, 6, 7, 8]
+    assert of_first_ranks(gathered, 4, 2).flatten().tolist() == [0, 1, 2, 6, 7, 8]
 
 
 def test_a_dispatcher_gives_all_ranks_of_a_group_one_part():
@@ -97,10 +98,10 @@ def test_a_dispatcher_gives_all_ranks_of_a_group_one_part():
         return data[tensor_slice]
 
     data = list(range(8))  # 2 replicas of 2 ranks
-    parts = [_slice_of_replica(given, 2, data, slice(rank * 4, rank * 4 + 4), rank, 2) for rank in range(4)]
+    parts = [slice_of_replica(given, 2, data, slice(rank * 4, rank * 4 + 4), rank, 2) for rank in range(4)]
     assert parts == [data[:4], data[:4], data[4:], data[4:]]
     # the beginning of the first batch, which completes the last
-    assert {tuple(_slice_of_replica(given, 2, data, slice(0, 2), rank, 2)) for rank in range(4)} == {(0, 1)}
+    assert {tuple(slice_of_replica(given, 2, data, slice(0, 2), rank, 2)) for rank in range(4)} == {(0, 1)}
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -132,8 +133,12 @@ def test_a_schedule_of_deepspeeds_is_as_long_as_the_replicas_make_it():
 
 
 def parallel_of(rank: int) -> Parallel:
-    made = object.__new__(Parallel)
-    made._group = SimpleNamespace(rank=rank, size=2)
+    made = Parallel(SequenceParallel(2, (2, 1)), None, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "ds_minis.parallel.attention.state.make_group", lambda size: SimpleNamespace(rank=rank, size=size)
+        )
+        made.group()
     return made
 
 
@@ -168,12 +173,19 @@ def test_two_passes_in_a_row_do_not_draw_the_same_numbers():
     assert found[0] != found[1]
 
 
-def test_a_copy_of_a_model_makes_groups_of_its_own():
+def test_a_copy_of_a_model_makes_groups_of_its_own(monkeypatch):
+    def make_group(size: int, stride: int = 1) -> SimpleNamespace:
+        groups.append(SimpleNamespace(rank=0, size=size, stride=stride))
+        return groups[-1]
+
+    groups = []
+    monkeypatch.setattr("ds_minis.parallel.attention.state.make_group", make_group)
     made = parallel_of(1)
-    made._grid, made.settings = (made._group, made._group), "kept"
+    grid = made.grid()
     copied = copy.deepcopy(made)
-    assert copied._group is None and copied._grid is None and copied.settings == "kept"
-    assert made._group.rank == 1
+    assert len(groups) == 2 and copied.settings == made.settings
+    assert copied.group() is groups[2] and all(a is b for a, b in zip(copied.grid(), groups[3:], strict=True))
+    assert made.group().rank == 1 and made.grid() is grid
 
 
 def test_embeddings_that_depend_on_the_length_are_found():

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ds_minis.parallel.attention.block_kernels import visible
-from ds_minis.parallel.attention.ring import _check, plan_ring
+from ds_minis.parallel.attention.ring import check_inputs, plan_ring
 
 ROOT = Path(__file__).parents[2]
 PART = 6  # tokens
@@ -216,10 +216,10 @@ def test_bad_arguments_are_named(change, message):
     if documents is not None:
         documents = torch.zeros(documents, dtype=torch.int64)
     with pytest.raises(ValueError, match=message):
-        _check(*(torch.zeros(shapes[name]) for name in "qkv"), 2, window, documents)
+        check_inputs(*(torch.zeros(shapes[name]) for name in "qkv"), 2, window, documents)
 
 
 def test_dtypes_that_differ_are_named():
     q = torch.zeros(1, 1, 2, 4)
     with pytest.raises(ValueError, match="one floating dtype, not torch.float32, torch.float16 and torch.float32"):
-        _check(q, q.half(), q, 1, None, None)
+        check_inputs(q, q.half(), q, 1, None, None)

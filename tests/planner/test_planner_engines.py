@@ -20,7 +20,7 @@ ENGINES = {  # their classes, and ZeRO's stage
     **{f"zero{stage}": ("DeepSpeedEngine", stage) for stage in range(4)},
 }
 HALF, WHOLE = {"dtype": "bfloat16"}, {"dtype": "float32"}
-CHUNKS = {"chunk_size": 200, "loss_chunk_size": 150}
+LARGE_CHUNKS = {"chunk_size": 200, "loss_chunk_size": 150}
 CASES = {
     "DDP": ({"engine": "ddp", **WHOLE}, 650),
     "FSDP2": ({"engine": "fsdp2", **HALF}, 650),
@@ -34,7 +34,7 @@ CASES = {
     "ZeRO-3, not converted": ({"engine": "zero3", "reuse_distance": 1000, "settings": None, **WHOLE}, 200),
     "ZeRO-3, nothing kept": ({"engine": "zero3", "reuse_distance": 1000, **WHOLE}, 650),
     "ZeRO-3, LoRA, products kept": (
-        {"engine": "zero3", "train": "lora", "settings": CHUNKS | {"keep": "matmuls"}, **HALF},
+        {"engine": "zero3", "train": "lora", "settings": LARGE_CHUNKS | {"keep": "matmuls"}, **HALF},
         650,
     ),
 }
@@ -45,7 +45,8 @@ def counted(tmp_path_factory) -> dict[str, int]:
     """Bytes at the peak of the busier rank, by case, in the engine that was asked for."""
     folder = tmp_path_factory.mktemp("bytes")
     cases = {
-        name: (CONFIG.to_dict(), {"settings": CHUNKS} | fields, tokens) for name, (fields, tokens) in CASES.items()
+        name: (CONFIG.to_dict(), {"settings": LARGE_CHUNKS} | fields, tokens)
+        for name, (fields, tokens) in CASES.items()
     }
     (folder / "cases").write_text(json.dumps(cases))
     command = [warm.python(), str(WORKER), str(folder / "cases"), str(folder)]
@@ -67,5 +68,5 @@ def planner() -> Planner:
 @pytest.mark.parametrize("name", CASES)
 def test_planned_bytes_are_those_of_real_steps(name, counted, planner):
     fields, tokens = CASES[name]
-    estimate = planner.estimate(Setup(**{"settings": CHUNKS} | fields, gpus=RANKS), tokens)
+    estimate = planner.estimate(Setup(**{"settings": LARGE_CHUNKS} | fields, gpus=RANKS), tokens)
     assert estimate.allocated == pytest.approx(counted[name], rel=0.03), [(t.name, t.nbytes) for t in estimate.terms]

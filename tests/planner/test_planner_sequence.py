@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ds_minis.config_values import SequenceParallel
-from ds_minis.parallel.attention.attention import AttentionRequest, _Call, fewer_bytes_by_heads
+from ds_minis.parallel.attention.attention import AttentionCall, AttentionRequest, fewer_bytes_by_heads
 from ds_minis.planner.devices.sequence import mode_of, received_bytes, terms_of_sequence_parallel
 from ds_minis.planner.inputs.setup import Setup
 
@@ -33,11 +33,9 @@ def chosen(heads: int, kv_heads: int, size: int, mode, **arguments) -> str:
         settings=SequenceParallel.from_value({"size": size, "mode": mode}), group=lambda: SimpleNamespace(size=size)
     )
     sequence = SimpleNamespace(parallel=parallel, cut=None, padding_is_behind=True)
-    call = _Call.__new__(_Call)
-    call._request = AttentionRequest(sdpa_attention_forward, torch.nn.Module(), qkv, (), arguments)
-    call._parallel, call._group = parallel, parallel.group()
-    call._rule = SimpleNamespace(is_causal=True, window=0, sequence=sequence)
-    return call._mode()[0]
+    request = AttentionRequest(sdpa_attention_forward, torch.nn.Module(), qkv, (), arguments)
+    rule = SimpleNamespace(is_causal=True, window=0, sequence=sequence)
+    return AttentionCall(request, 0, rule).mode()[0]
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)

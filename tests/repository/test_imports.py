@@ -105,3 +105,27 @@ def test_every_folder_with_wings_has_a_contract():
     held = {section["containers"] for section in contracts.values() if section.get("exhaustive") == "True"}
     modules = [path.parent.relative_to(ROOT).parts for path in (ROOT / "ds_minis").rglob("*.py")]
     assert {".".join(parts[:-1]) for parts in modules if len(parts) > 1} == held
+
+
+def private_names(source: str) -> list[str]:
+    """What a test takes of ds_minis that begins with an underscore: imported, or named in a string, as for a patch."""
+    named = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            named += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            named += [alias.name for alias in node.names]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            named.append(node.value)
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("setattr", "delattr"):
+            named += [f"ds_minis.{name.value}" for name in node.args[1:2] if isinstance(name, ast.Constant)]
+    return [name for name in named if re.fullmatch(r"ds_minis(\.\w+)*\._(?!_)\w+(\.\w+)*", name)]
+
+
+def test_no_test_reaches_into_privates():
+    private = ".".join(["ds_minis", "layer", "_one"])
+    assert private_names("from ds_minis.layer import two, _one") == [private]
+    assert private_names(f"monkeypatch.setattr('{private}', 3); import {private}") == [private] * 2
+    assert private_names("monkeypatch.setattr(layer, '_one', 3)") == [".".join(["ds_minis", "_one"])]
+    files = {path: private_names(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").rglob("*.py")}
+    assert {str(path.relative_to(ROOT)): names for path, names in files.items() if names} == {}

@@ -16,7 +16,7 @@ _ANNOTATED = 240  # cells of a panel that are given a number
 
 def plot_panels(results: Sequence[dict[str, Any]], path: Path, titles: Sequence[str] = (), title: str = "") -> Path:
     """Draws one heat-map for each of the results, side by side, to a PNG or any other format that matplotlib writes."""
-    _save(_figure(results, titles or [title_of(r) for r in results], title), path)
+    save(_figure(results, titles or [title_of(r) for r in results], title), path)
     return path
 
 
@@ -45,7 +45,7 @@ def plot_animation(
     for i, frame in enumerate(frames):
         title = frame_titles[i] if i < len(frame_titles) else f"checkpoint {i + 1} of {len(frames)}"
         buffer = io.BytesIO()
-        _save(_figure(frame, titles or [title_of(r) for r in frame], title, axes), buffer, format="png")
+        save(_figure(frame, titles or [title_of(r) for r in frame], title, axes), buffer, format="png")
         images.append(pillow.open(buffer).convert("RGB").quantize(64))
     times = [milliseconds] * (len(images) - 1) + [3 * milliseconds]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ def _shares(result: dict[str, Any], lengths: list[int], depths: list[float]) -> 
     return [[found.get((length, depth), float("nan")) for length in lengths] for depth in depths]
 
 
-def _save(figure, where, **options) -> None:
+def save(figure, where, **options) -> None:
     if isinstance(where, Path):
         where.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(where, **options)

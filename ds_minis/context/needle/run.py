@@ -97,7 +97,7 @@ def run_needle(
         # A group without a cell of its own in the last turn repeats the first one: all ranks run the same passes.
         length, depth = batch[ranks.group] if ranks.group < len(batch) else batch[0]
         mine = _cell(model, maker, length, depth, batch_size, ranks, decode)
-        for (length, depth), result in zip(batch, _of_all_groups(mine, ranks), strict=False):
+        for (length, depth), result in zip(batch, of_all_groups(mine, ranks), strict=False):
             done[_key(length, depth)] = result
             if progress and ranks.is_main:
                 progress(result, first + batch.index((length, depth)) + 1, total)
@@ -213,7 +213,7 @@ def _agreed(value: Any, ranks: Ranks) -> Any:
     return values[0]
 
 
-def _of_all_groups(value: Any, ranks: Ranks) -> list[Any]:
+def of_all_groups(value: Any, ranks: Ranks) -> list[Any]:
     """The value of each group, by its first rank."""
     if ranks.size * ranks.num_groups == 1:
         return [value]

@@ -50,7 +50,7 @@ class AttentionTail:
             return self._watched(out)
         if self._projection is None:
             return contextlib.nullcontext()
-        return patched_forwards({self._module: functools.partial(self._forward, out)})
+        return patched_forwards({self._module: functools.partial(self.forward, out)})
 
     @contextlib.contextmanager
     def _watched(self, out: Tensor) -> Iterator[None]:
@@ -90,11 +90,11 @@ class AttentionTail:
         child, args, kwargs, y, y_version = calls[0]
         first, *more = results[0] if isinstance(results[0], tuple) else (results[0],)
         unchanged = isinstance(y, Tensor) and first is y and y._version == y_version and _version(out) == version
-        if unchanged and not kwargs and len(args) == 1 and _is_flat(args[0], out) and all(v is None for v in more):
+        if unchanged and not kwargs and len(args) == 1 and is_flat(args[0], out) and all(v is None for v in more):
             self._projection, self.skipped = child, before_attention
             self._num_more = len(more) if isinstance(results[0], tuple) else -1
 
-    def _forward(self, out: Tensor, *args, **kwargs) -> Any:
+    def forward(self, out: Tensor, *args, **kwargs) -> Any:
         y = self._projection(out.flatten(-2))
         return y if self._num_more < 0 else (y, *[None] * self._num_more)
 
@@ -107,7 +107,7 @@ def _version(value: Any) -> int:
     return value._version if isinstance(value, Tensor) else 0
 
 
-def _is_flat(t: Any, out: Tensor) -> bool:
+def is_flat(t: Any, out: Tensor) -> bool:
     """Whether `t` is `out.flatten(-2)`, in the same memory."""
     return (
         isinstance(t, Tensor)

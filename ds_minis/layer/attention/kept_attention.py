@@ -69,13 +69,13 @@ class KeptAttention:
     """
 
     def __init__(self, attend: Attend, request: AttentionRequest, qkv: Sequence[Tensor], plans: Plans | None = None):
-        self._arguments = request.argument_tensors()
+        self.arguments = request.argument_tensors()
         self._layout = Layout(qkv)
         # Nothing that the graph holds may hold the graph: the garbage collector cannot see such a cycle.
         self._now: dict[str, Sequence[Tensor]] = {}
         weights = {storage_key(t) for t in (*request.module.parameters(), *request.module.buffers())}
         layout = (*request.way, *((t.shape[1], t.shape[3]) for t in qkv))
-        packing = _Packing(qkv, self._arguments, weights, {} if plans is None else plans, layout)
+        packing = _Packing(qkv, self.arguments, weights, {} if plans is None else plans, layout)
         with torch.enable_grad():
             sources, self._inputs = sources_of(qkv)
             with saved_tensors_hooks(packing, functools.partial(_unpack, self._now)):
@@ -130,7 +130,7 @@ class KeptAttention:
         return list(grads)
 
     def _groups(self, qkv: Sequence[Tensor], tensors: Sequence[Tensor]) -> Groups:
-        return {"arguments": self._arguments, "heads": self._layout.of(qkv), "kept": tensors}
+        return {"arguments": self.arguments, "heads": self._layout.of(qkv), "kept": tensors}
 
 
 def _unpack(now: Groups, packed: Tensor | View | Copy) -> Tensor:

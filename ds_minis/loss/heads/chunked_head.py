@@ -71,6 +71,7 @@ class ChunkedHead:
         deferred: whether logits of this pass were deferred.
         reason: why they were not, if the module was called and must see all tokens.
         scope: an exit stack that is closed at the end of the pass.
+        chunking: of the model.
         was_read: whether something was computed from deferred logits, with a gradient.
         without_labels: whether the pass has none, so that whoever called the model reads the logits.
         gather: gathers the weights once more after the pass (FSDP2); None where calling the module does.
@@ -90,7 +91,7 @@ class ChunkedHead:
         self._own_call = type(module).__call__
         # Only a plain linear layer is known not to save its result. The loss may overwrite logits, but not views.
         self._keeps_nothing = type(module).forward is nn.Linear.forward and "forward" not in module.__dict__
-        self._chunking = chunking
+        self.chunking = chunking
         self._made: list[weakref.ref[Tensor]] = []
         self._outputs: list[tuple[weakref.ref, str]] = []
         self._weights_then: list[tuple] | None = None  # set when the pass ends
@@ -146,7 +147,7 @@ class ChunkedHead:
 
         It calls the module, so that engines gather its weights. So all ranks must take the same path here.
         """
-        heads, signature = self._chunking.heads, module_signature(self.module)
+        heads, signature = self.chunking.heads, module_signature(self.module)
         key = call_mode(self.module, hidden_LH), signature.stable
         known = heads.get(key)
         if known is not None and (not heads.is_stale(known, signature.versions) or heads.often_stale):
@@ -194,7 +195,7 @@ class ChunkedHead:
         self, function: Callable[..., Tensor], sample_0V: Tensor, labelled: Labelled | None, *rows: Tensor
     ) -> tuple[Tensor, ...]:
         """The columns of a `function` that gives `(C, N)` or `(C,)`, with one matmul less than `tile` where possible."""
-        labels = None if labelled is None else OneFactor(self._chunking.memory, labelled)
+        labels = None if labelled is None else OneFactor(self.chunking.memory, labelled)
         result = self._by_chunks(functools.partial(row_columns, labels=labels), function, sample_0V, rows)
         return result if type(result) is tuple else columns_of(result)
 
@@ -215,17 +216,17 @@ class ChunkedHead:
         def all_rows(hidden_RH: Tensor) -> Tensor:
             require_weights(module)
             num_rows = hidden_RH.shape[0]
-            chunk_rows = self._chunking.loss_rows(
+            chunk_rows = self.chunking.loss_rows(
                 hidden_RH.numel() * hidden_RH.element_size(), sample_0V.shape[-1] * sample_0V.element_size()
             )
-            guard = functools.partial(self._chunking.guarded, "loss_chunk_size", chunk_rows, num_rows)
+            guard = functools.partial(self.chunking.guarded, "loss_chunk_size", chunk_rows, num_rows)
             with patched_forwards({module: own_forward}):
                 return run(function, module, [hidden_RH, *rows[1:]], chunk_rows, guard=guard)
 
         with self.trained_as_then():
             result = self._call(all_rows, rows[0])
         self.was_read = self.was_read or any(t.requires_grad for t in (result if type(result) is tuple else [result]))
-        self._chunking.warnings.once(implementation(rows[0])[1])  # each model is told
+        self.chunking.warnings.once(implementation(rows[0])[1])  # each model is told
         return result
 
     def of_chunk(self, hidden_CH: Tensor) -> Tensor:
@@ -268,7 +269,7 @@ class ChunkedHead:
 
     def note_reader(self, operation: str, in_full: bool = False) -> None:
         """Notes for the report what read the logits."""
-        self._chunking.note_reader(operation, in_full)
+        self.chunking.note_reader(operation, in_full)
 
     def add_hook(self, hook: Callable) -> RemovableHandle:
         """An engine's hook on the logits, with which it learns of backward, on whatever is computed from them."""
@@ -284,7 +285,7 @@ class ChunkedHead:
     def warn_materialized(self, operation: str) -> None:
         """Warns, once per operation, that all logits are computed for it."""
         self.note_reader(operation, in_full=True)
-        self._chunking.warnings.once(
+        self.chunking.warnings.once(
             f"logits are computed in full, without saving memory, for the operation {operation!r} on them"
         )
 

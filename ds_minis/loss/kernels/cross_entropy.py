@@ -23,7 +23,7 @@ from ds_minis.tiling.core.out_of_memory import is_out_of_memory
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 # Elements of a block of rows in float32: it should fit into a core's cache on a CPU, and fill the processors of a device.
-_BLOCK_ELEMENTS = {"cpu": 2**18}
+BLOCK_ELEMENTS = {"cpu": 2**18}
 _DEVICE_BLOCK_ELEMENTS = 2**24
 # Operations that return a new tensor and do not save it for backward. Not here: tanh and others that save their result, and
 # views, which share memory with another tensor.
@@ -66,7 +66,7 @@ class _TokenLosses(torch.autograd.Function):
         return gradients(logits_CV, target_C, ctx.ignore_index, normalizers_2C, grad_C), None, None, None
 
 
-class _Torch:
+class PlainTorch:
     """Computes a block of rows at a time, so that float32 temporaries have a block's size."""
 
     @staticmethod
@@ -119,17 +119,17 @@ class _Torch:
 def blocks_of_rows(logits_CV: Tensor) -> list[tuple[int, int]]:
     """Bounds of blocks of rows whose float32 temporaries are small."""
     num_rows, vocab_size = logits_CV.shape
-    elements = _BLOCK_ELEMENTS.get(logits_CV.device.type, _DEVICE_BLOCK_ELEMENTS)
+    elements = BLOCK_ELEMENTS.get(logits_CV.device.type, _DEVICE_BLOCK_ELEMENTS)
     rows = max(1, elements // max(1, vocab_size))
     return [(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
 
 
-def implementation(logits_CV: Tensor) -> tuple[type[_Torch] | ModuleType, str]:
+def implementation(logits_CV: Tensor) -> tuple[type[PlainTorch] | ModuleType, str]:
     """What computes the losses of such a tensor; and, where Triton is installed and fails, why it is not the kernel."""
     # A kernel cannot read a tensor subclass, such as a fake tensor.
     real = type(logits_CV) in (Tensor, torch.nn.Parameter)
     found, reason = kernel() if real and logits_CV.is_cuda else (None, "")
-    return found or _Torch, reason
+    return found or PlainTorch, reason
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_MAX_BLOCK = 8192
+MAX_BLOCK = 8192
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def _launch(
     num_rows, vocab_size = rows_CV.shape
     if num_rows == 0:
         return
-    block = min(_MAX_BLOCK, triton.next_power_of_2(vocab_size))
+    block = min(MAX_BLOCK, triton.next_power_of_2(vocab_size))
     with torch.cuda.device_of(rows_CV):  # Triton launches on the current device
         loss_of_rows[(num_rows,)](
             rows_CV,

@@ -109,7 +109,7 @@ class DeferredLogits(torch.Tensor):
 
     def is_readable(self) -> bool:
         """Whether these logits are still deferred and backward has not begun."""
-        return bool(self._expression.leaves) and not self._is_known()
+        return bool(self._expression.leaves) and not self.is_known()
 
     def give_to_be_read(self, output: Any, name: str) -> None:
         """Sets the same logits as an attribute of another output, read-only: their gradient is refused.
@@ -120,9 +120,9 @@ class DeferredLogits(torch.Tensor):
 
     def is_open(self) -> bool:
         """Whether operations on these logits are recorded. Otherwise they are made on all logits."""
-        return not self._is_known() and not self._is_passed_on()
+        return not self.is_known() and not self._is_passed_on()
 
-    def _is_known(self) -> bool:
+    def is_known(self) -> bool:
         """Whether these logits, or a view that shares their memory, were computed in full."""
         return any(alias._value is not None for alias in self._aliases.alive())
 
@@ -184,10 +184,10 @@ class DeferredLogits(torch.Tensor):
         if name in _FACTS or attribute in _FACT_ATTRIBUTES:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if attribute == "grad" and not args[0]._is_known():
+        if attribute == "grad" and not args[0].is_known():
             return None
         result = NotImplemented
-        if name == "register_hook" and is_engines(args[1]) and not args[0]._is_known():
+        if name == "register_hook" and is_engines(args[1]) and not args[0].is_known():
             return args[0].heads()[0].add_hook(args[1])
         if args and isinstance(args[0], DeferredLogits | tuple | list):
             result = record_or_run(func, name, args[0], args[1:], kwargs)

@@ -46,7 +46,7 @@ def record_or_run(func, name: str, first: Any, args: tuple, kwargs: dict):
     """
     if isinstance(first, tuple | list):
         return _joined(name, first, args, kwargs)
-    if name in ("register_hook", "retain_grad") and not first._is_known():
+    if name in ("register_hook", "retain_grad") and not first.is_known():
         _require_no_reader(name, first)
         return NotImplemented
     if name == "__setitem__" or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")):

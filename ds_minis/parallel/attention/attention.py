@@ -59,7 +59,7 @@ class ParallelAttention:
         rule = getattr(mask, "rule", None)
         if others or rule is None:
             raise Refused(f"sequence_parallel: {type(args[0]).__name__} changes its mask before its attention")
-        return _Call(AttentionRequest.of_call(self.function, args, kwargs), place, rule).run(), None
+        return AttentionCall(AttentionRequest.of_call(self.function, args, kwargs), place, rule).run(), None
 
 
 @functools.lru_cache(maxsize=64)
@@ -89,7 +89,7 @@ def _require_whole(args: tuple, kwargs: dict) -> None:
         )
 
 
-class _Call:
+class AttentionCall:
     """One call of an attention."""
 
     def __init__(self, request: AttentionRequest, place: int | str, rule: MaskRule):
@@ -100,7 +100,7 @@ class _Call:
 
     def run(self) -> Tensor:
         """This rank's output, `(B, T, N, E)`."""
-        mode, reason = self._mode()
+        mode, reason = self.mode()
         self._parallel.note(mode, reason)
         q, k, v = self._request.tensors
         if mode == "gather":
@@ -118,7 +118,7 @@ class _Call:
         scale = self._request.kwargs.get("scaling")
         return self._request.tensors[0].shape[-1] ** -0.5 if scale is None else scale
 
-    def _mode(self) -> tuple[str, str]:
+    def mode(self) -> tuple[str, str]:
         """The way of this call, and the reason if another was asked for."""
         wanted, size = self._parallel.settings.mode, self._group.size
         if wanted == "gather":

@@ -87,7 +87,7 @@ def ring_attention(
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
         raise ValueError("ring_attention: this rank is not in the group that was given; give the one that it shares")
-    _check(q, k, v, size, window, documents)
+    check_inputs(q, k, v, size, window, documents)
     plan = plan_ring(rank, size, q.shape[2] // 2, window, documents)
     return _RingAttention.apply(q, k, v, group, scale, plan)
 
@@ -101,7 +101,7 @@ def in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
     return [x if x.dtype == torch.float64 else x.to(dtype) for x in tensors]
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, size: int, window: int | None, documents: Tensor | None) -> None:
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, size: int, window: int | None, documents: Tensor | None) -> None:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     four = q.dim() == k.dim() == v.dim() == 4
     if not four or (k.shape[0], *k.shape[2:]) != (q.shape[0], *q.shape[2:]) or v.shape[:3] != k.shape[:3]:
@@ -215,7 +215,7 @@ def _flat(x: Tensor) -> Tensor:
     return x if x.is_contiguous() else x.transpose(1, 2)
 
 
-class _Hop:
+class Hop:
     """Tensors on their way to the next rank of the ring, and those of the previous rank to this one.
 
     Layers give keys whose memory is ordered by heads or by tokens; it is the same on all ranks, and what arrives has it too.
@@ -254,7 +254,7 @@ class _RingAttention(torch.autograd.Function):
         keys = [_in_memory_order(x) for x in (k, v)]
         with torch.autocast(q.device.type, enabled=False):
             for step, blocks in enumerate(plan, 1):
-                arriving = _Hop(keys, group, KEYS) if step < len(plan) else None
+                arriving = Hop(keys, group, KEYS) if step < len(plan) else None
                 attend_blocks(blocks, q, *keys, out.transpose(1, 2), lse, scale)
                 if arriving is not None:
                     keys = arriving.wait()
@@ -273,11 +273,11 @@ class _RingAttention(torch.autograd.Function):
         by_head = q, out.transpose(1, 2), grad_out.transpose(1, 2), lse
         with torch.autocast(q.device.type, enabled=False):
             for step, blocks in enumerate(ctx.plan, 1):
-                arriving = _Hop(keys, ctx.group, KEYS) if step < len(ctx.plan) else None
+                arriving = Hop(keys, ctx.group, KEYS) if step < len(ctx.plan) else None
                 attend_backward(blocks, *by_head, *keys, ctx.scale, grad_q, *grads)
                 if step > 1:  # on to the next rank, with what earlier ones found for these keys; the last is at home
                     _add_arrived(grads, travelling)
-                    travelling = _Hop(grads, ctx.group, GRADS)
+                    travelling = Hop(grads, ctx.group, GRADS)
                 if arriving is not None:
                     keys = arriving.wait()
                     grads = [torch.zeros_like(x, dtype=dtype) for x in keys]
@@ -329,7 +329,7 @@ def attend_backward(
         kernel.backward(grad_block, q_block, k_block, v_block, out_block, lse_block, scale, band, sums)
 
 
-def _add_arrived(grads: list[Tensor], travelling: _Hop | None) -> None:
+def _add_arrived(grads: list[Tensor], travelling: Hop | None) -> None:
     if travelling is not None:
         for grad, arrived in zip(grads, travelling.wait(), strict=True):
             grad += arrived

@@ -102,7 +102,7 @@ class GradientSums:
 
 
 # Elements of a temporary product in the operands' dtype, before it is added to the float32 sum.
-_PRODUCT_ELEMENTS = 2**22
+PRODUCT_ELEMENTS = 2**22
 
 
 def _add_product(total_VH: Tensor, left_VC: Tensor, right_CH: Tensor, beta: int = 1) -> None:
@@ -112,7 +112,7 @@ def _add_product(total_VH: Tensor, left_VC: Tensor, right_CH: Tensor, beta: int 
     elif _multiplies_into_float32(total_VH, left_VC.dtype):
         torch.addmm(total_VH, left_VC, right_CH, beta=beta, out_dtype=total_VH.dtype, out=total_VH)
     else:
-        rows = max(1, _PRODUCT_ELEMENTS // total_VH.shape[1])
+        rows = max(1, PRODUCT_ELEMENTS // total_VH.shape[1])
         for start in range(0, total_VH.shape[0], rows):
             product = left_VC[start : start + rows] @ right_CH
             block = total_VH[start : start + rows]
