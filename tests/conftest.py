@@ -2,9 +2,8 @@
 
 import os
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # tensors are small: threads that wait for each other cost more than they do
+# Tensors are small: threads that wait for each other cost more than they do.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import psutil
 import pytest

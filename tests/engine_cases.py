@@ -12,10 +12,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 STEPS, RANKS, NUM_LAYERS = 4, 2, 2
 LEARNING_RATE = 0.2
-CHUNKS_OF_RANKS = (
-    {"chunk_size": 24, "loss_chunk_size": 20},
-    {"chunk_size": 16, "loss_chunk_size": 12},
-)  # of rank 0, of rank 1
+CHUNKS_OF_RANKS = {"chunk_size": 24, "loss_chunk_size": 20}, {"chunk_size": 16, "loss_chunk_size": 12}
 MIXED_BUDGET = 0.0004  # GiB: some calls of layers keep everything, some their attention's output, some nothing
 ORDER = (2, 0, 3, 1)  # of lengths: some steps are longer than all before, which are analyzed anew, and some are not
 COPIES = 8  # of each sequence where dropout is on: more masks in a step, less noise in its mean

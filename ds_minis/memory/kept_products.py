@@ -104,10 +104,10 @@ class KeptProducts:
 
     def drop(self) -> None:
         """Frees everything."""
-        held = [y for kept in self._kept.values() for results in kept.values() for _, y, _ in results]
+        num_bytes = sum(y.nbytes for kept in self._kept.values() for results in kept.values() for _, y, _ in results)
         for kept in self._kept.values():
             kept.clear()
-        self._give_back(sum(y.nbytes for y in held))
+        self._give_back(num_bytes)
 
 
 def _is_kept(input: Tensor) -> bool:

@@ -24,6 +24,7 @@ from ds_minis.loss.heads.tiled_sum import sum_rows
 from ds_minis.loss.heads.unreadable import UnreadableLogits, unreadable_error
 from ds_minis.loss.kernels.cross_entropy import implementation
 from ds_minis.tiling.core.exclusive import trackers_aside
+from ds_minis.tiling.core.linear import runs_linear_forward
 from ds_minis.tiling.core.params import Constants, ParameterSlots, constants_of, whole_shape
 from ds_minis.tiling.core.replay import AutocastState, matmul_dtype, patched_forwards
 from ds_minis.tiling.core.tiled_op import tile_rows
@@ -90,7 +91,7 @@ class ChunkedHead:
         self._then = {name: param.requires_grad for name, param in module.named_parameters()}
         self._own_call = type(module).__call__
         # Only a plain linear layer is known not to save its result. The loss may overwrite logits, but not views.
-        self._keeps_nothing = type(module).forward is nn.Linear.forward and "forward" not in module.__dict__
+        self._keeps_nothing = runs_linear_forward(module)
         self.chunking = chunking
         self._made: list[weakref.ref[Tensor]] = []
         self._outputs: list[tuple[weakref.ref, str]] = []

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ds_minis.tiling.core.linear import runs_linear_forward
 from ds_minis.tiling.core.replay import AutocastState, has_values
 from ds_minis.tiling.core.row_args import RowArgs
 from ds_minis.tiling.verify.follow import Reach
@@ -29,7 +30,7 @@ class HeadAnalysis:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether a module computes only `x @ weight.T + bias`, with a weight that is a plain parameter."""
-    if type(module).forward is not nn.Linear.forward or "forward" in module.__dict__:
+    if not runs_linear_forward(module):
         return False
     weight = module._parameters.get("weight")
     return isinstance(weight, Tensor) and not is_traceable_wrapper_subclass(weight)

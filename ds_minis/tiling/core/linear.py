@@ -81,10 +81,11 @@ def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a call runs `nn.Linear.forward` and nothing else: no quantized class, patched forward or hook."""
-    return _has_own_forward(module) and not (module._forward_hooks or module._forward_pre_hooks)
+    return runs_linear_forward(module) and not (module._forward_hooks or module._forward_pre_hooks)
 
 
-def _has_own_forward(module: nn.Module) -> bool:
+def runs_linear_forward(module: nn.Module) -> bool:
+    """Whether the module's forward is `nn.Linear.forward`: neither overridden in its class nor patched."""
     return type(module).forward is nn.Linear.forward and "forward" not in module.__dict__
 
 
@@ -117,7 +118,7 @@ def chunk_forwards(
 def plain_linears(module: nn.Module) -> Iterator[nn.Linear]:
     """The layers in `module` that run `nn.Linear.forward`, and whose weight is no tensor subclass (DTensor)."""
     for linear in submodules(module):
-        if _has_own_forward(linear) and not is_traceable_wrapper_subclass(linear.weight):
+        if runs_linear_forward(linear) and not is_traceable_wrapper_subclass(linear.weight):
             yield linear
 
 
